@@ -1,0 +1,1 @@
+"""Files and formulas -> images and labels; knows nothing of models."""
