@@ -1,0 +1,1 @@
+"""Conditional positional encodings for vision transformers: the models, their training, the measurements."""

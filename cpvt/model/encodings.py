@@ -1,0 +1,406 @@
+"""How tokens learn where they are: every encoding of the book.
+
+Letters: B batch, N = H*W patches, P prefix tokens (class, distillation), T = P + N tokens,
+D width, h heads, d = D/h head width, (H, W) grid of tokens.
+
+The model calls an encoding at four hooks, and names none: at a *place* in the stack of blocks
+(-1 before block 0, i after block i), and three times where a block forms its attention.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpvt.config import ConfigError, Learned, Peg, Relative, Rotary, Sine, format_encoding, parse_encoding
+
+Grid = tuple[int, int]
+
+
+class PositionEncoding(nn.Module):
+    """The hooks. Each does nothing here; an encoding fills in those that it needs."""
+
+    places: frozenset[int] = frozenset()  # where `at` acts
+    query_key_blocks: frozenset[int] = frozenset()  # whose queries and keys `queries_keys` feeds
+    reads_weights = False  # whether `values` needs the attention weights
+    public_names: ClassVar[
+        dict[str, str]
+    ] = {}  # parameter here -> its name at the top of the model's state dict
+
+    def at(self, place: int, patches: Tensor, prefix: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Grid]:
+        """(B, N, D), (B, P, D), grid -> the same, encoded. Only a table with a slot for them changes prefixes."""
+        return patches, prefix, grid
+
+    def queries_keys(self, block: int, patches: Tensor, grid: Grid) -> Tensor:
+        """(B, N, D) -> (B, N, D): the patches that the block's queries and keys are made from."""
+        return patches
+
+    def rotate(self, block: int, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Two (B, h, T, d) -> two (B, h, T, d): queries and keys before their product."""
+        return q, k
+
+    def logits(self, block: int, q: Tensor, grid: Grid) -> Tensor | None:
+        """(B, h, T, d) -> (B or 1, h, T, T), added to the scaled attention logits; or None."""
+        return None
+
+    def values(self, block: int, weights: Tensor, grid: Grid) -> Tensor | None:
+        """Attention weights (B, h, T, T) -> (B, h, T, d), added to the attention's output; or None."""
+        return None
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def sine_table(
+    grid: Grid, width: int, temperature: float = 10000.0, step: tuple[float, float] = (1.0, 1.0), **kw
+):
+    """-> (H*W, width): [sin row, cos row, sin column, cos column], a quarter of the width each.
+
+    `step` is the distance between neighbouring tokens, down and across; `kw`: dtype and device.
+    """
+    if width % 4:
+        raise ConfigError(f"sine: width={width}; a row and a column, sine and cosine, need a multiple of 4")
+    frequency = temperature ** -(torch.arange(width // 4, **kw) / (width // 4))
+    rows, columns = (torch.arange(n, **kw)[:, None] * s * frequency for n, s in zip(grid, step, strict=True))
+    rows = torch.cat([rows.sin(), rows.cos()], -1)[:, None].expand(-1, grid[1], -1)
+    columns = torch.cat([columns.sin(), columns.cos()], -1)[None].expand(grid[0], -1, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)
+
+
+def resample_table(table: Tensor, old: Grid, new: Grid, antialias: bool = False) -> Tensor:
+    """(..., old H*W, D) -> (..., new H*W, D), bicubic, any height and width. The same grid changes nothing."""
+    if (
+        old == new and not torch.compiler.is_exporting()
+    ):  # an exported graph must not ask: its grid is unknown
+        return table
+    image = table.reshape(-1, *old, table.shape[-1]).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=antialias)
+    return image.flatten(2).transpose(1, 2).reshape(*table.shape[:-2], -1, table.shape[-1])
+
+
+class LearnedTable(PositionEncoding):
+    """One learned vector a position, the prefix tokens' included, added before block 0 (DeiT)."""
+
+    places = frozenset({-1})
+    public_names: ClassVar[dict[str, str]] = {"pos_embed": "pos_embed"}  # timm's and DeiT's key
+
+    def __init__(self, config: Learned, width: int, grid: Grid, prefix_tokens: int):
+        super().__init__()
+        self.config, self.grid, self.prefix_tokens = config, grid, prefix_tokens
+        self.pos_embed = nn.Parameter(torch.empty(1, prefix_tokens + grid[0] * grid[1], width))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def at(self, place, patches, prefix, grid):
+        if self.config.resize == "refuse" and grid != self.grid:
+            raise ValueError(
+                f"grid {grid[0]}x{grid[1]}: this learned table has {self.grid[0]}x{self.grid[1]} rows and "
+                "resize='refuse'; give images of the trained size, or choose learned(resize='resample')"
+            )
+        own, table = self.pos_embed.split([self.prefix_tokens, self.grid[0] * self.grid[1]], 1)
+        return patches + resample_table(table, self.grid, grid, self.config.antialias), prefix + own, grid
+
+
+class SineTable(PositionEncoding):
+    """The fixed 2-D sine table, added to the patches before block 0. Prefix tokens get nothing."""
+
+    places = frozenset({-1})
+
+    def __init__(self, config: Sine, width: int, grid: Grid):
+        super().__init__()
+        self.config, self.width, self.grid = config, width, grid
+        sine_table((1, 1), width)  # refuses an odd width now rather than at the first image
+
+    def at(self, place, patches, prefix, grid):
+        kw = {"dtype": torch.promote_types(patches.dtype, torch.float32), "device": patches.device}
+        if self.config.resize == "resample":
+            table = sine_table(self.grid, self.width, self.config.temperature, **kw)
+            table = resample_table(table, self.grid, grid)
+        else:
+            rescale = self.config.resize == "rescale"
+            step = (self.grid[0] / grid[0], self.grid[1] / grid[1]) if rescale else (1.0, 1.0)
+            table = sine_table(grid, self.width, self.config.temperature, step, **kw)
+        return patches + table.to(patches.dtype), prefix, grid
+
+
+# --------------------------------------------------------------------------- inside attention
+
+
+def offsets(n: int, clip: int, wrap: bool, device=None) -> Tensor:
+    """-> (n, n) indices of a table of 2*clip + 1 rows: entry [i, j] is j - i, clipped; on a ring if `wrap`."""
+    i = torch.arange(n, device=device)
+    offset = i[None, :] - i[:, None]
+    if wrap:
+        offset = (offset + n // 2) % n - n // 2
+    return offset.clamp(-clip, clip) + clip
+
+
+class RelativeTable(PositionEncoding):
+    """Clipped row and column offsets inside every block's attention (Shaw et al. 2018, in 2-D).
+
+    The logit of query i and key j gains q_i . (row[r_j - r_i] + column[c_j - c_i]) / sqrt(d). A pair with a
+    prefix token has an entry of its own (as AutoFormer's index 0). Tables: one set a block, shared by its heads.
+    """
+
+    def __init__(self, config: Relative, width: int, heads: int, depth: int, prefix_tokens: int):
+        super().__init__()
+        self.config, self.prefix_tokens = config, prefix_tokens
+        self.reads_weights = config.on == "keys_values"
+        entries = 2 * config.clip + 1
+        shape = (heads,) if config.on == "bias" else (width // heads,)
+        for name in ("keys", "values")[: 1 + self.reads_weights]:
+            for axis, rows in (("rows", entries), ("columns", entries), ("prefix", 1)):
+                if axis == "prefix" and not prefix_tokens:
+                    continue
+                table = nn.Parameter(torch.empty(depth, rows, *shape))
+                self.register_parameter(f"{name}_{axis}", nn.init.trunc_normal_(table, std=0.02))
+
+    def _gather(self, name: str, block: int, grid: Grid) -> tuple[Tensor, Tensor]:
+        """-> (H, H, ...) and (W, W, ...): the table entry of each pair of rows, and of columns."""
+        tables = getattr(self, f"{name}_rows")[block], getattr(self, f"{name}_columns")[block]
+        clip, wrap = self.config.clip, self.config.wrap
+        rows, columns = (t[offsets(n, clip, wrap, t.device)] for t, n in zip(tables, grid, strict=True))
+        return rows, columns
+
+    def logits(self, block, q, grid):
+        P, scale = self.prefix_tokens, q.shape[-1] ** -0.5
+        rows, columns = self._gather("keys", block, grid)
+        if self.config.on == "bias":
+            rows, columns = (t.permute(2, 0, 1)[None] for t in (rows, columns))  # (1, h, H, H), (1, h, W, W)
+            pairs = rows[:, :, :, None, :, None] + columns[:, :, None, :, None, :]
+        else:
+            image = q[:, :, P:].unflatten(2, grid)
+            by_row = torch.einsum("bhxyd,xjd->bhxyj", image, rows.to(q.dtype))
+            by_column = torch.einsum("bhxyd,yjd->bhxyj", image, columns.to(q.dtype))
+            pairs = (by_row[..., :, None] + by_column[..., None, :]) * scale
+        pairs = pairs.flatten(4, 5).flatten(2, 3)  # (B, h, N, N)
+        if not P:
+            return pairs.to(q.dtype)
+        entry = self.keys_prefix[block, 0]
+        if self.config.on == "bias":
+            own = entry[None, :, None].expand(1, -1, q.shape[2])
+        else:
+            own = (q @ entry.to(q.dtype)) * scale  # (B, h, T)
+        top = own[:, :, :P, None].expand(-1, -1, -1, q.shape[2])
+        below = torch.cat([own[:, :, P:, None].expand(-1, -1, -1, P), pairs], -1)
+        return torch.cat([top, below], 2).to(q.dtype)
+
+    def values(self, block, weights, grid):
+        if not self.reads_weights:
+            return None
+        P = self.prefix_tokens
+        rows, columns = (t.to(weights.dtype) for t in self._gather("values", block, grid))
+        pairs = weights[:, :, P:, P:].unflatten(3, grid).unflatten(2, grid)  # (B, h, H, W, H, W)
+        out = torch.einsum("bhxyj,xjd->bhxyd", pairs.sum(-1), rows)
+        out = (out + torch.einsum("bhxyj,yjd->bhxyd", pairs.sum(-2), columns)).flatten(2, 3)
+        if not P:
+            return out
+        own = self.values_prefix[block, 0].to(weights.dtype)
+        out = out + weights[:, :, P:, :P].sum(-1, keepdim=True) * own
+        return torch.cat([weights[:, :, :P].sum(-1, keepdim=True) * own, out], 2)
+
+
+class RotaryAngles(PositionEncoding):
+    """Axial rotary encoding: half of each head turns with the row, half with the column. Prefixes do not turn."""
+
+    def __init__(self, config: Rotary, width: int, heads: int, grid: Grid, prefix_tokens: int):
+        super().__init__()
+        self.config, self.grid, self.prefix_tokens = config, grid, prefix_tokens
+        if width // heads % 4:
+            raise ConfigError(f"rotary: head width {width // heads}; two axes of pairs need a multiple of 4")
+
+    def angles(self, grid: Grid, d: int, **kw) -> Tensor:
+        """-> (H*W, d/2): by how much each pair of channels turns at each position."""
+        frequency = self.config.theta ** -(torch.arange(d // 4, **kw) / (d // 4))
+        rescale = self.config.resize == "rescale"
+        step = (self.grid[0] / grid[0], self.grid[1] / grid[1]) if rescale else (1.0, 1.0)
+        rows, columns = (
+            torch.arange(n, **kw)[:, None] * s * frequency for n, s in zip(grid, step, strict=True)
+        )
+        rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
+        return torch.cat([rows, columns], -1).flatten(0, 1)
+
+    def rotate(self, block, q, k, grid):
+        kw = {"dtype": torch.promote_types(q.dtype, torch.float32), "device": q.device}
+        angles = self.angles(grid, q.shape[-1], **kw)
+        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+
+        def turn(x: Tensor) -> Tensor:
+            prefix, (a, b) = x[:, :, : self.prefix_tokens], x[:, :, self.prefix_tokens :].chunk(2, -1)
+            return torch.cat([prefix, torch.cat([a * cos - b * sin, a * sin + b * cos], -1)], 2)
+
+        return turn(q), turn(k)
+
+
+# --------------------------------------------------------------------------- the convolution
+
+
+class PEG(nn.Module):
+    """(B, N, D), (H, W) -> (B, N, D): the tokens, laid out as an image, plus a convolution of that image.
+
+    The positional encoding generator of CPVT (Chu et al., arXiv 2102.10882): by default a depthwise 3x3
+    with zero padding, bias and skip. Without padding the output has (H-k+1)(W-k+1) tokens.
+
+    Raises ValueError where the grid is missing or does not hold N tokens.
+    """
+
+    def __init__(self, width: int, kernel: int = 3, *, config: Peg | None = None):
+        super().__init__()
+        self.config = config = config or Peg(kernel=kernel)
+        border = 0 if config.padding == "none" else config.kernel // 2
+        mode = {"zero": "zeros", "none": "zeros"}.get(config.padding, config.padding)
+        groups = 1 if config.convolution == "dense" else width
+        self.proj = nn.Conv2d(
+            width, width, config.kernel, padding=border, padding_mode=mode, groups=groups, bias=config.bias
+        )
+        if config.convolution == "separable":
+            self.mix = nn.Conv2d(width, width, 1, bias=config.bias)
+        for layer in self.children():
+            if config.init == "twins":  # N(0, sqrt(2 / fan_out)): std 0.47 for 3x3; PyTorch's default: 0.19
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                layer.weight.data.mul_(layer.groups**0.5)  # PyTorch's fan_out ignores the groups
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.requires_grad_(not config.frozen)
+
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        if grid is None or x.shape[1] != grid[0] * grid[1]:
+            raise ValueError(f"PEG: {x.shape[1]} tokens with grid={grid}; pass grid=(H, W) with H * W tokens")
+        # Behind a class token the slice strides over it; a convolution would copy it in any case. Contiguous
+        # tokens seen as (B, D, H, W) already are channels-last, the layout in which depthwise kernels are fast.
+        x = x.contiguous()
+        image = x.transpose(1, 2).unflatten(2, grid)
+        if self.covers(grid):
+            out = self.as_matrix(x, grid)
+        else:
+            out = self.proj(image)
+            if self.config.convolution == "separable":
+                out = self.mix(out)
+            out = out.flatten(2).transpose(1, 2)
+        return x + out if self.config.skip else out
+
+    def covers(self, grid: Grid) -> bool:
+        """Whether to compute the convolution as a matrix: asked for, and no pair of tokens is out of reach."""
+        if self.config.compute != "matrix" or torch.compiler.is_exporting():
+            return False
+        return self.config.kernel >= 2 * max(grid) - 1
+
+    def as_matrix(self, x: Tensor, grid: Grid) -> Tensor:
+        """(B, N, D) -> (B, N, D): the same convolution as one N x N matrix a channel."""
+        centre = self.config.kernel // 2
+        rows, columns = (offsets(n, centre, False, x.device) for n in grid)
+        weight = self.proj.weight[:, 0]  # (D, k, k); entry [m, n] is the weight from token n to token m
+        matrix = weight[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3, 4).flatten(1, 2)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, matrix = x.to(dtype), matrix.to(dtype)
+        out = torch.einsum("dmn,bnd->bmd", matrix, x)
+        return out if self.proj.bias is None else out + self.proj.bias.to(out.dtype)
+
+    def grid_after(self, grid: Grid) -> Grid:
+        """The grid that comes out: smaller without padding, else the same."""
+        lost = self.config.kernel - 1 if self.config.padding == "none" else 0
+        if lost and min(grid) <= lost:
+            raise ValueError(
+                f"PEG: grid {grid[0]}x{grid[1]} is too small for kernel {lost + 1} without padding"
+            )
+        return grid[0] - lost, grid[1] - lost
+
+
+class PegEncoding(PositionEncoding):
+    """PEGs at the configured places of the stack, or on the queries and keys of the block that follows."""
+
+    def __init__(self, config: Peg, width: int, depth: int):
+        super().__init__()
+        last = depth - (2 if config.on == "queries_keys" else 1)
+        if max(config.positions) > last:
+            raise ConfigError(
+                f"peg: positions={config.positions} in a model of {depth} blocks; the last place is {last}"
+            )
+        self.config = config
+        places = frozenset(config.positions)
+        self.places, self.query_key_blocks = places, frozenset()
+        if config.on == "queries_keys":
+            self.places, self.query_key_blocks = frozenset(), frozenset(p + 1 for p in places)
+        count = config.repeat * (1 if config.shared else len(places))
+        self.pegs = nn.ModuleList(PEG(width, config=config) for _ in range(count))
+
+    def generators(self, place: int) -> list[PEG]:
+        """The PEGs that act at `place`, in order."""
+        first = 0 if self.config.shared else sorted(self.config.positions).index(place) * self.config.repeat
+        return list(self.pegs[first : first + self.config.repeat])
+
+    def at(self, place, patches, prefix, grid):
+        for peg in self.generators(place):
+            patches, grid = peg(patches, grid), peg.grid_after(grid)
+        return patches, prefix, grid
+
+    def queries_keys(self, block, patches, grid):
+        for peg in self.generators(block - 1):
+            patches = peg(patches, grid)
+        return patches
+
+
+# --------------------------------------------------------------------------- sums
+
+
+class Sum(PositionEncoding):
+    """Several encodings at once, each acting in the order written."""
+
+    def __init__(self, parts: list[PositionEncoding]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.places = frozenset().union(*(part.places for part in parts))
+        self.query_key_blocks = frozenset().union(*(part.query_key_blocks for part in parts))
+        self.reads_weights = any(part.reads_weights for part in parts)
+        self.public_names = {
+            f"parts.{i}.{own}": public
+            for i, part in enumerate(parts)
+            for own, public in part.public_names.items()
+        }
+
+    def at(self, place, patches, prefix, grid):
+        for part in self.parts:
+            if place in part.places:
+                patches, prefix, grid = part.at(place, patches, prefix, grid)
+        return patches, prefix, grid
+
+    def queries_keys(self, block, patches, grid):
+        for part in self.parts:
+            if block in part.query_key_blocks:
+                patches = part.queries_keys(block, patches, grid)
+        return patches
+
+    def rotate(self, block, q, k, grid):
+        for part in self.parts:
+            q, k = part.rotate(block, q, k, grid)
+        return q, k
+
+    def logits(self, block, q, grid):
+        return _add(part.logits(block, q, grid) for part in self.parts)
+
+    def values(self, block, weights, grid):
+        return _add(part.values(block, weights, grid) for part in self.parts)
+
+
+def _add(terms) -> Tensor | None:
+    terms = [term for term in terms if term is not None]
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def build_encoding(text: str, *, width: int, heads: int, depth: int, grid: Grid, prefix_tokens: int) -> Sum:
+    """Encoding text (see `cpvt.config`) -> the module that a model of these sizes calls."""
+    builders = {
+        Learned: lambda c: LearnedTable(c, width, grid, prefix_tokens),
+        Sine: lambda c: SineTable(c, width, grid),
+        Relative: lambda c: RelativeTable(c, width, heads, depth, prefix_tokens),
+        Rotary: lambda c: RotaryAngles(c, width, heads, grid, prefix_tokens),
+        Peg: lambda c: PegEncoding(c, width, depth),
+    }
+    config = parse_encoding(text)
+    tables = [part for part in config if isinstance(part, Learned)]
+    if len(tables) > 1:
+        raise ConfigError(f"encoding {format_encoding(config)!r}: one learned table at most")
+    return Sum([builders[type(part)](part) for part in config])

@@ -1,0 +1,298 @@
+"""The vision transformer: image -> patches -> tokens -> blocks -> logits. It names no encoding.
+
+Letters: B batch, N = H*W patches, P prefix tokens (class, distillation), T = P + N tokens,
+D width, h heads, d = D/h head width, (H, W) grid of tokens. State-dict keys are timm's and DeiT's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cpvt.config import ConfigError, ModelConfig
+from cpvt.model.encodings import Grid, PositionEncoding, build_encoding
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H*p, W*p) -> (B, N, D) and the grid (H, W): one linear map of every p x p patch."""
+
+    def __init__(self, in_channels: int, width: int, patch_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
+        p, channels = self.patch_size, self.proj.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}; expected (batch, {channels}, height, width)"
+            )
+        height, width = images.shape[-2:]
+        if height % p or width % p:
+            raise ValueError(
+                f"images of {height}x{width} pixels with patch size {p}: resize or crop them to multiples of {p}"
+            )
+        image = self.proj(images)
+        return image.flatten(2).transpose(1, 2), (image.shape[2], image.shape[3])
+
+
+class Attention(nn.Module):
+    """(B, T, D) -> (B, T, D): every token reads from all tokens."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, asking: Tensor, encoding: PositionEncoding, block: int, grid: Grid
+    ) -> Tensor:
+        """`asking`: the tokens that queries and keys are made from; nearly always `x` itself."""
+        if asking is x:
+            q, k, v = self.qkv(x).chunk(3, -1)  # each (B, T, D)
+        else:
+            weight, bias, D = self.qkv.weight, self.qkv.bias, x.shape[-1]
+            q, k = F.linear(asking, weight[: 2 * D], bias[: 2 * D]).chunk(2, -1)
+            v = F.linear(x, weight[2 * D :], bias[2 * D :])
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, T, d)
+        q, k = encoding.rotate(block, q, k, grid)
+        logits = encoding.logits(block, q, grid)
+        if encoding.reads_weights:
+            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            weights = (scores if logits is None else scores + logits).softmax(-1)
+            out = weights @ v + encoding.values(block, weights, grid)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=logits)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """(B, T, D) -> (B, T, D): the same two layers for each token."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """(B, T, D) -> (B, T, D): attention, then MLP, each on normed tokens and added to the stream."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, encoding: PositionEncoding, block: int, grid: Grid) -> Tensor:
+        normed = asking = self.norm1(x)
+        if block in encoding.query_key_blocks:
+            prefix, patches = x.split([x.shape[1] - grid[0] * grid[1], grid[0] * grid[1]], 1)
+            asking = self.norm1(torch.cat([prefix, encoding.queries_keys(block, patches, grid)], 1))
+        x = x + self.drop_path(self.attn(normed, asking, encoding, block, grid))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """(B, C, height, width) -> (B, num_classes): a DeiT with whatever encoding its configuration says.
+
+    Height and width may be any multiples of the patch size. With `distilled`, training gives the pair
+    (class logits, distillation logits) and evaluation their mean, as in DeiT.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        D, P = config.width, config.prefix_tokens
+        self.num_classes, self.num_prefix_tokens = config.num_classes, P
+        self.num_features = self.embed_dim = self.head_hidden_size = D
+        self.grad_checkpointing = False
+        self.patch_embed = PatchEmbed(config.in_channels, D, config.patch_size)
+        if P:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        if config.distilled:
+            self.dist_token = nn.Parameter(torch.empty(1, 1, D))
+        self.encoding = build_encoding(
+            config.encoding,
+            width=D,
+            heads=config.heads,
+            depth=config.depth,
+            grid=config.grid,
+            prefix_tokens=P,
+        )
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(D, config.heads, config.mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": D, "reduction": config.patch_size}
+            for i in range(config.depth)
+        ]
+        self.head = self.head_dist = nn.Identity()
+        self._initialise()
+        self.reset_classifier(config.num_classes)
+        self.register_state_dict_post_hook(_to_public_names)
+        self.register_load_state_dict_pre_hook(_from_public_names)
+
+    def _initialise(self) -> None:
+        """DeiT's: N(0, 0.02) cut at two deviations, zero biases; convolutions keep PyTorch's default."""
+        for name in ("cls_token", "dist_token"):
+            if hasattr(self, name):
+                nn.init.trunc_normal_(getattr(self, name), std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    # ----------------------------------------------------------------- forward
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, C, height, width) -> (B, T, D): all tokens after the last block, normed."""
+        x, grid = self._tokens(images)
+        for i in range(len(self.blocks)):
+            x, grid = self._block(i, x, grid)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, T, D) -> (B, num_classes), or (B, D) with `pre_logits`."""
+        if self.config.readout == "gap":
+            x = x.mean(1)
+            return x if pre_logits else self.head(x)
+        if not self.config.distilled:
+            return x[:, 0] if pre_logits else self.head(x[:, 0])
+        if pre_logits:
+            return (x[:, 0] + x[:, 1]) / 2
+        logits, distilled = self.head(x[:, 0]), self.head_dist(x[:, 1])
+        return (logits, distilled) if self.training else (logits + distilled) / 2
+
+    def _tokens(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """(B, C, height, width) -> (B, T, D) and the grid: everything before block 0."""
+        patches, grid = self.patch_embed(images)
+        names = ("cls_token", "dist_token")[: self.num_prefix_tokens]
+        prefix = [getattr(self, name).to(patches.dtype).expand(patches.shape[0], -1, -1) for name in names]
+        return self._encode(-1, torch.cat([*prefix, patches], 1), grid)
+
+    def _block(self, i: int, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """Block i and what the encoding does behind it."""
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            x = checkpoint(self.blocks[i], x, self.encoding, i, grid, use_reentrant=False)
+        else:
+            x = self.blocks[i](x, self.encoding, i, grid)
+        return self._encode(i, x, grid)
+
+    def _encode(self, place: int, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """The one place where prefix and patch tokens part: the encoding's turn at `place`."""
+        if place not in self.encoding.places:
+            return x, grid
+        P = self.num_prefix_tokens
+        patches, prefix, grid = self.encoding.at(place, x[:, P:], x[:, :P], grid)
+        return torch.cat([prefix, patches], 1), grid
+
+    # ----------------------------------------------------------------- timm's conventions
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """Tokens after chosen blocks, encoding included: what the next block sees.
+
+        `indices`: which blocks (negative from the end), or how many of the last ones; None is all.
+        Gives (B, D, H, W) or, for output_fmt="NLC", (B, N, D); with prefixes, pairs (that, (B, P, D)).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r}; expected 'NCHW' or 'NLC'")
+        depth = len(self.blocks)
+        if indices is None or isinstance(indices, int):
+            indices = range(depth - (depth if indices is None else indices), depth)
+        if any(not -depth <= i < depth for i in indices):
+            raise ValueError(
+                f"indices={list(indices)} in a model of {depth} blocks; expected -{depth} to {depth - 1}"
+            )
+        take = sorted(i % depth for i in indices)
+        tokens, grid = self._tokens(x)
+        found, P = [], self.num_prefix_tokens
+        for i in range(max(take) + 1 if stop_early and take else depth):
+            tokens, grid = self._block(i, tokens, grid)
+            if i in take:
+                shown = self.norm(tokens) if norm else tokens
+                patches, prefix = shown[:, P:], shown[:, :P]
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+                found.append((patches, prefix) if return_prefix_tokens and P else patches)
+        return found if intermediates_only else (self.norm(tokens), found)
+
+    def prune_intermediate_layers(
+        self, indices=1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the blocks behind the last one asked for; gives the indices kept. For feature extraction."""
+        depth = len(self.blocks)
+        take = (
+            list(range(depth - indices, depth)) if isinstance(indices, int) else [i % depth for i in indices]
+        )
+        self.blocks = self.blocks[: max(take) + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        return (self.head, self.head_dist) if self.config.distilled else self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, or none for 0 classes. The read-out is part of the configuration and stays."""
+        own = "avg" if self.config.readout == "gap" else "token"
+        if global_pool not in (None, own):
+            raise ConfigError(
+                f"global_pool={global_pool!r} in a model that reads out by {own!r}; build it so instead"
+            )
+        self.num_classes = num_classes
+        for name in ("head", "head_dist")[: 1 + self.config.distilled]:
+            head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+            if num_classes:
+                nn.init.trunc_normal_(head.weight, std=0.02)
+                nn.init.zeros_(head.bias)
+                head.to(
+                    self.norm.weight if isinstance(self.norm, nn.LayerNorm) else self.patch_embed.proj.weight
+                )
+            setattr(self, name, head)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token", "dist_token"} | {f"encoding.{own}" for own in self.encoding.public_names}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return {
+            "stem": r"^cls_token|^dist_token|^patch_embed|^encoding|^pos_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+
+def _to_public_names(model: VisionTransformer, state: dict, prefix: str, _) -> None:
+    for own, public in model.encoding.public_names.items():
+        state[prefix + public] = state.pop(f"{prefix}encoding.{own}")
+
+
+def _from_public_names(model: VisionTransformer, state: dict, prefix: str, *_) -> None:
+    for own, public in model.encoding.public_names.items():
+        if prefix + public in state:
+            state[f"{prefix}encoding.{own}"] = state.pop(prefix + public)
