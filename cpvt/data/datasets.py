@@ -1,333 +1,324 @@
-"""Images and labels: three synthetic diagnostics, drawn by formula, and real images, read from a folder.
+"""Images and labels by name or path; the diagnostics, which are drawn and not read, are handed on from here.
 
-Letters: n samples, H W grid of tokens, k tokens along the side of an object, S side of an image in pixels.
+Letters: n images, S side of an image in pixels.
 """
 
-import difflib
+import gzip
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+import shutil
+import tempfile
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets as published
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, has_file_allowed_extension
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.transforms.v2 import functional as transforms
 
+from cpvt.data.diagnostics import DataError, Diagnostic, draw
 
-class DataError(ValueError):
-    """Data that cannot be used; the message is one line: what was given, what was expected, what to do."""
+__all__ = ["DataError", "Diagnostic", "ImageDataset", "ImageTensors", "draw", "load_tensors", "open_dataset"]
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# The diagnostics: where, arrangement, what
-# ---------------------------------------------------------------------------------------------------------------
-
-CLASSES = {
-    "where": ("top left", "top right", "bottom left", "bottom right"),
-    "arrangement": ("A left of B", "B left of A"),
-    "what": ("horizontal bar or falling diagonal", "vertical bar or rising diagonal"),
-}
-SPLITS = ("train", "val", "test")
-
-# Colours in [0, 1], Okabe and Ito's orange and blue on light grey. The background is not zero: a zero-padded
-# convolution over zero tokens would have no border to see.
-BACKGROUND = (0.9, 0.9, 0.9)
-COLOUR_A = (0.902, 0.624, 0.0)
-COLOUR_B = (0.0, 0.447, 0.698)
-
-# Every shape of *what* fills three cells of a 3 x 3 frame, the centre among them; a cell is k x k tokens.
-SHAPES = ("horizontal", "vertical", "falling", "rising")
-FRAME = 3
-_PATTERNS = (
-    ((0, 0, 0), (1, 1, 1), (0, 0, 0)),
-    ((0, 1, 0), (0, 1, 0), (0, 1, 0)),
-    ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
-    ((0, 0, 1), (0, 1, 0), (1, 0, 0)),
-)
-PAIRS = ("bars", "diagonals")  # SHAPES 0 and 1, SHAPES 2 and 3
-REFERENCE_GRID = 14  # scale="share" keeps the share that an object has of this grid
+TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+FASHION_MNIST_CLASSES = tuple(published.FashionMNIST.classes)
+FASHION_MNIST_DEBIAN = Path(
+    "/usr/share/datasets/fashion-mnist"
+)  # where the package dataset-fashion-mnist puts it
 
 
 @dataclass(frozen=True)
-class Diagnostic:
-    """A batch of one diagnostic; positions and distances are in tokens.
+class ImageDataset(Dataset):
+    """Pairs (PIL image in RGB, label), each image decoded when it is asked for.
 
-    images    (n, 3, H * pixels, W * pixels) float32 in [0, 1], every token of one colour
-    labels    (n,) int64, an index into `classes`
-    distance  (n,) int64: empty tokens between object and nearest border (*where*, *what*; 0 touches it), or
-              the columns from the one object to the other (*arrangement*; 2 leaves one column empty)
-    border    (n, 2) int64: empty rows to the nearest of top and bottom, empty columns to that of left and right
-    rows      (n, 1) or (n, 2) int64: first row of the object; of A and of B; of the frame of a shape
-    columns   the same for the first column
-    shape     (n,) int64, an index into SHAPES for *what*, else -1
-    side      tokens along the side of an object, or of a cell of a shape
+    items     a path or a uint8 array, (H, W) or (H, W, 3), for each image
+    labels    an index into `classes` for each image
+    classes   WordNet ids in sorted order, or the names that the publisher gives
     """
 
-    task: str
+    name: str
+    split: str
+    classes: tuple[str, ...] = field(repr=False)
+    items: list = field(repr=False)
+    labels: list[int] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        item = self.items[i]
+        if not isinstance(item, Path):
+            return Image.fromarray(item).convert("RGB"), self.labels[i]
+        try:
+            return default_loader(item), self.labels[i]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"{item} is not an image that can be read ({reason}): replace or delete it"
+            ) from error
+
+    def select(self, index) -> "ImageDataset":
+        """The images at these indices, in this order, with all classes."""
+        index = [int(i) for i in index]
+        items, labels = [self.items[i] for i in index], [self.labels[i] for i in index]
+        return replace(self, items=items, labels=labels)
+
+
+@dataclass(frozen=True)
+class ImageTensors:
+    """A data set in memory: images (n, 3, S, S) uint8, labels (n,) int64."""
+
     images: Tensor
     labels: Tensor
-    distance: Tensor
-    border: Tensor
-    rows: Tensor
-    columns: Tensor
-    shape: Tensor
-    side: int
+    classes: tuple[str, ...]
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """What each label means."""
-        return CLASSES[self.task]
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over shape, classes, labels and pixels, in hexadecimal: equal for equal data alone."""
+        head = repr((tuple(self.images.shape), tuple(self.classes)))
+        digest = hashlib.sha256(head.encode())
+        digest.update(self.labels.cpu().contiguous().numpy())
+        digest.update(self.images.cpu().contiguous().numpy())
+        return digest.hexdigest()
 
 
-def draw(
-    task: str,
-    index: int | Iterable[int] | Tensor,
-    *,
-    grid: tuple[int, int] = (14, 14),
-    pixels: int = 1,
-    seed: int = 0,
-    split: str = "train",
-    size: int = 1,
-    scale: str = "tokens",
-    margin: int | None = None,
-    distances: Iterable[int] | None = None,
-    pair: str | None = None,
-) -> Diagnostic:
-    """Draw the samples `index` of a diagnostic, on the device of `index`.
+def load_tensors(dataset: ImageDataset, size: int) -> ImageTensors:
+    """Decode a data set into memory: short side to `size` pixels (antialiased bicubic), centre square.
 
-    Sample i follows from (task, seed, split, i) and the sizes alone, so it is the same in any batch. Labels are
-    balanced: each run of as many indices as there are classes, beginning at a multiple of that number, holds every
-    label once. All samples of a task hold the same multiset of tokens, so a bag of tokens knows nothing.
-
-    where        One object in one of the four quarters; on an odd grid the middle row and column stay empty.
-                 The distance to the nearest border is drawn evenly, then the place evenly among those at that
-                 distance. (Even places would put half of all objects within two tokens of the border.)
-    arrangement  A (orange) and B (blue) in one row, `margin` tokens or more from every border. The separation
-                 is drawn evenly from 2 up, then the place of the pair evenly, and both without regard to the
-                 label, which only says which of the two is A. So the filled places tell nothing. The place of A
-                 alone tells something, and must: were the columns of A and of B spread alike in both classes,
-                 the mean of (column of B - column of A) would be too, yet its sign is the label. The margin
-                 keeps that from a model that sees borders no farther than margin - 1.
-    what         Bars (horizontal, vertical) on the left half in "train" and "val", on the right in "test";
-                 half of "train" are diagonals (falling, rising) anywhere, so that the right half of a table is
-                 trained as well. They share the two labels and tell nothing of the bars: a mirror swaps the
-                 diagonals' labels and leaves the bars'. All shapes stay `margin` tokens from every border.
-
-    The splits of *where* and *arrangement* are other draws of the same finite set of pictures.
-
-    grid       rows and columns of tokens
-    pixels     side of a token in pixels
-    size       side of an object (of a cell of a shape) in tokens
-    scale      "tokens": an object has `size` tokens a side on every grid; "share": it keeps its share of the
-               shorter side, size / 14, rounded to whole tokens, at least one
-    margin     least distance to any border; by default 0 for *where*, 2 for the others
-    distances  draw evenly from these only (*where*: to the border; *arrangement*: separations)
-    pair       *what*: "bars" or "diagonals" alone, whatever the split
-
-    Raises DataError where an argument is unknown or the objects do not fit.
+    For small data: n images take 3 n size^2 bytes.
     """
-    _known("task", task, CLASSES)
-    _known("split", split, SPLITS)
-    _known("scale", scale, ("tokens", "share"))
-    if pair is not None:
-        _known("pair", pair, PAIRS)
-    height, width = _sides("grid", grid)
-    pixels, size = _whole("pixels", pixels, 1), _whole("size", size, 1)
-    margin = (0 if task == "where" else 2) if margin is None else _whole("margin", margin, 0)
-    side = size if scale == "tokens" else max(1, round(size * min(height, width) / REFERENCE_GRID))
-    if task == "what" and distances is not None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise DataError(f"size={size!r} was given: give the side of the images, a whole number of pixels")
+    images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
+    labels = torch.empty(len(dataset), dtype=torch.int64)
+    for i in range(len(dataset)):
+        image, labels[i] = dataset[i]
+        if image.size != (size, size):
+            image = transforms.resize(image, size, transforms.InterpolationMode.BICUBIC, antialias=True)
+            image = transforms.center_crop(image, [size, size])
+        images[i] = transforms.pil_to_tensor(image)
+    return ImageTensors(images, labels, tuple(dataset.classes))
+
+
+def open_dataset(
+    name_or_path: str | Path, split: str = "train", root: str | Path = "data/images", download: bool = True
+) -> ImageDataset:
+    """Open one split of a data set.
+
+    name_or_path  "tiny-imagenet", "cifar10" or "fashion-mnist", or a folder: <split>/<class>/*.JPEG as
+                  ImageNet, Tiny-ImageNet as published, CIFAR-10's or Fashion-MNIST's own files
+    split         "train", "val" (CIFAR-10's and Fashion-MNIST's test images), or another that the folder has
+    root          the folder that holds, or will hold, the data sets known by name
+    download      fetch a data set known by name where `root` does not hold it
+
+    Raises DataError where something is missing, with the folder to fill.
+    """
+    name, root = str(name_or_path), Path(root)
+    if name in NAMED:
+        return NAMED[name](split, root, download)
+    path = Path(name_or_path)
+    if not path.is_dir():
+        known = ", ".join(NAMED)
+        raise DataError(f"no folder and no data set {name!r}: give an existing folder, or one of {known}")
+    if path.resolve().name == published.CIFAR10.base_folder:
+        return _read_cifar10(path.resolve().parent, split)
+    if any(path.glob("*-ubyte*")):
+        return _read_fashion_mnist(path, split)
+    return _read_folder(path, split)
+
+
+# Folders of images
+
+
+def _read_folder(path: Path, split: str, name: str | None = None) -> ImageDataset:
+    """<path>/<split>/<class>/**/*.JPEG, or Tiny-ImageNet's val/images with its val_annotations.txt."""
+    here = path / split
+    if not here.is_dir():
+        found = ", ".join(_folders(path)) or "none"
+        raise DataError(f"{path} has no folder {split!r} (folders: {found}): expected {here}/<class>/*.JPEG")
+    name = name or path.name
+    # The classes are those of train/, whatever the split, or labels would mean different things.
+    classes = tuple(_folders(path / "train" if (path / "train").is_dir() else here))
+    if (here / "val_annotations.txt").is_file():
+        items, labels = _read_annotations(here, classes)
+        return ImageDataset(name, split, classes, items, labels)
+    if not classes:
+        raise DataError(f"{here} has no class folders: expected {here}/<class>/*.JPEG")
+    stray = [folder for folder in _folders(here) if folder not in classes]
+    if stray:
         raise DataError(
-            f"distances={distances!r} was given for 'what', which draws places: leave it out, use margin"
+            f"{here} has {len(stray)} classes that {path / 'train'} lacks (the first: {stray[0]}): "
+            f"unpack the same classes into both, or delete them"
         )
-    if task != "what" and pair is not None:
+    items, labels = [], []
+    for label, wnid in enumerate(classes):
+        images = sorted(
+            p for p in (here / wnid).rglob("*") if has_file_allowed_extension(p.name, IMG_EXTENSIONS)
+        )
+        if not images:
+            endings = " ".join(IMG_EXTENSIONS)
+            raise DataError(
+                f"{here / wnid} holds no images ({endings}): fill it, or delete it in every split"
+            )
+        items += images
+        labels += [label] * len(images)
+    return ImageDataset(name, split, classes, items, labels)
+
+
+def _read_annotations(here: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
+    """Tiny-ImageNet's list: file name, WordNet id and a box, parted by tabs, one image a line."""
+    annotations = here / "val_annotations.txt"
+    number = {wnid: label for label, wnid in enumerate(classes)}
+    items, labels = [], []
+    for line, text in enumerate(annotations.read_text().splitlines(), start=1):
+        name, wnid, *_ = [*text.split("\t"), "", ""]
+        if wnid not in number:
+            raise DataError(
+                f"{annotations}, line {line}: {wnid!r} is no class of {here.parent / 'train'}, unpack it again"
+            )
+        items.append(here / "images" / name)
+        labels.append(number[wnid])
+        if not items[-1].is_file():
+            raise DataError(f"{annotations}, line {line}: no file {items[-1]}, unpack the archive again")
+    return items, labels
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+# Data sets known by name
+
+
+def _open_tiny_imagenet(split: str, root: Path, download: bool) -> ImageDataset:
+    folder = _first_folder(root / "tiny-imagenet-200", root / "tiny-imagenet")
+    if folder is None:
+        _fetch(
+            "tiny-imagenet",
+            root,
+            "tiny-imagenet-200",
+            download,
+            f"{root / 'tiny-imagenet-200'} with train/ and val/, from {TINY_IMAGENET}",
+            lambda to: download_and_extract_archive(
+                TINY_IMAGENET, to, md5=TINY_IMAGENET_MD5, remove_finished=True
+            ),
+        )
+        folder = root / "tiny-imagenet-200"
+    if split not in ("train", "val"):
         raise DataError(
-            f"pair={pair!r} was given for {task!r}: only 'what' has pairs of shapes, leave it out"
+            f"split={split!r} was given for tiny-imagenet: use 'train' or 'val', which have labels"
         )
-    dice = _Dice(_index(index), f"{task}/{seed}/{split}")
-    grid = (height, width)
-    if task == "where":
-        return _draw_where(dice, grid, pixels, side, margin, distances)
-    if task == "arrangement":
-        return _draw_arrangement(dice, grid, pixels, side, margin, distances)
-    return _draw_what(dice, grid, pixels, side, margin, split, pair)
+    return _read_folder(folder, split, "tiny-imagenet")
 
 
-def _draw_where(dice, grid, pixels, side, margin, distances) -> Diagnostic:
-    height, width = grid
-    # Distances to the two borders of a quarter run from 0 to these numbers, less one.
-    high, wide = height // 2 - side + 1, width // 2 - side + 1
-    allowed = _allowed("where", distances, margin, min(high, wide) - 1, grid, side, margin)
-    label = dice.label(4)
-    distance = dice.choose("distance", allowed)
-    # Places of a quarter with min(down, across) = distance: a row of `arm` of them, and a column below its corner.
-    arm = wide - distance
-    place = dice.roll("place", arm + high - distance - 1)
-    down = torch.where(place < arm, distance, distance + 1 + place - arm)
-    across = torch.where(place < arm, distance + place, distance)
-    rows = torch.where(label < 2, down, height - side - down)[:, None]
-    columns = torch.where(label % 2 == 0, across, width - side - across)[:, None]
-    block = _block(dice)
-    images = _render([(rows[:, 0], columns[:, 0], block, COLOUR_A)], grid, side, pixels)
-    border = torch.stack((down, across), dim=1)
-    return Diagnostic("where", images, label, distance, border, rows, columns, dice.fill(-1), side)
+def _open_cifar10(split: str, root: Path, download: bool) -> ImageDataset:
+    if _first_folder(root / "cifar-10-batches-py") is None:
+        _fetch(
+            "cifar10",
+            root,
+            "cifar-10-batches-py",
+            download,
+            f"{root / 'cifar-10-batches-py'} with data_batch_1 ... data_batch_5, test_batch and batches.meta, "
+            f"from {published.CIFAR10.url}",
+            lambda to: published.CIFAR10(to, download=True),
+        )
+    return _read_cifar10(root, split)
 
 
-def _draw_arrangement(dice, grid, pixels, side, margin, distances) -> Diagnostic:
-    height, width = grid
-    fits = min(height - 2 * margin - side, 0)  # negative: too few rows
-    farthest = width - 2 * margin - 2 * side + 1 if fits == 0 else -1
-    allowed = _allowed("arrangement", distances, 2, farthest, grid, side, margin)
-    label = dice.label(2)
-    distance = dice.choose("distance", allowed)
-    first = margin + dice.roll("column", farthest - distance + 1)
-    second = first + side - 1 + distance
-    row = margin + dice.roll("row", height - 2 * margin - side + 1)
-    a, b = torch.where(label == 0, first, second), torch.where(label == 0, second, first)
-    block = _block(dice)
-    images = _render([(row, a, block, COLOUR_A), (row, b, block, COLOUR_B)], grid, side, pixels)
-    border = _border(row, row + side, first, second + side, grid)
-    rows, columns = torch.stack((row, row), dim=1), torch.stack((a, b), dim=1)
-    return Diagnostic("arrangement", images, label, distance, border, rows, columns, dice.fill(-1), side)
-
-
-def _draw_what(dice, grid, pixels, side, margin, split, pair) -> Diagnostic:
-    height, width = grid
-    frame = FRAME * side
-    down, half, across = height - 2 * margin - frame, width // 2 - margin - frame, width - 2 * margin - frame
-    if min(down, half) < 0:
+def _read_cifar10(root: Path, split: str) -> ImageDataset:
+    train = _is_train("cifar10", split)
+    try:
+        data = published.CIFAR10(root, train=train)
+    except (RuntimeError, OSError) as error:
+        folder = root / published.CIFAR10.base_folder
+        reason = str(error).splitlines()[0]
         raise DataError(
-            f"'what' was asked for on a grid of {height} x {width}: shapes of {frame} x {frame} tokens, {margin} or more "
-            f"from every border and on one half, need {2 * margin + frame} x {2 * (margin + frame)}; enlarge the grid, "
-            f"or lessen size or margin"
+            f"{folder} cannot be read ({reason}): unpack {published.CIFAR10.url} again"
+        ) from error
+    return ImageDataset("cifar10", split, tuple(data.classes), list(data.data), list(data.targets))
+
+
+def _open_fashion_mnist(split: str, root: Path, download: bool) -> ImageDataset:
+    raw = root / "FashionMNIST" / "raw"
+    folder = _first_folder(raw, root / "fashion-mnist", FASHION_MNIST_DEBIAN)
+    if folder is None:
+        _fetch(
+            "fashion-mnist",
+            root,
+            "FashionMNIST",
+            download,
+            f"{raw} with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+            f"t10k-labels-idx1-ubyte (.gz or not), from {published.FashionMNIST.mirrors[0]}, or install "
+            f"Debian's package dataset-fashion-mnist",
+            lambda to: published.FashionMNIST(to, download=True),
         )
-    label = dice.label(2)
-    if pair is None:
-        # Drawn apart from the label, so that each pair has as many of either.
-        diagonal = dice.roll("pair", 2, every=2) if split == "train" else dice.fill(0)
-    else:
-        diagonal = dice.fill(PAIRS.index(pair))
-    shape = 2 * diagonal + label
-    row = margin + dice.roll("row", down + 1)
-    start = width - margin - frame - half if split == "test" else margin
-    column = torch.where(
-        diagonal == 1, margin + dice.roll("anywhere", across + 1), start + dice.roll("column", half + 1)
-    )
-    patterns = torch.tensor(_PATTERNS, device=row.device, dtype=torch.bool)
-    images = _render([(row, column, patterns[shape], COLOUR_A)], grid, side, pixels)
-    # A bar leaves two thirds of its frame empty: its own tokens count, not the frame.
-    above, beside = side * (shape == 0), side * (shape == 1)
-    border = _border(row + above, row + frame - above, column + beside, column + frame - beside, grid)
-    distance = border.amin(dim=1)
-    return Diagnostic("what", images, label, distance, border, row[:, None], column[:, None], shape, side)
+        folder = raw
+    return _read_fashion_mnist(folder, split)
 
 
-def _render(objects, grid: tuple[int, int], side: int, pixels: int) -> Tensor:
-    """Paint objects, each (row (n,), column (n,), pattern (n, c, c), colour), on the plain background."""
-    height, width = grid
-    device, count = objects[0][0].device, len(objects[0][0])
-    colours = torch.tensor((BACKGROUND, *(colour for *_, colour in objects)), device=device)
-    canvas = torch.zeros(count, height, width, dtype=torch.int64, device=device)
-    for number, (row, column, pattern, _) in enumerate(objects, start=1):
-        cells = pattern.shape[-1]
-        down = (torch.arange(height, device=device) - row[:, None]).div(side, rounding_mode="floor")  # (n, H)
-        across = (torch.arange(width, device=device) - column[:, None]).div(
-            side, rounding_mode="floor"
-        )  # (n, W)
-        inside = ((down >= 0) & (down < cells))[:, :, None] & ((across >= 0) & (across < cells))[:, None, :]
-        down, across = down.clamp(0, cells - 1), across.clamp(0, cells - 1)
-        sample = torch.arange(count, device=device)[:, None, None]
-        canvas[inside & pattern[sample, down[:, :, None], across[:, None, :]]] = number
-    images = torch.stack([channel[canvas] for channel in colours.unbind(dim=1)], dim=1)
-    if pixels > 1:
-        images = images.repeat_interleave(pixels, dim=2).repeat_interleave(pixels, dim=3)
-    return images
-
-
-def _border(top, bottom, left, right, grid) -> Tensor:
-    """Empty rows and empty columns outside the box [top, bottom) x [left, right): (n, 2)."""
-    return torch.stack((torch.minimum(top, grid[0] - bottom), torch.minimum(left, grid[1] - right)), dim=1)
-
-
-def _block(dice) -> Tensor:
-    return torch.ones(len(dice.index), 1, 1, dtype=torch.bool, device=dice.index.device)
-
-
-class _Dice:
-    """Random whole numbers as a pure function of (key, name, index): there is no state to share or to store."""
-
-    def __init__(self, index: Tensor, key: str):
-        self.index, self.key = index, key
-
-    def roll(self, name: str, sides: int | Tensor, every: int = 1) -> Tensor:
-        """Even in 0 ... sides - 1, the same for each run of `every` indices."""
-        start = int.from_bytes(hashlib.sha256(f"{self.key}/{name}".encode()).digest()[:8], "big", signed=True)
-        return (_mix(self.index.div(every, rounding_mode="floor") + start) & (2**63 - 1)) % sides
-
-    def label(self, classes: int) -> Tensor:
-        """Each of the labels once in a run of `classes` indices, in an order that turns from run to run."""
-        return (self.index + self.roll("label", classes, every=classes)) % classes
-
-    def choose(self, name: str, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.index.device)[self.roll(name, len(values))]
-
-    def fill(self, value: int) -> Tensor:
-        return torch.full_like(self.index, value)
-
-
-def _mix(counter: Tensor) -> Tensor:
-    """The SplitMix64 hash (Steele, Lea and Flood 2014) of int64 tensors, whose products wrap around."""
-    z = counter * (0x9E3779B97F4A7C15 - 2**64)
-    z = (z ^ _shift(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    z = (z ^ _shift(z, 27)) * (0x94D049BB133111EB - 2**64)
-    return z ^ _shift(z, 31)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts drag the sign along; the hash wants zeros
-
-
-def _allowed(task, distances, lowest, highest, grid, side, margin) -> list[int]:
-    if highest < lowest:
-        least = 2 * (side + margin) if task == "where" else 2 * margin + 2 * side + 1
-        rows = least if task == "where" else 2 * margin + side
+def _read_fashion_mnist(folder: Path, split: str) -> ImageDataset:
+    prefix = "train" if _is_train("fashion-mnist", split) else "t10k"
+    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte", read_image_file)
+    labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte", read_label_file)
+    if len(images) != len(labels):
         raise DataError(
-            f"{task!r} was asked for on a grid of {grid[0]} x {grid[1]}: objects of {side} x {side} tokens with a margin of "
-            f"{margin} need {rows} x {least}; enlarge the grid, or lessen size or margin"
+            f"{folder} has {len(images)} images and {len(labels)} labels in {prefix}-*: fetch both again"
         )
-    if distances is None:
-        return list(range(lowest, highest + 1))
-    distances = [distances] if isinstance(distances, int) else list(distances)
-    if not distances or any(d not in range(lowest, highest + 1) for d in distances):
+    return ImageDataset("fashion-mnist", split, FASHION_MNIST_CLASSES, list(images.numpy()), labels.tolist())
+
+
+def _read_idx(path: Path, read) -> Tensor:
+    packed = path.with_name(path.name + ".gz")
+    if not path.is_file() and not packed.is_file():
+        raise DataError(f"no file {path} or {packed.name}: fetch it from {published.FashionMNIST.mirrors[0]}")
+    try:
+        if path.is_file():
+            return read(path)
+        # torchvision reads idx files from a path, unpacked.
+        with tempfile.NamedTemporaryFile() as unpacked, gzip.open(packed) as stream:
+            shutil.copyfileobj(stream, unpacked)
+            unpacked.flush()
+            return read(unpacked.name)
+    except (OSError, EOFError, ValueError, AssertionError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path} is not an idx file of Fashion-MNIST ({reason}): fetch it again") from error
+
+
+def _is_train(name: str, split: str) -> bool:
+    if split not in ("train", "val", "test"):
         raise DataError(
-            f"distances={distances} was given for {task!r} on a grid of {grid[0]} x {grid[1]}, which has {lowest} to "
-            f"{highest} for objects of {side} x {side} tokens with a margin of {margin}: choose among those"
+            f"split={split!r} was given for {name}: use 'train' or 'val' (the published test images)"
         )
-    return distances
+    return split == "train"
 
 
-def _index(index) -> Tensor:
-    if isinstance(index, int):
-        index = [index]
-    if not isinstance(index, Tensor):
-        index = torch.tensor(list(index), dtype=torch.int64)
-    if index.dim() != 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise DataError(
-            f"index was a {index.dtype} of shape {tuple(index.shape)}: give whole numbers, shape (n,)"
-        )
-    return index.long()
+def _first_folder(*folders: Path) -> Path | None:
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def _whole(name: str, value, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise DataError(f"{name}={value!r} was given: give a whole number, {least} or more")
-    return value
+def _fetch(name: str, root: Path, made: str, download: bool, needs: str, fetch) -> None:
+    """Let `fetch` make the folder `made`, aside, and move it below `root` once it is whole."""
+    if not download:
+        raise DataError(f"{name} is not in {root}: fill {needs}, or pass download=True")
+    if (root / made).exists():
+        raise DataError(f"{root / made} is not complete: delete it, or fill {needs}")
+    new = not root.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as aside:
+            fetch(aside)
+            (Path(aside) / made).rename(root / made)
+    except (OSError, RuntimeError) as error:
+        if new and root.exists():
+            root.rmdir()  # leave no empty folder behind
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{name} could not be downloaded ({reason}): fill {needs}") from error
 
 
-def _sides(name: str, value) -> tuple[int, int]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise DataError(f"{name}={value!r} was given: give (rows, columns)")
-    return _whole(f"rows of {name}", value[0], 1), _whole(f"columns of {name}", value[1], 1)
-
-
-def _known(what: str, name, names: Iterable[str]) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4) or list(names)
-        raise DataError(f"unknown {what} {name!r}: use {' or '.join(map(repr, near))}")
+NAMED = {"tiny-imagenet": _open_tiny_imagenet, "cifar10": _open_cifar10, "fashion-mnist": _open_fashion_mnist}
