@@ -251,6 +251,7 @@ class OptimConfig:
     weight_decay: float = 0.05  # on matrices and kernels only
     smoothing: float = 0.0
     clip: float = 1.0  # largest gradient norm; 0: none
+    stop_loss: float = 0.0  # stop early once the mean loss of the last 20 steps is below this; 0: never
 
 
 @dataclass(frozen=True)
@@ -292,6 +293,12 @@ def from_json(cls: type, text: str) -> Any:
     return _build(cls, values, cls.__name__)
 
 
+def replace(config: Any, **values: Any) -> Any:
+    """A copy with some fields changed; unlike `dataclasses.replace`, names and types are checked."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return _build(type(config), {**own, **values}, type(config).__name__)
+
+
 def _build(cls: type, values: Any, where: str) -> Any:
     """Checks names and types, then builds; `where` opens every message."""
     if not isinstance(values, dict):
@@ -305,7 +312,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 def _check(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
+        return value if isinstance(value, hint) else _build(hint, value, where)
     options = get_args(hint)
     if options and all(isinstance(option, str) for option in options):  # a Literal
         if value not in options:
