@@ -533,14 +533,13 @@ def test_cifar10_is_read_by_name_and_by_path(cifar10):
 )
 @pytest.mark.parametrize("reach", ["refused", "no network"])
 def test_missing_data_name_the_folder_to_fill_and_leave_nothing(tmp_path, monkeypatch, name, missing, reach):
-    def fail(aside, *args, **kwargs):
-        (tmp_path / "images").mkdir(exist_ok=True)
+    def fail(aside):
         with open(f"{aside}/half", "w") as half:
             half.write("half a file")
         raise OSError("no route to host")
 
     monkeypatch.setattr(datasets, "FASHION_MNIST_DEBIAN", tmp_path / "not-installed")
-    monkeypatch.setattr(datasets, "download_and_extract_archive", fail)
+    monkeypatch.setattr(datasets, "download_and_extract_archive", lambda url, aside, **_: fail(aside))
     monkeypatch.setattr(published.CIFAR10, "__init__", lambda self, aside, **_: fail(aside))
     monkeypatch.setattr(published.FashionMNIST, "__init__", lambda self, aside, **_: fail(aside))
     message = refusal(open_dataset, name, root=tmp_path / "images", download=reach == "no network")

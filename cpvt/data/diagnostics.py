@@ -131,9 +131,7 @@ def draw(
     margin = (0 if task == "where" else 2) if margin is None else _whole("margin", margin, 0)
     side = size if scale == "tokens" else max(1, round(size * min(height, width) / REFERENCE_GRID))
     if task == "what" and distances is not None:
-        raise DataError(
-            f"distances={distances!r} was given for 'what', which draws places: leave it out, use margin"
-        )
+        raise DataError(f"distances={distances!r} was given for 'what', which draws places: leave it out")
     if task != "what" and pair is not None:
         raise DataError(
             f"pair={pair!r} was given for {task!r}: only 'what' has pairs of shapes, leave it out"
@@ -304,7 +302,8 @@ def _index(index) -> Tensor:
     if isinstance(index, int):
         index = [index]
     if not isinstance(index, Tensor):
-        index = torch.tensor(list(index), dtype=torch.int64)
+        index = list(index)
+        index = torch.tensor(index) if index else torch.empty(0, dtype=torch.int64)
     if index.dim() != 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise DataError(
             f"index was a {index.dtype} of shape {tuple(index.shape)}: give whole numbers, shape (n,)"
