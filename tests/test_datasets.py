@@ -311,8 +311,8 @@ def test_drawing_is_fast():
         ),
         (
             dict(task="arrangement", grid=(4, 9)),
-            "a grid of 4 x 9 is too small for 'arrangement': objects of 1 x 1 tokens with margin 2 need 5 x 7, "
-            "enlarge the grid or lessen size or margin",
+            "a grid of 4 x 9 is too small for 'arrangement': objects of 1 x 1 tokens with margin 2 "
+            "need 5 x 7, enlarge the grid or lessen size or margin",
         ),
         (
             dict(task="what", grid=(14, 9)),
@@ -321,8 +321,8 @@ def test_drawing_is_fast():
         ),
         (
             dict(distances=(0, 7)),
-            "distances=[0, 7] was given for 'where': a grid of 14 x 14 with objects of 1 x 1 tokens and margin 0 "
-            "has 0 to 6, choose among those",
+            "distances=[0, 7] was given for 'where': a grid of 14 x 14 with objects of 1 x 1 tokens and "
+            "margin 0 has 0 to 6, choose among those",
         ),
         (
             dict(task="what", distances=(3,)),
@@ -403,7 +403,7 @@ def test_tiny_imagenet_is_read_as_published(folder, tmp_path):
     (here / "images" / "val_1.JPEG").unlink()
     assert "line 2: no file" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
     (here / "val_annotations.txt").write_text("val_0.JPEG\tn09\t0\t0\t1\t1\n")
-    assert "line 1: 'n09' is no class" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
+    assert "line 1: 'n09' is not in" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
 
 
 def test_folders_that_cannot_be_used_are_named(folder):

@@ -180,7 +180,7 @@ def _read_annotations(here: Path, classes: tuple[str, ...]) -> tuple[list[Path],
         name, wnid, *_ = [*text.split("\t"), "", ""]
         if wnid not in number:
             raise DataError(
-                f"{annotations}, line {line}: {wnid!r} is no class of {here.parent / 'train'}, unpack it again"
+                f"{annotations}, line {line}: {wnid!r} is not in {here.parent / 'train'}, unpack it again"
             )
         items.append(here / "images" / name)
         labels.append(number[wnid])
@@ -224,7 +224,7 @@ def _open_cifar10(split: str, root: Path, download: bool) -> ImageDataset:
             root,
             "cifar-10-batches-py",
             download,
-            f"{root / 'cifar-10-batches-py'} with data_batch_1 ... data_batch_5, test_batch and batches.meta, "
+            f"{root / 'cifar-10-batches-py'} with data_batch_1 ... data_batch_5, test_batch, batches.meta, "
             f"from {published.CIFAR10.url}",
             lambda to: published.CIFAR10(to, download=True),
         )

@@ -91,7 +91,7 @@ def draw(
 
     Sample i follows from (task, seed, split, i) and the sizes alone, so it is the same in any batch. Labels
     are balanced: each run of as many indices as there are classes, from a multiple of that number on, holds
-    every label once. All samples of a task hold the same multiset of tokens, so a bag of tokens knows nothing.
+    every label once. All samples of a task hold the same multiset of tokens: a bag of tokens knows nothing.
 
     where        One object in one of the four quarters; on an odd grid the middle row and column stay empty.
                  The distance to the nearest border is drawn evenly, then the place evenly among those at that
