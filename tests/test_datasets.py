@@ -98,7 +98,12 @@ def test_what_is_read_back_from_the_pixels(grid, split):
         assert shapes == [d.shape[i]]
         assert d.labels[i] == d.shape[i] % 2
         top, bottom, left, right = box(picture == 1)
-        assert d.border[i].tolist() == [min(top, height - 1 - bottom), min(left, width - 1 - right)]
+        row, column = (
+            (top + bottom) // 2 - 1,
+            (left + right) // 2 - 1,
+        )  # all shapes share the centre of the frame
+        assert [row, column] == [d.rows[i, 0], d.columns[i, 0]]
+        assert d.border[i].tolist() == [min(row, height - 3 - row), min(column, width - 3 - column)]
         assert d.distance[i] == d.border[i].min() >= 2
         if d.shape[i] < 2:  # a bar
             assert 2 * left >= width if split == "test" else 2 * (right + 1) <= width
@@ -164,6 +169,17 @@ def test_the_filled_places_of_an_arrangement_do_not_tell_the_label():
         for columns, law in ((first, first[of]), (second, second[of])):
             everywhere = columns.bincount(minlength=14) / len(columns)
             assert torch.allclose(law.bincount(minlength=14) / of.sum(), everywhere, atol=0.02)
+
+
+@pytest.mark.parametrize("task, split", CASES)
+def test_the_recorded_distances_do_not_tell_the_label(task, split):
+    d = draw(task, range(20_000), split=split)
+    recorded = [d.distance, d.border[:, 0], d.border[:, 1]]
+    laws = [
+        torch.stack([r[d.labels == c].bincount(minlength=15) for r in recorded]) for c in d.labels.unique()
+    ]
+    for law in laws[1:]:
+        assert ((law - laws[0]) / (d.labels == 0).sum()).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("split", diagnostics.SPLITS)
@@ -280,7 +296,7 @@ def test_on_a_larger_grid_an_object_keeps_its_tokens_or_its_share(task):
 def test_drawing_is_fast():
     best = {}
     for task in TASKS:
-        for _ in range(3):
+        for _ in range(2):
             start = time.process_time()
             draw(task, range(20_000))
             best[task] = min(best.get(task, 9.0), time.process_time() - start)

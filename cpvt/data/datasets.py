@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets as published
@@ -58,7 +58,8 @@ class ImageDataset(Dataset):
         try:
             return default_loader(item), self.labels[i]
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).splitlines()[0]
+            unknown = isinstance(error, UnidentifiedImageError)
+            reason = "of no format that Pillow knows" if unknown else str(error).splitlines()[0]
             raise DataError(
                 f"{item} is not an image that can be read ({reason}): replace or delete it"
             ) from error

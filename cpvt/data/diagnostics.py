@@ -48,8 +48,9 @@ class Diagnostic:
 
     images    (n, 3, H * pixels, W * pixels) float32 in [0, 1], every token of one colour
     labels    (n,) int64, an index into `classes`
-    distance  (n,) int64: empty tokens between object and nearest border (*where*, *what*; 0 touches it), or
-              the columns from the one object to the other (*arrangement*; 2 leaves one column empty)
+    distance  (n,) int64: tokens between the object (*where*) or the frame of the shape (*what*) and the
+              nearest border, 0 where they touch; or the difference of columns from the one object's edge to
+              the other's (*arrangement*), 2 where one column between them is empty
     border    (n, 2) int64: empty rows to the nearer of top and bottom, empty columns to that of the sides
     rows      (n, 1) or (n, 2) int64: first row of the object; of A and of B; of the frame of a shape
     columns   the same for the first column
@@ -203,9 +204,8 @@ def _draw_what(dice, grid, pixels, side, margin, split, pair) -> Diagnostic:
     )
     patterns = torch.tensor(_PATTERNS, device=row.device, dtype=torch.bool)
     images = _render([(row, column, patterns[shape], COLOUR_A)], grid, side, pixels)
-    # A bar leaves two thirds of its frame empty: its own tokens count, not the frame.
-    above, beside = side * (shape == 0), side * (shape == 1)
-    border = _border(row + above, row + frame - above, column + beside, column + frame - beside, grid)
+    # From the frame, not from the tokens: a bar's own distance would tell which bar it is.
+    border = _border(row, row + frame, column, column + frame, grid)
     distance = border.amin(dim=1)
     return Diagnostic("what", images, label, distance, border, row[:, None], column[:, None], shape, side)
 
