@@ -26,9 +26,7 @@ class PositionEncoding(nn.Module):
     places: frozenset[int] = frozenset()  # where `at` acts
     query_key_blocks: frozenset[int] = frozenset()  # whose queries and keys `queries_keys` feeds
     reads_weights = False  # whether `values` needs the attention weights
-    public_names: ClassVar[
-        dict[str, str]
-    ] = {}  # parameter here -> its name at the top of the model's state dict
+    public_names: ClassVar[dict[str, str]] = {}  # parameter here -> its name in the model's state dict
 
     def at(self, place: int, patches: Tensor, prefix: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Grid]:
         """(B, N, D), (B, P, D), grid -> the same, encoded. Only a table with a slot for them changes prefixes."""
@@ -72,9 +70,7 @@ def sine_table(
 
 def resample_table(table: Tensor, old: Grid, new: Grid, antialias: bool = False) -> Tensor:
     """(..., old H*W, D) -> (..., new H*W, D), bicubic, any height and width. The same grid changes nothing."""
-    if (
-        old == new and not torch.compiler.is_exporting()
-    ):  # an exported graph must not ask: its grid is unknown
+    if not torch.compiler.is_exporting() and old == new:  # an exported graph must not ask: its grid is open
         return table
     image = table.reshape(-1, *old, table.shape[-1]).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new, mode="bicubic", antialias=antialias)
@@ -174,6 +170,7 @@ class RelativeTable(PositionEncoding):
             image = q[:, :, P:].unflatten(2, grid)
             by_row = torch.einsum("bhxyd,xjd->bhxyj", image, rows.to(q.dtype))
             by_column = torch.einsum("bhxyd,yjd->bhxyj", image, columns.to(q.dtype))
+            by_row, by_column = by_row.contiguous(), by_column.contiguous()  # small; torch.export needs it
             pairs = (by_row[..., :, None] + by_column[..., None, :]) * scale
         pairs = pairs.flatten(4, 5).flatten(2, 3)  # (B, h, N, N)
         if not P:
@@ -193,8 +190,9 @@ class RelativeTable(PositionEncoding):
         P = self.prefix_tokens
         rows, columns = (t.to(weights.dtype) for t in self._gather("values", block, grid))
         pairs = weights[:, :, P:, P:].unflatten(3, grid).unflatten(2, grid)  # (B, h, H, W, H, W)
-        out = torch.einsum("bhxyj,xjd->bhxyd", pairs.sum(-1), rows)
-        out = (out + torch.einsum("bhxyj,yjd->bhxyd", pairs.sum(-2), columns)).flatten(2, 3)
+        by_row = torch.einsum("bhxyj,xjd->bhxyd", pairs.sum(-1), rows).contiguous()
+        by_column = torch.einsum("bhxyj,yjd->bhxyd", pairs.sum(-2), columns).contiguous()
+        out = (by_row + by_column).flatten(2, 3)
         if not P:
             return out
         own = self.values_prefix[block, 0].to(weights.dtype)
