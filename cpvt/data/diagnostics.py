@@ -102,7 +102,7 @@ def draw(
                  label, which only says which of them is A. So the filled places tell nothing. The place of A
                  alone tells something, and must: if neither the column of A nor that of B told the label,
                  the mean of (column of B - column of A) would not depend on it, yet its sign is the label.
-                 It tells the more, the farther apart they are: small `distances`, wide grid: order alone.
+                 It tells the more, the farther apart they are: small `distances`, wide grid: mostly order.
                  A model that sees no border from `margin` tokens away cannot use it.
     what         Bars (horizontal, vertical) on the left half in "train" and "val", on the right in "test";
                  half of "train" are diagonals (falling, rising) anywhere, so that the right half of a table
