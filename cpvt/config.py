@@ -186,6 +186,7 @@ class ModelConfig:
     readout: Literal["class", "gap"] = "class"  # class token, or mean over the normed patch tokens
     distilled: bool = False  # a distillation token with a head of its own
     drop_path: float = 0.0  # at the last block; rises linearly from 0 at the first
+    init_std: float = 0.02  # of the linear layers' first weights; DeiT's, too small for widths far below 192
 
     def __post_init__(self):
         # One spelling for each encoding, so that equal models have equal configurations.

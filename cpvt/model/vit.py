@@ -6,6 +6,8 @@ D width, h heads, d = D/h head width, (H, W) grid of tokens. State-dict keys are
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -143,13 +145,13 @@ class VisionTransformer(nn.Module):
         self.register_load_state_dict_pre_hook(_from_public_names)
 
     def _initialise(self) -> None:
-        """DeiT's: N(0, 0.02) cut at two deviations, zero biases; convolutions keep PyTorch's default."""
+        """DeiT's: normal, cut at 2 (absolute), zero biases; convolutions keep PyTorch's default."""
         for name in ("cls_token", "dist_token"):
             if hasattr(self, name):
                 nn.init.trunc_normal_(getattr(self, name), std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=self.config.init_std)
                 nn.init.zeros_(module.bias)
 
     # ----------------------------------------------------------------- forward
@@ -264,10 +266,11 @@ class VisionTransformer(nn.Module):
                 f"global_pool={global_pool!r} in a model that reads out by {own!r}; build it so instead"
             )
         self.num_classes = num_classes
+        self.config = dataclasses.replace(self.config, num_classes=num_classes)
         for name in ("head", "head_dist")[: 1 + self.config.distilled]:
             head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
             if num_classes:
-                nn.init.trunc_normal_(head.weight, std=0.02)
+                nn.init.trunc_normal_(head.weight, std=self.config.init_std)
                 nn.init.zeros_(head.bias)
                 head.to(
                     self.norm.weight if isinstance(self.norm, nn.LayerNorm) else self.patch_embed.proj.weight
