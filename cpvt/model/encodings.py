@@ -52,20 +52,25 @@ class PositionEncoding(nn.Module):
 # --------------------------------------------------------------------------- tables
 
 
-def sine_table(
-    grid: Grid, width: int, temperature: float = 10000.0, step: tuple[float, float] = (1.0, 1.0), **kw
-):
-    """-> (H*W, width): [sin row, cos row, sin column, cos column], a quarter of the width each.
+def axial_angles(grid: Grid, n: int, base: float, step: tuple[float, float] = (1.0, 1.0), **kw) -> Tensor:
+    """-> (H*W, 2, n): row and column times n frequencies, from 1 down towards 1 / base.
 
     `step` is the distance between neighbouring tokens, down and across; `kw`: dtype and device.
     """
+    frequency = base ** -(torch.arange(n, **kw) / n)
+    rows, columns = (torch.arange(n, **kw)[:, None] * s * frequency for n, s in zip(grid, step, strict=True))
+    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
+    return torch.stack([rows, columns], 2).flatten(0, 1)
+
+
+def sine_table(
+    grid: Grid, width: int, temperature: float = 10000.0, step: tuple[float, float] = (1.0, 1.0), **kw
+) -> Tensor:
+    """-> (H*W, width): [sin row, cos row, sin column, cos column], a quarter of the width each."""
     if width % 4:
         raise ConfigError(f"sine: width={width}; a row and a column, sine and cosine, need a multiple of 4")
-    frequency = temperature ** -(torch.arange(width // 4, **kw) / (width // 4))
-    rows, columns = (torch.arange(n, **kw)[:, None] * s * frequency for n, s in zip(grid, step, strict=True))
-    rows = torch.cat([rows.sin(), rows.cos()], -1)[:, None].expand(-1, grid[1], -1)
-    columns = torch.cat([columns.sin(), columns.cos()], -1)[None].expand(grid[0], -1, -1)
-    return torch.cat([rows, columns], -1).flatten(0, 1)
+    angles = axial_angles(grid, width // 4, temperature, step, **kw)
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
 
 
 def resample_table(table: Tensor, old: Grid, new: Grid, antialias: bool = False) -> Tensor:
@@ -168,9 +173,9 @@ class RelativeTable(PositionEncoding):
             pairs = rows[:, :, :, None, :, None] + columns[:, :, None, :, None, :]
         else:
             image = q[:, :, P:].unflatten(2, grid)
-            by_row = torch.einsum("bhxyd,xjd->bhxyj", image, rows.to(q.dtype))
-            by_column = torch.einsum("bhxyd,yjd->bhxyj", image, columns.to(q.dtype))
-            by_row, by_column = by_row.contiguous(), by_column.contiguous()  # small; torch.export needs it
+            # Contiguous (they are small), so that torch.export need not reason about the order of strides.
+            by_row = torch.einsum("bhxyd,xjd->bhxyj", image, rows.to(q.dtype)).contiguous()
+            by_column = torch.einsum("bhxyd,yjd->bhxyj", image, columns.to(q.dtype)).contiguous()
             pairs = (by_row[..., :, None] + by_column[..., None, :]) * scale
         pairs = pairs.flatten(4, 5).flatten(2, 3)  # (B, h, N, N)
         if not P:
@@ -209,20 +214,11 @@ class RotaryAngles(PositionEncoding):
         if width // heads % 4:
             raise ConfigError(f"rotary: head width {width // heads}; two axes of pairs need a multiple of 4")
 
-    def angles(self, grid: Grid, d: int, **kw) -> Tensor:
-        """-> (H*W, d/2): by how much each pair of channels turns at each position."""
-        frequency = self.config.theta ** -(torch.arange(d // 4, **kw) / (d // 4))
-        rescale = self.config.resize == "rescale"
-        step = (self.grid[0] / grid[0], self.grid[1] / grid[1]) if rescale else (1.0, 1.0)
-        rows, columns = (
-            torch.arange(n, **kw)[:, None] * s * frequency for n, s in zip(grid, step, strict=True)
-        )
-        rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
-        return torch.cat([rows, columns], -1).flatten(0, 1)
-
     def rotate(self, block, q, k, grid):
         kw = {"dtype": torch.promote_types(q.dtype, torch.float32), "device": q.device}
-        angles = self.angles(grid, q.shape[-1], **kw)
+        rescale = self.config.resize == "rescale"
+        step = (self.grid[0] / grid[0], self.grid[1] / grid[1]) if rescale else (1.0, 1.0)
+        angles = axial_angles(grid, q.shape[-1] // 4, self.config.theta, step, **kw).flatten(1)  # (N, d/2)
         cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
 
         def turn(x: Tensor) -> Tensor:
