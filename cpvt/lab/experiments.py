@@ -1,0 +1,189 @@
+"""Experiments as lists of configurations; `measure` runs what is missing and appends a row for each.
+
+So far the synthetic diagnostics: every encoding on *where*, *arrangement* and *what*, with class token and
+with pooling, three seeds, minutes on a CPU core a row at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from cpvt.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, nearest
+from cpvt.data.diagnostics import draw
+from cpvt.data.loader import normalise
+from cpvt.lab.results import Row, append_row, commit, fingerprint, read_rows
+from cpvt.training.evaluate import correct
+from cpvt.training.loop import Run, train
+
+# The grids are as small as the questions allow: distances 0-4 to the border, separations 2-9 with two rows and
+# columns of margin, and two places on either side for the bars of *what*.
+GRIDS = {"where": (10, 10), "arrangement": (6, 14), "what": (8, 12)}
+CHANCE = {"where": 25.0, "arrangement": 50.0, "what": 50.0}
+ENCODINGS = (
+    "none",
+    "learned",
+    "sine",
+    "relative",
+    "relative(wrap=True)",
+    "rotary",
+    "peg",
+    "peg(positions=(0, 1))",
+    "peg(positions=(-1, 0, 1))",
+    "peg(positions=(0, 1, 2, 3, 4))",
+    "peg(kernel=5)",
+    "peg(kernel=7)",
+    "peg(positions=(-1,), kernel=27, compute='matrix')",
+    "learned + peg",
+)
+READOUTS = ("class", "gap")
+SEEDS = (0, 1, 2)
+
+
+def diagnostic(task: str, encoding: str, readout: str = "class", seed: int = 0, **optim) -> TrainConfig:
+    """The configuration of one diagnostic run: one pixel a token, three blocks of width 32.
+
+    Five PEGs after blocks 0-4 need six blocks; all else is the same for every encoding.
+    """
+    if task not in GRIDS:
+        raise ConfigError(f"no diagnostic {task!r}; {nearest(task, GRIDS)}")
+    depth = 6 if "3, 4" in encoding else 3
+    return TrainConfig(
+        # DeiT's 0.02 suits widths from 192 on; with it a width of 32 hardly moves at first.
+        model=ModelConfig(
+            image_size=GRIDS[task],
+            patch_size=1,
+            num_classes=4 if task == "where" else 2,
+            width=32,
+            depth=depth,
+            heads=1,
+            mlp_ratio=2.0,
+            encoding=encoding,
+            readout=readout,
+            init_std=0.1,
+        ),
+        data=DataConfig(name=task, grid=GRIDS[task], train_size=1 << 16, test_size=512),
+        optim=replace(
+            OptimConfig(batch=32, steps=500, rate=3e-3, warmup_steps=30, final_rate=1e-5, stop_loss=0.01),
+            **optim,
+        ),
+        run=RunConfig(seed=seed, device="cpu", log_every=100),
+    )
+
+
+def measure_diagnostic(run: Run, images: int = 256) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """-> metrics in percent, by distance where the task has one, and the images that they were taken on.
+
+    *what* has instead `/trained` (the side that bars were trained on), `/unseen` (the other side) and
+    `/diagonals` (the pair that was trained everywhere).
+    """
+    data = run.config.data
+    size = "x".join(map(str, sorted(set(data.grid), key=data.grid.index)))
+    seen: list[torch.Tensor] = []
+
+    def score(split: str, **options) -> float:
+        sample = draw(
+            data.name, range(images), grid=data.grid, seed=run.config.run.seed, split=split, **options
+        )
+        seen.append(sample.images)
+        return 100 * correct(run.model, normalise(sample.images), sample.labels).float().mean().item()
+
+    metrics = {f"top1@{size}": score("val")}
+    if data.name == "what":
+        metrics[f"top1@{size}/trained"] = metrics[f"top1@{size}"]
+        metrics[f"top1@{size}/unseen"] = score("test")
+        metrics[f"top1@{size}/diagonals"] = score("val", pair="diagonals")
+        return metrics, seen
+    distances = range(data.grid[0] // 2) if data.name == "where" else range(2, data.grid[1] - 4)
+    for distance in distances:
+        metrics[f"top1@{size}/d{distance}"] = score("val", distances=(distance,))
+    return metrics, seen
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One row to come: its name in the table, the run, and how the run is measured."""
+
+    experiment: str
+    row: str
+    scale: str
+    config: TrainConfig
+
+
+def diagnostics(
+    tasks: Iterable[str] = tuple(GRIDS),
+    encodings: Iterable[str] = ENCODINGS,
+    readouts: Iterable[str] = READOUTS,
+    seeds: Iterable[int] = SEEDS,
+) -> Iterator[Planned]:
+    """The full matrix, first seeds first, so that a run cut short leaves a whole table."""
+    encodings, tasks = list(encodings), list(tasks)
+    for seed in seeds:
+        for readout in readouts:
+            for encoding in encodings:
+                for task in tasks:
+                    config = diagnostic(task, encoding, readout, seed)
+                    name = f"{task}, {config.model.encoding}, {readout}"
+                    yield Planned("diagnostics", name, "seconds", config)
+
+
+EXPERIMENTS: dict[str, Callable[[], Iterator[Planned]]] = {"diagnostics": diagnostics}
+
+
+def measure(planned: Planned) -> Row:
+    """Trains and measures one planned row."""
+    started = time.perf_counter()
+    run = train(planned.config)
+    metrics, images = measure_diagnostic(run)
+    return Row(
+        experiment=planned.experiment,
+        row=planned.row,
+        scale=planned.scale,
+        dataset=planned.config.data.name,
+        dataset_sha256=fingerprint(*images),
+        seed=planned.config.run.seed,
+        config=dataclasses.asdict(planned.config),
+        metrics={
+            **metrics,
+            "steps": run.steps,
+            "loss": run.history[-1]["loss"],
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+        },
+        weights="raw",
+        seconds=round(time.perf_counter() - started, 1),
+        device="cpu",
+        torch=torch.__version__,
+        cpvt_commit=commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def run_missing(
+    name: str, out: str | Path, budget_minutes: float = 0.0, report: Callable[[Row, int], None] | None = None
+) -> int:
+    """Measures the rows of experiment `name` that `out`/NAME.jsonl lacks, until the budget is spent (0: all).
+
+    Every row is on disk before the next one starts. -> how many rows are still missing.
+    """
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"no experiment {name!r}; {nearest(name, EXPERIMENTS)}")
+    path = Path(out) / f"{name}.jsonl"
+    done = {row.key for row in read_rows(name, out)} if path.exists() else set()
+    missing = [
+        plan
+        for plan in EXPERIMENTS[name]()
+        if (plan.experiment, plan.row, plan.scale, plan.config.run.seed) not in done
+    ]
+    started = time.monotonic()
+    while missing and not (budget_minutes and time.monotonic() - started > 60 * budget_minutes):
+        row = measure(missing.pop(0))
+        append_row(path, row)
+        if report:
+            report(row, len(missing))
+    return len(missing)
