@@ -47,6 +47,10 @@ class Sine:
     temperature: float = 10000.0
     resize: Literal["raw", "resample", "rescale"] = "raw"  # what happens at another grid
 
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ConfigError(f"sine: temperature={self.temperature}; expected more than 0")
+
 
 @dataclass(frozen=True)
 class Relative:
@@ -71,6 +75,10 @@ class Rotary:
 
     theta: float = 100.0
     resize: Literal["raw", "rescale"] = "raw"
+
+    def __post_init__(self):
+        if not self.theta > 0:
+            raise ConfigError(f"rotary: theta={self.theta}; expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,9 @@ def _parts(node: ast.expr, text: str) -> list[EncodingPart]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _parts(node.left, text) + _parts(node.right, text)
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    if not isinstance(call.func, ast.Name) or call.args:
+    names = {keyword.arg for keyword in call.keywords}  # None: **options; fewer than keywords: one twice
+    odd = call.args or None in names or len(names) < len(call.keywords)
+    if not isinstance(call.func, ast.Name) or odd:
         raise ConfigError(f"encoding {text!r}: expected NAME or NAME(option=value, ...), joined by +")
     if call.func.id not in KINDS:
         raise ConfigError(f"encoding {text!r}: no kind {call.func.id!r}; {nearest(call.func.id, KINDS)}")
@@ -189,26 +199,29 @@ class ModelConfig:
     init_std: float = 0.02  # of the linear layers' first weights; DeiT's, too small for widths far below 192
 
     def __post_init__(self):
+        for name, hint in get_type_hints(ModelConfig).items():
+            object.__setattr__(self, name, _check(getattr(self, name), hint, f"ModelConfig: {name}"))
         # One spelling for each encoding, so that equal models have equal configurations.
         object.__setattr__(self, "encoding", format_encoding(parse_encoding(self.encoding)))
+        for name in ("patch_size", "in_channels", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; expected 1 or more")
         height, width = self.image_size
-        if (
-            self.patch_size < 1
-            or height < 1
-            or width < 1
-            or height % self.patch_size
-            or width % self.patch_size
-        ):
+        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
             raise ConfigError(
                 f"image_size={height}x{width} with patch_size={self.patch_size}: "
                 "expected positive multiples of the patch size"
             )
         if self.width % self.heads:
             raise ConfigError(f"width={self.width} cannot be split among heads={self.heads}")
+        if self.num_classes < 0:
+            raise ConfigError(f"num_classes={self.num_classes}; expected 0 (no head) or more")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"drop_path={self.drop_path}; expected 0 or more, below 1")
         if self.distilled and self.readout == "gap":
             raise ConfigError(
-                "distilled=True with readout='gap': a distillation token beside no class token has no meaning; "
-                "choose readout='class' or distilled=False"
+                "distilled=True with readout='gap': a distillation token beside no class token "
+                "has no meaning; choose readout='class' or distilled=False"
             )
 
     @property

@@ -1,0 +1,208 @@
+"""Configurations: what is written is read back exactly, and what makes no sense is refused in one line."""
+
+import dataclasses
+import json
+
+import pytest
+
+from cpvt import ModelConfig
+from cpvt.config import (
+    ConfigError,
+    DataConfig,
+    Learned,
+    OptimConfig,
+    Peg,
+    Relative,
+    Rotary,
+    RunConfig,
+    Sine,
+    TrainConfig,
+    format_encoding,
+    from_json,
+    parse_encoding,
+    replace,
+    to_json,
+)
+
+TEXTS = [
+    "none",
+    "learned",
+    "learned(resize='refuse')",
+    "learned(antialias=True)",
+    "sine",
+    "sine(temperature=100.0, resize='rescale')",
+    "sine(resize='resample')",
+    "relative",
+    "relative(clip=3, on='keys_values')",
+    "relative(on='bias', wrap=True)",
+    "rotary",
+    "rotary(theta=10000.0, resize='rescale')",
+    "peg",
+    "peg(positions=(-1,), kernel=27, compute='matrix')",
+    "peg(positions=(0, 1, 2, 3, 4))",
+    "peg(convolution='separable', bias=False)",
+    "peg(kernel=1, convolution='dense')",
+    "peg(padding='none', skip=False)",
+    "peg(padding='circular', frozen=True, init='twins')",
+    "peg(on='queries_keys')",
+    "peg(repeat=4)",
+    "peg(positions=(0, 2), shared=True)",
+    "learned + peg",
+    "relative + peg(positions=(0, 1)) + rotary",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_encoding_text_round_trip(text):
+    parts = parse_encoding(text)
+    assert format_encoding(parts) == text
+    assert parse_encoding(format_encoding(parts)) == parts
+
+
+def test_encoding_text_means_the_parts():
+    assert parse_encoding("none") == parse_encoding(" ") == ()
+    assert parse_encoding("learned+peg( kernel = 5 )") == (Learned(), Peg(kernel=5))
+    assert parse_encoding("sine(temperature=10) + rotary + relative(clip=2)") == (
+        Sine(temperature=10.0),
+        Rotary(),
+        Relative(clip=2),
+    )
+
+
+def test_the_texts_above_use_every_option_of_every_kind():
+    parts = [part for text in TEXTS for part in parse_encoding(text)]
+    for kind in (Learned, Sine, Relative, Rotary, Peg):
+        for field in dataclasses.fields(kind):
+            values = {getattr(part, field.name) for part in parts if type(part) is kind}
+            assert len(values) > 1, f"{kind.__name__}.{field.name} is never changed"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("learnd", ["'learnd'", "did you mean learned?"]),
+        ("peg(kernal=3)", ["'kernal'", "did you mean kernel?"]),
+        ("peg(kernel=4)", ["kernel=4", "odd"]),
+        ("peg(kernel='3')", ["kernel='3'", "int"]),
+        ("peg(positions=(0, 0))", ["positions=(0, 0)", "different"]),
+        ("peg(positions=())", ["positions=()"]),
+        ("peg(positions=(-2,))", ["-2", "from -1"]),
+        ("peg(positions=3)", ["positions=3", "whole numbers"]),
+        ("peg(repeat=0)", ["repeat=0", "1 or more"]),
+        ("peg(padding='none')", ["padding='none'", "skip=False"]),
+        ("peg(padding='circular', compute='matrix')", ["compute='matrix'", "zero padding"]),
+        ("peg(padding='zeros')", ["padding='zeros'", "'zero'"]),
+        ("relative(clip=0)", ["clip=0", "1 or more"]),
+        ("sine(temperature=0)", ["temperature=0", "more than 0"]),
+        ("rotary(theta=-1.0)", ["theta=-1.0", "more than 0"]),
+        ("sine(resize=raw)", ["plain values"]),
+        ("peg(3)", ["NAME(option=value, ...)"]),
+        ("peg(**{'kernel': 3})", ["NAME(option=value, ...)"]),
+        ("peg * 2", ["joined by +"]),
+        ("peg +", ["cannot be read"]),
+        ("peg(kernel=3, kernel=5)", ["NAME(option=value, ...)"]),
+        ("__import__('os')", ["NAME(option=value, ...)"]),
+    ],
+)
+def test_wrong_encodings_are_refused_in_one_line(text, words):
+    with pytest.raises(ConfigError) as caught:
+        parse_encoding(text)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+CONFIG = TrainConfig(
+    model=ModelConfig(image_size=(160, 320), encoding="learned + peg(positions=(-1, 2))", drop_path=0.1),
+    data=DataConfig(name="arrangement", grid=(10, 12), pixels=2),
+    optim=OptimConfig(rate=0.1 + 0.2, steps=7),
+    run=RunConfig(seed=3, precision="bf16", compile=True),
+)
+
+
+def test_json_round_trip_is_exact():
+    text = to_json(CONFIG)
+    assert from_json(TrainConfig, text) == CONFIG
+    assert to_json(from_json(TrainConfig, text)) == text
+    assert "\n" not in text
+    for part in (CONFIG.model, CONFIG.data, CONFIG.optim, CONFIG.run):
+        assert from_json(type(part), to_json(part)) == part
+    assert from_json(TrainConfig, "{}") == TrainConfig()
+
+
+def test_configurations_are_values():
+    assert ModelConfig(encoding="peg(kernel=3)") == ModelConfig(encoding="peg")  # one spelling
+    assert hash(ModelConfig()) == hash(ModelConfig())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelConfig().width = 3
+
+
+def test_replace_checks_names_and_types():
+    assert replace(ModelConfig(), width=384, drop_path=0) == ModelConfig(width=384, drop_path=0.0)
+    assert replace(CONFIG, model=ModelConfig()).model == ModelConfig()
+    with pytest.raises(ConfigError, match="no option 'widht'; did you mean width"):
+        replace(ModelConfig(), widht=384)
+    with pytest.raises(ConfigError, match="width='384'; expected int"):
+        replace(ModelConfig(), width="384")
+
+
+def test_derived_sizes():
+    config = ModelConfig(image_size=(160, 320))
+    assert config.grid == (10, 20)
+    assert config.prefix_tokens == 1
+    assert replace(config, distilled=True).prefix_tokens == 2
+    assert replace(config, readout="gap").prefix_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"image_size": (225, 224)}, ["225x224", "multiples of the patch size"]),
+        ({"image_size": (0, 224)}, ["0x224", "positive"]),
+        ({"image_size": 224}, ["image_size=224", "2 whole numbers"]),
+        ({"image_size": (224, 224, 3)}, ["2 whole numbers"]),
+        ({"patch_size": 0}, ["patch_size=0", "1 or more"]),
+        ({"width": 100}, ["width=100", "heads=3"]),
+        ({"heads": 0}, ["heads=0", "1 or more"]),
+        ({"depth": 0}, ["depth=0", "1 or more"]),
+        ({"depth": 2.0}, ["depth=2.0", "int"]),
+        ({"num_classes": -1}, ["num_classes=-1"]),
+        ({"drop_path": 1.0}, ["drop_path=1.0", "below 1"]),
+        ({"readout": "mean"}, ["readout='mean'", "'class', 'gap'"]),
+        ({"distilled": True, "readout": "gap"}, ["distilled=True", "readout='gap'", "choose"]),
+        ({"distilled": 1}, ["distilled=1", "bool"]),
+        ({"encoding": "pge"}, ["'pge'", "did you mean peg?"]),
+        ({"encoding": None}, ["encoding=None", "str"]),
+    ],
+)
+def test_wrong_models_are_refused_in_one_line(values, words):
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(**values)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    with pytest.raises(ConfigError):
+        from_json(ModelConfig, json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", ["TrainConfig", "not JSON"]),
+        ("[]", ["expected an object", "[]"]),
+        ('{"optim": {"lr": 0.1}}', ["TrainConfig: optim", "no option 'lr'", "rate"]),
+        ('{"modle": {}}', ["no option 'modle'", "did you mean model?"]),
+        ('{"optim": {"steps": 1.5}}', ["optim: steps=1.5", "int"]),
+        ('{"run": {"precision": "fp16"}}', ["precision='fp16'", "'bf16'"]),
+        ('{"data": {"grid": [14]}}', ["data: grid=[14]", "2 whole numbers"]),
+    ],
+)
+def test_wrong_json_is_refused_in_one_line(text, words):
+    with pytest.raises(ConfigError) as caught:
+        from_json(TrainConfig, text)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
