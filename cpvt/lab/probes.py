@@ -1,0 +1,332 @@
+"""What a model knows about place: how far it sees, what a shuffle or a shift changes, what a probe reads off.
+
+Letters: n images, C channels, N = H*W patches, D width, (H, W) grid, p patch size. Models, ours or timm's,
+need `forward_features`, `forward_head`, `patch_embed` and `num_prefix_tokens`. Where exactness is the
+point, a copy of the model runs in float64, in evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cpvt.config import Peg, parse_encoding
+from cpvt.data.diagnostics import BACKGROUND, COLOUR_A, COLOUR_B
+
+Grid = tuple[int, int]
+Place = tuple[int, int]
+
+
+class ProbeError(ValueError):
+    """A probe that makes no sense; one line: what was given, what was expected, what to do."""
+
+
+def _exact(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).double().eval()
+
+
+def _patch(model: nn.Module) -> Grid:
+    size = model.patch_embed.patch_size  # ours: a number; timm's: a pair
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _summary(model: nn.Module, images: Tensor) -> Tensor:
+    """(n, C, height, width) -> (n, D): what the head reads, the class token or the mean of the patches."""
+    return model.forward_head(model.forward_features(images), pre_logits=True)
+
+
+def _relative(change: Tensor, reference: Tensor) -> float:
+    return float(change.norm() / reference.norm())
+
+
+# --------------------------------------------------------------------------- how far
+
+
+def scene(
+    model: nn.Module, grid: Grid, objects: Iterable[tuple[Place, tuple[float, ...]]], background=BACKGROUND
+) -> Tensor:
+    """-> (1, C, H*p, W*p) float64: a plain background; objects of one token, each (row, column) and colour."""
+    image = torch.tensor(background, dtype=torch.float64)[:, None, None].repeat(1, *grid)
+    for (row, column), colour in objects:
+        if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+            raise ProbeError(
+                f"an object at {(row, column)} on a grid of {grid[0]}x{grid[1]}; place it inside"
+            )
+        image[:, row, column] = torch.tensor(colour, dtype=torch.float64)
+    channels = model.patch_embed.proj.in_channels
+    if channels not in (1, len(background)):
+        raise ProbeError(f"a model of {channels} channels; scenes have colours of 3, or 1: the first")
+    down, across = _patch(model)
+    return image[None, :channels].repeat_interleave(down, 2).repeat_interleave(across, 3)
+
+
+@torch.no_grad()
+def reach(model: nn.Module, distances: Iterable[int] = range(6), grid: Grid = (14, 14)) -> Tensor:
+    """-> (len(distances),) float64: how much what the head reads changes, relative to its size, when an
+    object moves from the centre to `distance` empty tokens from the left border of a plain background.
+
+    Rounding gives about 1e-15: then the model cannot know where the object is. Change means that it could,
+    not that it has learned to.
+    """
+    model, middle = _exact(model), (grid[0] // 2, grid[1] // 2)
+    distances = list(distances)
+    if not distances or not 0 <= min(distances) <= max(distances) <= min((n - 1) // 2 for n in grid):
+        raise ProbeError(
+            f"distances={distances} on a grid of {grid[0]}x{grid[1]}; expected some from 0 to "
+            f"{min((n - 1) // 2 for n in grid)}: farther off, another border is nearer"
+        )
+    centre = _summary(model, scene(model, grid, [(middle, COLOUR_A)]))
+    places = [(middle[0], distance) for distance in distances]
+    moved = [_summary(model, scene(model, grid, [(place, COLOUR_A)])) for place in places]
+    return torch.tensor([_relative(out - centre, centre) for out in moved], dtype=torch.float64)
+
+
+@torch.no_grad()
+def order_reach(model: nn.Module, separations: Iterable[int] = range(1, 9), grid: Grid = (14, 30)) -> Tensor:
+    """-> (len(separations),) float64: how much what the head reads changes, relative to its size, when two
+    objects in the middle row, `separation` columns apart, change places.
+
+    The grid must be wide enough for its borders to stay out of reach of both: else they tell the order.
+    """
+    model, row = _exact(model), grid[0] // 2
+    changes = []
+    for separation in separations:
+        if not 1 <= separation < grid[1]:
+            raise ProbeError(f"separation {separation} on {grid[1]} columns; expected 1 to {grid[1] - 1}")
+        left = (grid[1] - 1 - separation) // 2
+        places = (row, left), (row, left + separation)
+        one, other = (
+            _summary(model, scene(model, grid, zip(places, colours, strict=True)))
+            for colours in ((COLOUR_A, COLOUR_B), (COLOUR_B, COLOUR_A))
+        )
+        changes.append(_relative(other - one, one))
+    return torch.tensor(changes, dtype=torch.float64)
+
+
+def theory(encoding: str) -> tuple[int, int] | None:
+    """The largest distance to a border, and the largest separation of two objects, that PEGs make visible.
+
+    Border and object each spread `kernel // 2` tokens a PEG, s in all, and must meet: 2s - 1; two objects: 2s.
+    "none" gives (-1, 0): nothing; a circular padding shows no border: -1. None where the argument does not
+    hold: for tables and angles, and for other paddings. A PEG behind the last block tells a class token nothing.
+    """
+    pegs = parse_encoding(encoding)
+    if not all(isinstance(part, Peg) and part.padding in ("zero", "circular") for part in pegs):
+        return None
+    spread = sum(len(peg.positions) * peg.repeat * (peg.kernel // 2) for peg in pegs)
+    border = any(peg.padding == "zero" and peg.kernel > 1 for peg in pegs)
+    return (2 * spread - 1 if border else -1), 2 * spread
+
+
+# --------------------------------------------------------------------------- shuffles and shifts
+
+
+def shuffle_patches(images: Tensor, patch: int | Grid, order: Tensor) -> Tensor:
+    """(n, C, H*p, W*p), order (N,) or (n, N) -> the same images, patch i taken from patch order[i]."""
+    p, q = (patch, patch) if isinstance(patch, int) else patch
+    n, C, height, width = images.shape
+    if height % p or width % q:
+        raise ProbeError(f"images of {height}x{width} in patches of {p}x{q}; give multiples of the patch")
+    grid = height // p, width // q
+    patches = images.reshape(n, C, grid[0], p, grid[1], q).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    order = order.expand(n, -1)
+    patches = patches[torch.arange(n)[:, None], order]
+    return patches.unflatten(1, grid).permute(0, 3, 1, 4, 2, 5).reshape(n, C, height, width)
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Relative errors, about 1e-15 where it holds: `tokens` of "the tokens shuffle along" (equivariance),
+    `head` of "what the head reads stays" (invariance)."""
+
+    tokens: float
+    head: float
+
+
+@torch.no_grad()
+def permutation_error(model: nn.Module, images: Tensor, seed: int = 0) -> Permutation:
+    """Shuffles the patches of (n, C, height, width) and compares, in float64, with the images as they were."""
+    model, images = _exact(model), images.double()
+    P, (p, q) = model.num_prefix_tokens, _patch(model)
+    N = (images.shape[2] // p) * (images.shape[3] // q)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+    before = model.forward_features(images)
+    after = model.forward_features(shuffle_patches(images, (p, q), order))
+    expected, found = before[:, P:][:, order], after[:, P:]
+    read, reread = (model.forward_head(x, pre_logits=True) for x in (before, after))
+    return Permutation(_relative(found - expected, expected), _relative(reread - read, read))
+
+
+@dataclass(frozen=True)
+class Equivariance:
+    """Relative errors of "shift the input, the output shifts along", away from the borders and along them.
+
+    NaN where there are no such tokens.
+    """
+
+    interior: float
+    border: float
+
+
+@torch.no_grad()
+def equivariance_error(
+    fn: Callable[[Tensor], Tensor],
+    x: Tensor,
+    shift: tuple[int, int],
+    kind: Literal["circular", "zero", "window"] = "circular",
+    border: int = 1,
+    stride: int = 1,
+) -> Equivariance:
+    """Compares fn(shifted x) with fn(x) shifted, where fn: (n, C, H*stride, W*stride) -> (n, D, H, W).
+
+    shift   tokens down and right (negative: up and left)
+    kind    "circular": what leaves comes back on the other side; "zero": zeros come in; "window": x is a
+            larger scene, and a frame that is |shift| smaller moves over it, so that real content comes in
+    border  tokens fewer than this from a border, before or after the shift, count as border
+    """
+    if kind not in ("circular", "zero", "window"):
+        raise ProbeError(f"kind={kind!r}; expected 'circular', 'zero' or 'window'")
+    pixels = [s * stride for s in shift]
+    if kind == "window":
+        size = [n - abs(s) for n, s in zip(x.shape[2:], pixels, strict=True)]
+        old, new = (
+            x[:, :, a : a + size[0], b : b + size[1]]
+            for a, b in ([max(s, 0) for s in pixels], [max(-s, 0) for s in pixels])
+        )
+    else:
+        old, new = x, _shift(x, pixels, wrap=kind == "circular")
+    before, found = fn(old), fn(new)
+    H, W = found.shape[2:]
+    if not (abs(shift[0]) < H and abs(shift[1]) < W):
+        raise ProbeError(f"shift={shift} on maps of {H}x{W}; shift by less than the map")
+    if (H * stride, W * stride) != tuple(old.shape[2:]):
+        raise ProbeError(f"{tuple(old.shape[2:])} -> {H}x{W} with stride={stride}; give the true stride")
+    rows, columns = torch.arange(H), torch.arange(W)
+    depth = torch.minimum(torch.minimum(rows, H - 1 - rows)[:, None], torch.minimum(columns, W - 1 - columns))
+    wrap = kind == "circular"
+    inside = (depth >= border) & (_shift(depth, shift, wrap) >= border)
+    compared = _shift(torch.ones(H, W, dtype=torch.bool), shift, wrap)
+    expected = _shift(before, shift, wrap)
+
+    def error(mask: Tensor) -> float:
+        mask = mask & compared
+        return _relative((found - expected)[:, :, mask], expected[:, :, mask]) if mask.any() else float("nan")
+
+    return Equivariance(error(inside), error(~inside))
+
+
+def _shift(x: Tensor, shift, wrap: bool) -> Tensor:
+    """(..., H, W) moved down and right; zeros come in, or with `wrap` what left."""
+    out = x.roll(tuple(shift), (-2, -1))
+    if wrap:
+        return out
+    keep = torch.ones(x.shape[-2:], dtype=torch.bool)
+    for axis, s in enumerate(shift):
+        n = keep.shape[axis]
+        keep.index_fill_(axis, torch.arange(s) if s >= 0 else torch.arange(n + s, n), False)
+    return torch.where(keep, out, torch.zeros_like(out))
+
+
+# --------------------------------------------------------------------------- reading place off tokens
+
+
+@dataclass(frozen=True)
+class Probe:
+    """R2 on held-out images, 1 at best: of row and column, over all tokens, inside, and near a border."""
+
+    row: float
+    column: float
+    row_interior: float
+    column_interior: float
+    row_border: float
+    column_border: float
+
+
+def position_probe(
+    features: Tensor, grid: Grid, *, ridge: float = 1e-6, border: int = 1, seed: int = 0
+) -> Probe:
+    """Fits row and column as linear functions of the tokens (n, N, D) of one half of the images, and reports
+    R2 on the other half.
+
+    Ridge regression in closed form, in float64; `ridge` is relative to the mean variance of a feature, and
+    rounding counts as no feature. A token with fewer than `border` tokens between it and a border counts as
+    border; R2 of a part is relative to the variance within it. Content can predict place (the sky is up): see
+    `control_images`. A probe of k PEGs needs a width of (2k + 1)^2 to tell apart all that they tell apart.
+    """
+    n, N, _ = features.shape
+    if N != grid[0] * grid[1]:
+        raise ProbeError(f"{N} tokens with grid={grid}; leave the prefix tokens out and give (H, W)")
+    if n < 2:
+        raise ProbeError(f"{n} image; the probe is fitted on one half of the images and read on the other")
+    if not bool(torch.isfinite(features).all()):
+        raise ProbeError("features hold infinities or NaN; find where the model makes them")
+    order, dtype = torch.randperm(n, generator=torch.Generator().manual_seed(seed)), features.dtype
+    features = features.detach().cpu().double()[order]
+    half = n // 2
+    rows, columns = torch.meshgrid(*(torch.arange(s, dtype=torch.float64) for s in grid), indexing="ij")
+    place = torch.stack([rows.flatten(), columns.flatten()], 1)  # (N, 2)
+    x, y = features[:half].flatten(0, 1), place.repeat(half, 1)
+    mean, target = x.mean(0), y.mean(0)
+    x, y = x - mean, y - target
+    gram = x.T @ x
+    # Equal tokens differ by rounding, and place can be read off rounding too: it must not count.
+    rounding = (1000 * torch.finfo(dtype).eps) ** 2 * features[:half].square().mean() * len(x)
+    penalty = torch.maximum(ridge * gram.diagonal().mean(), rounding.clamp_min(1e-300))
+    weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=torch.float64), x.T @ y)
+    found = (features[half:] - mean) @ weight + target  # (n - half, N, 2)
+    depth = torch.minimum(place, torch.tensor(grid) - 1 - place).amin(1)
+
+    def score(mask: Tensor) -> list[float]:
+        if not mask.any():
+            return [float("nan")] * 2
+        wanted = place[mask]
+        wrong = (found[:, mask] - wanted).square().mean((0, 1))
+        return (1 - wrong / wanted.var(0, correction=0)).tolist()
+
+    parts = (torch.ones(N, dtype=torch.bool), depth >= border, depth < border)
+    return Probe(*(value for mask in parts for value in score(mask)))
+
+
+def probe_ceiling(size: int, reach: int) -> float:
+    """R2 of the row among `size` rows for whoever sees a border `reach` tokens deep and nothing else: the
+    outer rows are known, the others look alike, and their mean is the best guess."""
+    row = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    unknown = row[reach : size - reach] if 2 * reach < size else row[:0]
+    return float(1 - unknown.square().sum() / row.square().sum())
+
+
+@torch.no_grad()
+def patch_tokens(model: nn.Module, images: Tensor, block: int | None = None, batch: int = 64) -> Tensor:
+    """(n, C, height, width) -> (n, N, D): the patch tokens that the head sees, or those after a block."""
+    model.eval()
+    found = []
+    for part in images.split(batch):
+        if block is None:
+            found.append(model.forward_features(part)[:, model.num_prefix_tokens :])
+        else:
+            found += model.forward_intermediates(
+                part, indices=[block], output_fmt="NLC", intermediates_only=True, stop_early=True
+            )
+    return torch.cat(found)
+
+
+def control_images(images: Tensor, patch: int | Grid, seed: int = 0) -> dict[str, Tensor]:
+    """(n, C, height, width) -> what a probe must be tried on: the "images", the mean of each as a "constant"
+    image, "noise" with their mean and deviation in each channel, and their patches "shuffled"."""
+    p, q = (patch, patch) if isinstance(patch, int) else patch
+    generator = torch.Generator().manual_seed(seed)
+    mean, deviation = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
+    noise = torch.randn(images.shape, generator=generator).to(images)
+    N = (images.shape[2] // p) * (images.shape[3] // q)
+    order = torch.stack([torch.randperm(N, generator=generator) for _ in images])
+    return {
+        "images": images,
+        "constant": images.mean((2, 3), keepdim=True).expand_as(images),
+        "noise": mean + deviation * noise,
+        "shuffled": shuffle_patches(images, (p, q), order),
+    }
