@@ -29,7 +29,7 @@ class PositionEncoding(nn.Module):
     public_names: ClassVar[dict[str, str]] = {}  # parameter here -> its name in the model's state dict
 
     def at(self, place: int, patches: Tensor, prefix: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Grid]:
-        """(B, N, D), (B, P, D), grid -> the same, encoded. Only a table with a slot for them changes prefixes."""
+        """(B, N, D), (B, P, D), grid -> the same, encoded. Only a table with slots for prefixes changes them."""
         return patches, prefix, grid
 
     def queries_keys(self, block: int, patches: Tensor, grid: Grid) -> Tensor:
@@ -74,7 +74,7 @@ def sine_table(
 
 
 def resample_table(table: Tensor, old: Grid, new: Grid, antialias: bool = False) -> Tensor:
-    """(..., old H*W, D) -> (..., new H*W, D), bicubic, any height and width. The same grid changes nothing."""
+    """(..., old H*W, D) -> (..., new H*W, D), bicubic, to any height and width; the same grid changes nothing."""
     if not torch.compiler.is_exporting() and old == new:  # an exported graph must not ask: its grid is open
         return table
     image = table.reshape(-1, *old, table.shape[-1]).permute(0, 3, 1, 2)
@@ -130,19 +130,19 @@ class SineTable(PositionEncoding):
 
 
 def offsets(n: int, clip: int, wrap: bool, device=None) -> Tensor:
-    """-> (n, n) indices of a table of 2*clip + 1 rows: entry [i, j] is j - i, clipped; on a ring if `wrap`."""
+    """-> (n, n) indices of a table of 2*clip + 1 rows: [i, j] holds j - i, clipped; on a ring if `wrap`."""
     i = torch.arange(n, device=device)
     offset = i[None, :] - i[:, None]
     if wrap:
-        offset = (offset + n // 2) % n - n // 2
+        offset = (offset + n // 2) % torch.full_like(offset, n) - n // 2  # a tensor, as ONNX asks for
     return offset.clamp(-clip, clip) + clip
 
 
 class RelativeTable(PositionEncoding):
     """Clipped row and column offsets inside every block's attention (Shaw et al. 2018, in 2-D).
 
-    The logit of query i and key j gains q_i . (row[r_j - r_i] + column[c_j - c_i]) / sqrt(d). A pair with a
-    prefix token has an entry of its own (as AutoFormer's index 0). Tables: one set a block, shared by its heads.
+    The logit of query i and key j gains q_i . (row[r_j - r_i] + column[c_j - c_i]) / sqrt(d). A pair with
+    a prefix token has an entry of its own (as AutoFormer's index 0). Each block has its tables; heads share.
     """
 
     def __init__(self, config: Relative, width: int, heads: int, depth: int, prefix_tokens: int):
@@ -206,7 +206,7 @@ class RelativeTable(PositionEncoding):
 
 
 class RotaryAngles(PositionEncoding):
-    """Axial rotary encoding: half of each head turns with the row, half with the column. Prefixes do not turn."""
+    """Axial rotary encoding: half of each head turns with the row, half with the column; no prefix turns."""
 
     def __init__(self, config: Rotary, width: int, heads: int, grid: Grid, prefix_tokens: int):
         super().__init__()
@@ -263,7 +263,7 @@ class PEG(nn.Module):
         if grid is None or x.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"PEG: {x.shape[1]} tokens with grid={grid}; pass grid=(H, W) with H * W tokens")
         # Behind a class token the slice strides over it; a convolution would copy it in any case. Contiguous
-        # tokens seen as (B, D, H, W) already are channels-last, the layout in which depthwise kernels are fast.
+        # tokens seen as (B, D, H, W) already are channels-last, the layout of the fast depthwise kernels.
         x = x.contiguous()
         image = x.transpose(1, 2).unflatten(2, grid)
         if self.covers(grid):
@@ -276,7 +276,7 @@ class PEG(nn.Module):
         return x + out if self.config.skip else out
 
     def covers(self, grid: Grid) -> bool:
-        """Whether to compute the convolution as a matrix: asked for, and no pair of tokens is out of reach."""
+        """Whether to compute the convolution as a matrix: asked for, and every pair of tokens within reach."""
         if self.config.compute != "matrix" or torch.compiler.is_exporting():
             return False
         return self.config.kernel >= 2 * max(grid) - 1
@@ -328,7 +328,7 @@ class PegEncoding(PositionEncoding):
 
     def at(self, place, patches, prefix, grid):
         for peg in self.generators(place):
-            patches, grid = peg(patches, grid), peg.grid_after(grid)
+            grid, patches = peg.grid_after(grid), peg(patches, grid)  # refuses a small grid before it fails
         return patches, prefix, grid
 
     def queries_keys(self, block, patches, grid):
