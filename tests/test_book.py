@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -240,6 +241,8 @@ def test_corrections_about_parameters():
 
 
 def test_corrections_about_encodings_padding_and_gain():
+    from cpvt.config import parse_encoding
+
     page = corrections()
     learned, sine, relative, one, five = (
         published("encodings", "DeiT-tiny", name)
@@ -253,6 +256,9 @@ def test_corrections_about_encodings_padding_and_gain():
     none = published("imagenet", "DeiT-tiny", "none")
     assert f"reports {unpadded}, against {padded} with it, and against {none} for no encoding" in page
     assert f"still gains {unpadded - none:.1f} points" in page
+    assert "`peg(padding='circular')`" in page
+    circular = parse_encoding("peg(padding='circular')")[0]
+    assert circular.skip and circular == replace(parse_encoding("peg")[0], padding="circular")
     assert (
         f"one PEG stands {one - learned:.1f} points above the learned table ({one} against {learned})" in page
     )
