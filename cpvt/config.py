@@ -37,7 +37,7 @@ class Learned:
     """A learned table, one vector a position (DeiT). At another grid it is resampled or refused."""
 
     resize: Literal["resample", "refuse"] = "resample"
-    antialias: bool = False  # on in timm, off in DeiT; they differ when the grid shrinks
+    antialias: bool = False  # on in timm, off in DeiT; PyTorch's two bicubics differ at every size
 
 
 @dataclass(frozen=True)

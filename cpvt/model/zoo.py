@@ -1,10 +1,10 @@
 """Models by name, timm's registry, weights from elsewhere, and PEGs for timm's own transformers.
 
-| name               | body             | encoding             | top-1 in the paper |
-| ------------------ | ---------------- | -------------------- | ------------------ |
-| `deit_tiny`        | 192 wide, 3 heads | learned table       | 72.2               |
-| `cpvt_tiny`        | the same         | one PEG, after block 0 | 72.4             |
-| `cpvt_tiny_5peg`   | the same         | PEGs after blocks 0-4 | 73.4, the headline CPVT-Ti |
+| name             | body              | encoding               | top-1 in the paper         |
+| ---------------- | ----------------- | ---------------------- | -------------------------- |
+| `deit_tiny`      | 192 wide, 3 heads | learned table          | 72.2                       |
+| `cpvt_tiny`      | the same          | one PEG, after block 0 | 72.4                       |
+| `cpvt_tiny_5peg` | the same          | PEGs after blocks 0-4  | 73.4, the headline CPVT-Ti |
 
 `small` is 384 wide with 6 heads, `base` 768 with 12. `_gap` reads the mean patch token instead of a class
 token, `_distilled` adds DeiT's distillation token; as in `cpvt_small_5peg_gap`. Importing `cpvt` registers
