@@ -135,6 +135,10 @@ def _counted(count: int) -> Style:
     return style if nearest == count else replace(style, label=_words(count), hollow=True)
 
 
+_PADDINGS = {"circular": "<", "replicate": ">", "reflect": "H", "none": "1"}
+_KERNELS = {1: ".", 5: "h", 7: "8", 27: "*"}
+
+
 def _peg_style(peg: Peg) -> Style:
     count = _count(peg)
     if peg.kernel == 27 and count == 1 and peg == Peg(peg.positions, 27, compute=peg.compute):
@@ -156,7 +160,7 @@ def _peg_style(peg: Peg) -> Style:
     notes += ["shared"] * peg.shared + ["Twins' start"] * (peg.init == "twins")
     if not notes:
         return style
-    marker = {"circular": "h", "replicate": "<", "reflect": ">", "none": "8"}.get(peg.padding, style.marker)
+    marker = _PADDINGS.get(peg.padding) or _KERNELS.get(peg.kernel) or style.marker
     return replace(
         style, label=", ".join([_words(count), *notes]), marker=marker, linestyle=_DASH, hollow=True
     )
