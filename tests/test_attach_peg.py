@@ -1,0 +1,354 @@
+"""PEGs in timm's own transformers: the same keys, any size of image, training, copies, compilation, refusals."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+
+import cpvt
+from cpvt import attach_peg
+from cpvt.config import ConfigError
+
+SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+FAMILIES = {
+    "class token": (VisionTransformer, {}),
+    "registers": (VisionTransformer, {"reg_tokens": 3, "no_embed_class": True}),
+    "no prefix": (VisionTransformer, {"class_token": False, "global_pool": "avg"}),
+    "no table": (VisionTransformer, {"pos_embed": "none"}),
+    "any size": (VisionTransformer, {"dynamic_img_size": True}),
+    "not square": (VisionTransformer, {"img_size": (48, 80)}),
+    "distilled": (VisionTransformerDistilled, {}),
+    "eva": (Eva, {}),
+    "eva, no prefix": (Eva, {"class_token": False}),
+    "eva, registers, rotary": (Eva, {"num_reg_tokens": 2, "use_rot_pos_emb": True}),
+    "eva, rotary of a size": (Eva, {"use_rot_pos_emb": True, "ref_feat_shape": (4, 4)}),
+    "eva, mixed rotary": (Eva, {"use_rot_pos_emb": True, "rope_type": "mixed", "use_abs_pos_emb": False}),
+    "eva, DINOv3": (Eva, {"use_rot_pos_emb": True, "rope_type": "dinov3", "no_embed_class": True}),
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def build(family, **options):
+    """A small timm model with weights large enough to matter."""
+    cls, own = FAMILIES[family]
+    model = cls(**{**SIZES, **own, **options}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def images_of(model, n=2):
+    return torch.randn(n, 3, *model.patch_embed.img_size)
+
+
+def every(name="family"):
+    return pytest.mark.parametrize(name, FAMILIES)
+
+
+# --------------------------------------------------------------------------- what it computes
+
+
+@every()
+@torch.no_grad()
+def test_keys_stay_and_a_peg_of_zeros_changes_nothing(family):
+    model = build(family)
+    x, state = images_of(model), model.state_dict()
+    expected = model(x)
+    assert attach_peg(model, positions=(-1, 0, 2)) is model
+    new = {f"pegs.{place}.proj.{name}" for place in (-1, 0, 2) for name in ("weight", "bias")}
+    assert model.state_dict().keys() == state.keys() | new
+    assert not torch.allclose(model(x), expected)
+    for parameter in model.pegs.parameters():
+        parameter.zero_()
+    torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)  # another layout, other rounding
+    # The original weights go in as they are.
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) == new and not unexpected
+
+
+@every()
+@torch.no_grad()
+def test_it_is_a_peg_between_the_blocks(family):
+    """By hand: run the blocks one by one, and put the convolution between them."""
+    model = build(family)
+    plain = copy.deepcopy(model)
+    attach_peg(model, positions=(-1, 1), kernel=5, padding="circular")
+    x, P = images_of(model), model.num_prefix_tokens
+    grid = model.patch_embed.grid_size
+
+    def convolved(tokens, place):
+        image = tokens[:, P:].transpose(1, 2).unflatten(2, grid)
+        image = image + model.pegs[str(place)].proj(image)
+        return torch.cat([tokens[:, :P], image.flatten(2).transpose(1, 2)], 1)
+
+    tokens = plain._pos_embed(plain.patch_embed(x))
+    rope = None
+    if isinstance(plain, Eva):
+        tokens, rope = tokens
+    tokens = convolved(tokens, -1)
+    for i, block in enumerate(plain.blocks):
+        kw = {} if rope is None else {"rope": rope[i] if plain.rope_mixed else rope}
+        tokens = block(tokens, **kw)
+        if i == 1:
+            tokens = convolved(tokens, 1)
+    torch.testing.assert_close(model.forward_features(x), plain.norm(tokens))
+
+
+@torch.no_grad()
+def test_in_a_deit_it_is_the_cpvt_of_the_same_weights():
+    """timm's DeiT with a PEG and no table, and `cpvt_tiny` itself."""
+    theirs = timm.create_model("deit_tiny_patch16_224", depth=3).eval()
+    attach_peg(theirs, positions=(0,), drop_pos_embed=True)
+    ours = cpvt.create_model("cpvt_tiny", depth=3).eval()
+    state = {k.replace("pegs.0.", "encoding.parts.0.pegs.0."): v for k, v in theirs.state_dict().items()}
+    ours.load_state_dict(state, strict=True)
+    for size in ((224, 224), (160, 320)):
+        x = torch.randn(1, 3, *size)
+        torch.testing.assert_close(theirs(x), ours(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_features_and_intermediates_see_the_pegs():
+    model = build("class token")
+    x = images_of(model)
+    plain = model.forward_intermediates(x, intermediates_only=True)
+    attach_peg(model, positions=(1,))
+    final, shown = model.forward_intermediates(x)
+    assert [torch.equal(a, b) for a, b in zip(plain, shown, strict=True)] == [True, False, False, False]
+    assert torch.equal(final, model.forward_features(x))
+    assert torch.equal(model.forward_head(final), model(x))
+
+
+# --------------------------------------------------------------------------- without the table
+
+
+@every()
+@torch.no_grad()
+def test_without_the_table_any_size_runs(family):
+    """Built for one size, equal to the model built for the other with the same weights."""
+    cls, own = FAMILIES[family]
+    model = attach_peg(build(family), positions=(0, 1), drop_pos_embed=True)
+    assert "pos_embed" not in model.state_dict()
+    outputs = []
+    for size in ((96, 96), (48, 80), (80, 48), (64, 64)):
+        x = torch.randn(2, 3, *size)
+        native = cls(**{**SIZES, **own, "img_size": size}).eval()
+        attach_peg(native, positions=(0, 1), drop_pos_embed=True)
+        native.load_state_dict(model.state_dict())
+        outputs.append(model(x))
+        assert torch.equal(outputs[-1], native(x))
+        final, shown = model.forward_intermediates(x, indices=1)
+        assert shown[0].shape == (2, 32, size[0] // 16, size[1] // 16)
+    assert all(out.shape == (2, 5) and out.isfinite().all() for out in outputs)
+    with pytest.raises(AssertionError, match="divisible by patch size"):
+        model(torch.randn(1, 3, 60, 64))
+
+
+@every()
+@torch.no_grad()
+def test_dropping_the_table_takes_away_nothing_else(family):
+    """A table of zeros, at the size that the model was built for, is no table."""
+    with_zeros = build(family)
+    without = copy.deepcopy(with_zeros)
+    if with_zeros.pos_embed is not None:
+        with_zeros.pos_embed.zero_()
+    x = images_of(with_zeros)
+    for model in (with_zeros, without):
+        torch.manual_seed(0)
+        attach_peg(model, drop_pos_embed=model is without)
+    torch.testing.assert_close(without(x), with_zeros(x), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_model_of_timm_built_for_224():
+    """At 384 and at 160 x 320, as the paper's resolutions ask for."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3).eval()
+    attach_peg(model, positions=(0,), drop_pos_embed=True)
+    for size in ((224, 224), (384, 384), (160, 320)):
+        assert model(torch.randn(1, 3, *size)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_rope_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"]
+)
+@torch.no_grad()
+def test_named_models_of_the_eva_family(name):
+    model = timm.create_model(name, depth=2, img_size=(112, 112), num_classes=3).eval()
+    attach_peg(model, drop_pos_embed=True)
+    for size in ((112, 112), (112, 224)):
+        assert model(torch.randn(1, 3, *size)).shape == (1, 3)
+
+
+# --------------------------------------------------------------------------- training, copies, compilation
+
+
+@every()
+@pytest.mark.parametrize("drop", [False, True])
+def test_every_parameter_trains(family, drop):
+    model = attach_peg(build(family), positions=(-1, 0, 1), drop_pos_embed=drop).train()
+    out = model(images_of(model))
+    (out * torch.randn_like(out)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+def test_a_step_lowers_the_loss():
+    model = attach_peg(build("class token"), positions=(0,), drop_pos_embed=True).train()
+    x, labels = torch.randn(8, 3, 48, 64), torch.arange(8) % 5
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(5):
+        loss = torch.nn.functional.cross_entropy(model(x), labels)
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("family", ["class token", "eva, registers, rotary", "eva, mixed rotary"])
+def test_gradient_checkpointing_gives_the_same_gradients(family):
+    model = attach_peg(build(family), positions=(-1, 1), drop_pos_embed=True).train()
+    x, found = torch.randn(2, 3, 48, 80), []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], msg=name)
+
+
+@every()
+@pytest.mark.parametrize("drop", [False, True])
+@torch.no_grad()
+def test_saves_and_loads(family, drop, tmp_path):
+    model, other = (attach_peg(build(family), positions=(-1, 2), drop_pos_embed=drop) for _ in range(2))
+    x = images_of(model)
+    assert not torch.allclose(model(x), other(x))
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    other.load_state_dict(torch.load(tmp_path / "w.pth", weights_only=True), strict=True)
+    assert torch.equal(model(x), other(x))
+    elsewhere = attach_peg(build(family), positions=(-1, 1), drop_pos_embed=drop)
+    with pytest.raises(RuntimeError, match=r"Missing key.*pegs\.1\.proj"):
+        elsewhere.load_state_dict(model.state_dict(), strict=True)
+
+
+@every()
+@torch.no_grad()
+def test_copies_have_pegs_of_their_own(family):
+    """As for averaged weights: the copy must not look at the original's convolutions or grid."""
+    model = attach_peg(build(family), positions=(-1, 0), drop_pos_embed=True)
+    x = torch.randn(1, 3, 48, 80)
+    expected = model(x)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for parameter in model.pegs.parameters():
+        parameter.zero_()
+    model(torch.randn(1, 3, 64, 64))
+    for twin in copies:
+        assert torch.equal(twin(x), expected)
+    assert not torch.allclose(model(x), expected)
+
+
+@pytest.mark.parametrize("family", ["class token", "eva, registers, rotary"])
+def test_compiles_whole(family):
+    """In one graph, at two sizes, forwards and backwards (traced; generating code is PyTorch's own matter)."""
+    model = attach_peg(build(family, depth=2), positions=(-1, 1), drop_pos_embed=True).train()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for size in ((64, 64), (48, 80)):
+        x, found = torch.randn(2, 3, *size), []
+        for run in (model, compiled):
+            model.zero_grad()
+            out = run(x)
+            out.square().sum().backward()
+            found.append([out, *(p.grad.clone() for p in model.parameters())])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_it_takes_the_models_device_type_and_mode():
+    model = attach_peg(build("class token").double().eval())
+    assert model.pegs["0"].proj.weight.dtype == torch.float64 and not model.pegs.training
+    assert model(images_of(model).double()).dtype == torch.float64
+
+
+def test_options():
+    torch.manual_seed(0)
+    model = attach_peg(
+        build("class token", embed_dim=64), positions=range(3), kernel=5, padding="replicate", init="twins"
+    )
+    assert list(model.pegs) == ["0", "1", "2"]
+    for peg in model.pegs.values():
+        assert peg.proj.kernel_size == (5, 5) and peg.proj.padding_mode == "replicate"
+        assert peg.proj.weight.std().item() == pytest.approx((2 / 25) ** 0.5, rel=0.1)
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("family", ["class token", "eva, registers, rotary"])
+def test_token_dropping_is_refused(family):
+    model = build(family, patch_drop_rate=0.25)
+    before = list(model.state_dict())
+    with pytest.raises(ConfigError, match="patch_drop_rate > 0.*patch_drop_rate=0") as caught:
+        attach_peg(model)
+    assert "\n" not in str(caught.value) and type(model).__name__ in str(caught.value)
+    assert list(model.state_dict()) == before and not model.patch_embed._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "name, family",
+    [
+        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("convnext_atto", "ConvNeXt"),
+        ("twins_pcpvt_small", "Twins"),
+        ("resnet18", "ResNet"),
+        ("cpvt_tiny", "VisionTransformer from cpvt.model.vit"),
+        ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
+        ("naflexvit_base_patch16_gap", "NaFlexVit"),
+    ],
+)
+def test_other_families_are_refused_by_name(name, family):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(ConfigError) as caught:
+        attach_peg(model)
+    message = str(caught.value)
+    assert "\n" not in message and family in message and "VisionTransformer or Eva" in message
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"positions": (4,)}, ["positions=(4,)", "4 blocks", "last place is 3"]),
+        ({"positions": (-2,)}, ["-2"]),
+        ({"positions": ()}, ["positions=()"]),
+        ({"kernel": 2}, ["kernel=2", "odd"]),
+        ({"init": "zeros"}, ["init='zeros'", "'twins'"]),
+        ({"padding": "none"}, ["padding='none'"]),
+    ],
+)
+def test_wrong_options_change_nothing(options, words):
+    model = build("class token")
+    before = list(model.state_dict())
+    with pytest.raises(ConfigError) as caught:
+        attach_peg(model, **options, drop_pos_embed=True)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert list(model.state_dict()) == before and not model.patch_embed._forward_hooks
+
+
+def test_twice_is_refused():
+    model = attach_peg(build("class token"), positions=(0, 2))
+    with pytest.raises(ConfigError, match=r"has PEGs at \['0', '2'\]; attach all positions at once"):
+        attach_peg(model, positions=(1,))
