@@ -54,11 +54,10 @@ class Images:
         self.fingerprint = self.train.fingerprint
 
     def _load(self, split: str) -> ImageTensors:
-        return load_tensors(
-            open_dataset(self.data.name, split, root=self.data.root),
-            self.data.image_size,
-            limit=self.data.limit,
-        )
+        dataset, limit = open_dataset(self.data.name, split, root=self.data.root), self.data.limit
+        if 0 < limit < len(dataset):  # spread over the classes, which stand one after the other
+            dataset = dataset.select(torch.linspace(0, len(dataset) - 1, limit).long())
+        return load_tensors(dataset, self.data.image_size)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         per_epoch = len(self.train.labels) // self.size

@@ -1,0 +1,159 @@
+"""The command line: cpvt train | evaluate | export | experiments.
+
+Options are the fields of the configurations in `cpvt.config`; wrong input gives one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cpvt.config import ConfigError, DataConfig, TrainConfig, nearest, to_json
+from cpvt.data.datasets import DataError
+from cpvt.data.loader import open_batches
+from cpvt.lab.experiments import EXPERIMENTS, run_missing
+from cpvt.lab.results import ResultsError
+from cpvt.model.export import export_onnx
+from cpvt.model.zoo import create_model, load_weights, model_config, model_names
+from cpvt.training.checkpoint import load_model
+from cpvt.training.evaluate import accuracy
+from cpvt.training.loop import pick_device, train
+
+
+def _train(arguments: list[str]) -> None:
+    """Train a model. --model NAME and --data NAME choose; --model.x, --data.x, --optim.x, --run.x change."""
+    model, arguments = _take("--model", arguments, "cpvt_tiny")
+    data, arguments = _take("--data", arguments, TrainConfig().data.name)
+    default = TrainConfig(model=model_config(model), data=DataConfig(name=data))
+    config = tyro.cli(
+        TrainConfig,
+        default=default,
+        args=arguments,
+        prog="cpvt train",
+        description=f"{_train.__doc__} Models: {', '.join(model_names())}.",
+    )
+    run = train(
+        config, report=lambda entry: print("  ".join(f"{k} {v:.4g}" for k, v in entry.items()), flush=True)
+    )
+    where = f"  saved in {config.run.out}" if config.run.out else ""
+    scores = "  ".join(f"{name} {value:g}" for name, value in run.metrics.items())
+    print(f"done: {run.steps} steps in {run.seconds:.0f} s  {scores}{where}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a trained model on held-out images, at any number of sizes."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # model.safetensors, as `cpvt train` wrote it
+    sizes: tuple[int, ...] = ()  # image sides in pixels (diagnostics: tokens); none: the trained one
+    data: str = ""  # other data than it was trained on
+    root: str = "data/images"  # where real images lie
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        model, config = load_model(self.checkpoint)
+        device = pick_device(self.device)
+        model.to(device)
+        own = config.data
+        data = replace(own, name=self.data or own.name, root=self.root)
+        for size in self.sizes or (None,):
+            here = data if size is None else replace(data, image_size=size, grid=(size, size))
+            batches = open_batches(here, 1, config.run.seed, device)
+            scores = accuracy(model, batches.test())
+            height, width = batches.image_size
+            print(f"{here.name} {height}x{width}  " + "  ".join(f"{n} {v:g}" for n, v in scores.items()))
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model as ONNX with open batch, height and width, compared with onnxruntime."""
+
+    model: Annotated[str, tyro.conf.Positional]  # a name, or a model.safetensors that `cpvt train` wrote
+    out: Annotated[Path, tyro.conf.Positional]  # the ONNX file
+    weights: Path | None = None  # for a name: a file of weights (timm's and DeiT's keys are understood)
+    fixed: bool = False  # only the trained height and width
+
+    def __call__(self) -> None:
+        if self.model.endswith(".safetensors"):
+            model, _ = load_model(self.model)
+        else:
+            model = create_model(self.model)
+            if self.weights:
+                load_weights(model, self.weights)
+        print(export_onnx(model, self.out, dynamic=not self.fixed))
+
+
+@dataclass(frozen=True)
+class Experiments:
+    """Measure what is missing of an experiment, a row at a time."""
+
+    name: Annotated[str, tyro.conf.Positional] = "diagnostics"
+    out: Path = field(default_factory=lambda: Path("data/results"))  # folder of NAME.jsonl
+    budget_minutes: float = 0.0  # start no row after this; 0: run all
+    list: bool = False  # only say what the experiment consists of
+
+    def __call__(self) -> None:
+        if self.list:
+            if self.name not in EXPERIMENTS:
+                raise ConfigError(f"no experiment {self.name!r}; {nearest(self.name, EXPERIMENTS)}")
+            for planned in EXPERIMENTS[self.name]():
+                print(planned.row, f"seed {planned.config.run.seed}", to_json(planned.config), sep="\t")
+            return
+        left = run_missing(
+            self.name,
+            self.out,
+            self.budget_minutes,
+            report=lambda row, left: print(
+                f"{row.row}, seed {row.seed}: {row.seconds} s, {left} to go", flush=True
+            ),
+        )
+        print(f"{self.out / self.name}.jsonl: {left} rows missing" if left else "nothing is missing")
+
+
+COMMANDS: dict[str, Callable | type] = {
+    "train": _train,
+    "evaluate": Evaluate,
+    "export": Export,
+    "experiments": Experiments,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command. Exit status 0, or 2 after one line on stderr that says what was wrong."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in ("-h", "--help"):
+        print("usage: cpvt COMMAND [options]   (cpvt COMMAND --help says more)\n")
+        for command, what in COMMANDS.items():
+            print(f"  {command:12} {(what.__doc__ or '').strip().splitlines()[0]}")
+        return
+    try:
+        if name not in COMMANDS:
+            raise ConfigError(f"no command {name!r}; {nearest(name, COMMANDS)}")
+        if name == "train":
+            _train(rest)
+        else:
+            tyro.cli(COMMANDS[name], args=rest, prog=f"cpvt {name}")()
+    except (ConfigError, DataError, ResultsError, ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"cpvt {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _take(flag: str, arguments: list[str], default: str) -> tuple[str, list[str]]:
+    """Takes `flag VALUE` or `flag=VALUE` out of the arguments."""
+    value, rest, words = default, [], iter(arguments)
+    for word in words:
+        if word == flag:
+            value = next(words, None)
+            if value is None:
+                raise ConfigError(f"{flag} needs a name behind it")
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return value, rest
