@@ -5,8 +5,11 @@ Options are the fields of the configurations in `cpvt.config`; wrong input gives
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -30,11 +33,11 @@ def _train(arguments: list[str]) -> None:
     model, arguments = _take("--model", arguments, "cpvt_tiny")
     data, arguments = _take("--data", arguments, TrainConfig().data.name)
     default = TrainConfig(model=model_config(model), data=DataConfig(name=data))
-    config = tyro.cli(
+    config = _parse(
         TrainConfig,
+        arguments,
+        "cpvt train",
         default=default,
-        args=arguments,
-        prog="cpvt train",
         description=f"{_train.__doc__} Models: {', '.join(model_names())}.",
     )
     run = train(
@@ -138,10 +141,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name == "train":
             _train(rest)
         else:
-            tyro.cli(COMMANDS[name], args=rest, prog=f"cpvt {name}")()
+            _parse(COMMANDS[name], rest, f"cpvt {name}")()
     except (ConfigError, DataError, ResultsError, ValueError, FileNotFoundError, FloatingPointError) as error:
         print(f"cpvt {name}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _parse(cls: type, arguments: list[str], prog: str, **options):
+    """tyro's parser, its drawn error boxes folded into the one line that this command line promises."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(cls, args=arguments, prog=prog, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = re.sub(r"[\u2500-\u257f]+|-{3,}|\x1b\[[0-9;]*m", " ", said.getvalue())
+        words = re.sub(r"^\s*(Value error|Parsing error|Unrecognized options|Missing options?)\s", " ", words)
+        words = re.sub(rf"For full helptext, (see|run:?)\s+{prog} --help", "", words)
+        raise ConfigError(f"{' '.join(words.split())} (see {prog} --help)") from None
 
 
 def _take(flag: str, arguments: list[str], default: str) -> tuple[str, list[str]]:
