@@ -38,7 +38,10 @@ class PatchEmbed(nn.Module):
                 f"images of {height}x{width} pixels with patch size {p}: resize or crop them to multiples of {p}"
             )
         image = self.proj(images)
-        return image.flatten(2).transpose(1, 2), (image.shape[2], image.shape[3])
+        # Under autocast the convolution gives bfloat16. The stream of tokens that blocks add to keeps the
+        # parameters' precision, whatever the encoding adds first (a learned table would have widened it).
+        patches = image.flatten(2).transpose(1, 2).to(self.proj.weight.dtype)
+        return patches, (image.shape[2], image.shape[3])
 
 
 class Attention(nn.Module):
