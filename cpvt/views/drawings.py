@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -154,18 +155,17 @@ def token_grid(
 
 
 def _cells(axes: Axes, grid: Grid) -> None:
-    for r in range(grid[0]):
-        for c in range(grid[1]):
-            axes.add_patch(
-                Rectangle((c - 0.5, r - 0.5), 1, 1, facecolor="white", edgecolor=_EDGE, linewidth=0.6)
-            )
-    axes.set(xlim=(-0.6, grid[1] - 0.4), ylim=(grid[0] - 0.4, -0.6), aspect="equal")
+    H, W = grid
+    line = {"color": _EDGE, "linewidth": 0.6, "zorder": 2}
+    axes.hlines(np.arange(H + 1) - 0.5, -0.5, W - 0.5, **line)
+    axes.vlines(np.arange(W + 1) - 0.5, -0.5, H - 0.5, **line)
+    axes.set(xlim=(-0.6, W - 0.4), ylim=(H - 0.4, -0.6), aspect="equal")
 
 
 def _fill(axes: Axes, places, colour: str, hatch: str, words: str) -> Patch:
     look = {"facecolor": colour + "66", "edgecolor": colour, "hatch": hatch, "linewidth": 0.6}
-    for r, c in places:
-        axes.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, **look))
+    cells = [Rectangle((c - 0.5, r - 0.5), 1, 1) for r, c in places]
+    axes.add_collection(PatchCollection(cells, zorder=1, **look), autolim=False)
     return Patch(label=words, **look)
 
 
@@ -179,7 +179,7 @@ def reach_picture(
     rows, columns = np.indices(grid)
     to_border = np.minimum.reduce([rows, columns, grid[0] - 1 - rows, grid[1] - 1 - columns])
     to_object = np.maximum(abs(rows - place[0]), abs(columns - place[1]))
-    with figure(WIDTH / len(pegs) * grid[0] / grid[1] + 0.95) as fig:
+    with figure(WIDTH / len(pegs) * grid[0] / grid[1] + 1.05) as fig:
         for axes, k in zip(_panels(fig, len(pegs), len(pegs)), pegs, strict=True):
             border, own = to_border < k * reach, to_object <= k * reach
             _cells(axes, grid)
@@ -188,7 +188,7 @@ def reach_picture(
                 _fill(axes, np.argwhere(own & ~border), SKY, "", "knows the object"),
                 _fill(axes, np.argwhere(own & border), VERMILLION, "xxx", "knows both"),
             ]
-            axes.add_patch(Rectangle((place[1] - 0.32, place[0] - 0.32), 0.64, 0.64, color="black"))
+            axes.add_patch(Rectangle((place[1] - 0.32, place[0] - 0.32), 0.64, 0.64, color="black", zorder=3))
             handles.append(Patch(color="black", label="the object"))
             verdict = "they meet" if (border & own).any() else "they do not meet"
             _bare(axes, f"{k} PEG{'s' if k > 1 else ''}\n{verdict}")

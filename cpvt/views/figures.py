@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -26,7 +27,7 @@ from cpvt.views.drawings import (
     similarity_map,
     token_grid,
 )
-from cpvt.views.styles import BLACK, BLUE, GREY, ORANGE, PALE, STYLES, WIDTH, Style, figure, style_of
+from cpvt.views.styles import BLACK, GREY, PALE, STYLES, WIDTH, Style, figure, style_of
 
 __all__ = [
     "STYLES", "Style", "accuracy_and_reach", "accuracy_by_distance", "attention_map", "differences",
@@ -42,6 +43,11 @@ APART = "columns from one object to the other"
 def _nothing(fig: Figure) -> Figure:
     fig.text(0.5, 0.5, NOT_YET, ha="center", va="center", fontsize=16, color=GREY)
     return fig
+
+
+def _legend_below(fig: Figure, handles: Sequence, columns: int, xlabel: str) -> None:
+    """The legend of several panels, headed by the name of their common axis: laid out apart, they collide."""
+    fig.legend(handles=handles, loc="outside lower center", ncols=columns, title=xlabel, title_fontsize=12)
 
 
 # --------------------------------------------------------------------------- accuracy by distance
@@ -149,13 +155,12 @@ def accuracy_and_reach(
             axes.tick_params(labelbottom=True)
         for axes in every.flatten()[len(found) :]:
             axes.set_axis_off()
-        fig.supxlabel(TO_BORDER if limit == "border" else APART, fontsize=12)
         fig.supylabel("accuracy (%)", fontsize=12)
         fig.suptitle(title, fontsize=13)
         handles = [Line2D([], [], color=PALE, linewidth=9, label="provably invisible")]
         if chance is not None:
             handles.append(Line2D([], [], color=BLACK, linewidth=1, linestyle="--", label="chance"))
-        fig.legend(handles=handles, loc="outside lower center", ncols=2)
+        _legend_below(fig, handles, 2, TO_BORDER if limit == "border" else APART)
     return fig
 
 
@@ -179,13 +184,10 @@ def reach_curves(
                 values,
                 **style_of(encoding).line(),
             )
-        low, high = axes.get_ylim()
+        high = axes.get_ylim()[1]
         axes.set_yscale("log")
         axes.set(ylim=(1e-17, max(10 * high, 1e-2)), xlabel=xlabel, ylabel="relative change of the output")
-        axes.axhspan(1e-17, rounding, color=PALE, zorder=0, linewidth=0)
-        left, right = axes.get_xlim()
-        axes.text(right, rounding / 3, "rounding only: invisible ", ha="right", va="top")
-        axes.set(xlim=(left, right))
+        axes.axhspan(1e-17, rounding, color=PALE, zorder=0, linewidth=0, label="rounding: invisible")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title)
         fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -208,7 +210,7 @@ def result_table(
 
     `values` in percent, NaN where not yet measured; `chance`, one number or one a column, sets where colour
     begins. `held`: whether the prediction for the cell held (a tick) or was contradicted (a cross); None for
-    neither. Row names that are encodings are written as in the book's legends.
+    neither.
     """
     values = np.array(values, float)
     if values.shape != (len(rows), len(columns)):
@@ -223,9 +225,9 @@ def result_table(
                 missing = math.isnan(values[r, c])
                 mark = None if held is None or held[r][c] is None else "✓" if held[r][c] else "✗"
                 words = NOT_YET if missing else f"{values[r, c]:.0f}" + (f"  {mark}" if mark else "")
-                dark = not missing and shade[r, c] > 0.6
-                axes.text(c, r, words, ha="center", va="center", color="white" if dark else BLACK,
-                          fontsize=11, weight="bold" if mark == "✗" else "normal")  # fmt: skip
+                dark = not missing and shade[r, c] > 0.88
+                axes.text(c, r, words, ha="center", va="center_baseline", color="white" if dark else BLACK,
+                          fontsize=11, weight="bold" if mark == "✗" and not missing else "normal")  # fmt: skip
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -246,25 +248,36 @@ _FROM = {
 
 
 def published_chart(
-    figures: Sequence[Published], xlabel: str = "ImageNet top-1 (%)", title: str = ""
+    figures: Sequence[Published],
+    xlabel: str = "ImageNet top-1 (%)",
+    title: str = "",
+    names: Sequence[str] | None = None,
 ) -> Figure:
     """Published figures as dots, a line each, in their order; colour says the encoding, the dot how the figure
-    was read: full for the authors' own table, hollow for notes and posts, a diamond for a plot."""
-    with figure(0.36 * len(figures) + 1.3 + 0.3 * bool(title) if figures else 3) as fig:
+    was read: full for the authors' own table, hollow for notes and posts, a diamond for a plot.
+
+    `names`: what to write instead of model, encoding and setting.
+    """
+    figures = list(figures)
+    several = len({one.model for one in figures}) > 1
+    names = names or [
+        f.name if several else ", ".join(filter(None, (f.encoding, f.setting))) for f in figures
+    ]
+    with figure(0.4 * len(figures) + 1.3 + 0.3 * bool(title) if figures else 3) as fig:
         if not figures:
             return _nothing(fig)
         axes = fig.subplots()
-        values = [figure.value for figure in figures]
+        values = [one.value for one in figures]
         margin = (max(values) - min(values)) or 1.0
-        several = len({figure.model for figure in figures}) > 1
         for i, one in enumerate(figures):
             colour = style_of(one.encoding).colour
             axes.plot([min(values) - margin, one.value], [i, i], color=PALE, linewidth=1.5, zorder=1)
             axes.plot([one.value], [i], color=colour, markeredgewidth=2, markersize=8, zorder=3,
                       **{**_FROM[one.provenance], "label": "_"})  # fmt: skip
             axes.annotate(f"{one.value:g}", (one.value, i), (9, 0), textcoords="offset points", va="center")
-        names = [f.name if several else ", ".join(filter(None, (f.encoding, f.setting))) for f in figures]
-        axes.set_yticks(range(len(figures)), names)
+        axes.set_yticks(
+            range(len(figures)), [textwrap.fill(re.sub(r"(?<!\w)-(?=\d)", "−", name), 34) for name in names]
+        )
         axes.tick_params(axis="y", length=0)
         axes.set(xlim=(min(values) - 0.12 * margin, max(values) + 0.2 * margin), xlabel=xlabel)
         axes.set_ylim(len(figures) - 0.4, -0.6)
@@ -310,11 +323,10 @@ def published_by_size(figures: Sequence[Published], title: str = "") -> Figure:
             axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=60 if len(found) > 2 else 0)
             axes.set_xlim(ticks[0] - 30, ticks[-1] + 30)
         every[0].set_ylabel("ImageNet top-1 (%)")
-        fig.supxlabel("side of the test image (pixels)", fontsize=12)
         fig.suptitle(title, fontsize=13)
         hollow = Line2D([], [], linestyle="none", marker="o", markerfacecolor="white", markeredgecolor=GREY,
-                        markersize=7, label="hollow: second hand")  # fmt: skip
-        fig.legend(handles=[*drawn.values(), hollow], loc="outside lower center", ncols=3)
+                        markersize=7, label="hollow: second-hand")  # fmt: skip
+        _legend_below(fig, [*drawn.values(), hollow], 3, "side of the test image (pixels)")
     return fig
 
 
@@ -324,12 +336,12 @@ def probe_chart(probes: Mapping[str, Probe], ceiling: float | None = None, title
     with figure(0.4 * len(probes) + 1.4 + 0.3 * bool(title)) as fig:
         axes = fig.subplots()
         for i, probe in enumerate(probes.values()):
-            ends = [max(probe.row, -0.05), max(probe.column, -0.05)]
-            axes.plot(ends, [i, i], color=GREY, linewidth=1.5, zorder=1)
-            axes.plot([ends[0]], [i - 0.13], linestyle="none", marker="o", markersize=8, color=BLUE,
-                      label="row" if i == 0 else "_")  # fmt: skip
-            axes.plot([ends[1]], [i + 0.13], linestyle="none", marker="D", markersize=7, color=ORANGE,
-                      label="column" if i == 0 else "_")  # fmt: skip
+            for value, shift, marker, inside, word in (
+                (probe.row, -0.13, "o", BLACK, "row"),
+                (probe.column, 0.13, "D", "white", "column"),
+            ):
+                look = {"linestyle": "none", "markersize": 7, "color": BLACK, "markerfacecolor": inside}
+                axes.plot([max(value, -0.05)], [i + shift], marker, label=word if i == 0 else "_", **look)
         if ceiling is not None:
             axes.axvline(ceiling, color=BLACK, linewidth=1, linestyle="--", label="ceiling", zorder=0)
         axes.set_yticks(range(len(probes)), list(probes))
@@ -354,8 +366,8 @@ def differences(
         for i, spread in enumerate(spreads.values()):
             known = spread.low is not None
             ends = (spread.low, spread.high) if known else (spread.min, spread.max)
-            axes.plot(ends, [i, i], color=BLUE, linewidth=3 if known else 1)
-            axes.plot([spread.mean], [i], marker="o", markersize=8, color=BLUE)
+            axes.plot(ends, [i, i], color=BLACK, linewidth=3 if known else 1)
+            axes.plot([spread.mean], [i], marker="o", markersize=8, color=BLACK)
         axes.set_yticks(range(len(spreads)), list(spreads))
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel=xlabel)

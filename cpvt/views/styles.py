@@ -65,6 +65,9 @@ STYLES: dict[str, Style] = {
     "2 pegs": Style("2 PEGs", "#2B8FCB", "d"),
     "3 pegs": Style("3 PEGs", "#00639C", "^"),
     "5 pegs": Style("5 PEGs", "#00304D", "p"),
+    # A kernel of 5 sees as far as two PEGs, one of 7 as far as three: hence their shades.
+    "kernel 5": Style("1 PEG, kernel 5", "#2B8FCB", "h", _DASH),
+    "kernel 7": Style("1 PEG, kernel 7", "#00639C", "8", _DASH),
     "kernel 27": Style("1 PEG, kernel 27", BLUE, "*", _DASH),
     "learned + peg": Style("learned + PEG", ORANGE, "o", _DASHDOT),
     "sine + peg": Style("sine + PEG", PURPLE, "o", _DASHDOT),
@@ -136,13 +139,13 @@ def _counted(count: int) -> Style:
 
 
 _PADDINGS = {"circular": "<", "replicate": ">", "reflect": "H", "none": "1"}
-_KERNELS = {1: ".", 5: "h", 7: "8", 27: "*"}
 
 
 def _peg_style(peg: Peg) -> Style:
     count = _count(peg)
-    if peg.kernel == 27 and count == 1 and peg == Peg(peg.positions, 27, compute=peg.compute):
-        return STYLES["kernel 27"]
+    large = STYLES.get(f"kernel {peg.kernel}")
+    if large and len(peg.positions) == 1 and peg == Peg(peg.positions, peg.kernel, compute=peg.compute):
+        return large
     style, notes = _counted(count), []
     if peg.positions != (0,) and len(peg.positions) == 1:
         notes.append(f"at {'−1' if peg.positions[0] == -1 else peg.positions[0]}")
@@ -160,7 +163,7 @@ def _peg_style(peg: Peg) -> Style:
     notes += ["shared"] * peg.shared + ["Twins' start"] * (peg.init == "twins")
     if not notes:
         return style
-    marker = _PADDINGS.get(peg.padding) or _KERNELS.get(peg.kernel) or style.marker
+    marker = _PADDINGS.get(peg.padding) or (large or style).marker
     return replace(
         style, label=", ".join([_words(count), *notes]), marker=marker, linestyle=_DASH, hollow=True
     )
@@ -185,6 +188,7 @@ RC = {
     "ytick.labelsize": 11,
     "legend.fontsize": 11,
     "legend.frameon": False,
+    "legend.handlelength": 2.8,
     "axes.facecolor": "white",
     "axes.edgecolor": "#444444",
     "axes.spines.top": False,
@@ -205,6 +209,8 @@ def figure(height: float, width: float = WIDTH) -> Iterator[Figure]:
         new = plt.figure(figsize=(width, height), layout="constrained")
         try:
             yield new
+            for axes in new.axes:  # else the number of ticks follows the reader's font size when shown
+                axes.tick_params(labelsize=RC["xtick.labelsize"])
             new.draw_without_rendering()  # texts and ticks take their look while it holds
         finally:
             plt.close(new)
