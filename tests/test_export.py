@@ -28,24 +28,29 @@ def build(encoding: str, depth: int = 1, **options) -> VisionTransformer:
 # One block deep: a PEG behind it shows in the logits only without a class token ("gap"), before it always.
 # Every kind, option and read-out; sums, as a sum is right only where each of its parts is.
 MODELS = {
-    "none": ("none", {"readout": "gap"}),
-    "learned, distilled": ("learned + rotary(resize='rescale')", {"distilled": True}),
-    "antialiased": ("learned(antialias=True) + sine(resize='resample')", {"readout": "gap"}),
-    "sine": ("sine + sine(resize='rescale') + rotary", {}),
-    "relative": ("relative(clip=3)", {}),
-    "relative on values": ("relative(clip=3, on='keys_values')", {"readout": "gap"}),
-    "bias on a torus": ("relative(clip=3, on='bias', wrap=True) + relative(on='bias')", {}),
-    "peg": (
-        "peg + peg(positions=(-1,), padding='replicate') + peg(convolution='separable')",
+    "tables, distilled": (
+        "learned + rotary(resize='rescale') + peg(on='queries_keys', shared=True, positions=(-1,))",
+        {"distilled": True},
+    ),
+    "tables, no class token": (
+        "learned(antialias=True) + sine + sine(resize='resample') + sine(resize='rescale') + rotary",
         {"readout": "gap"},
     ),
-    "dense peg": (
-        "peg(convolution='dense', kernel=1, repeat=2) + peg(padding='none', skip=False)",
+    "relative on values": ("relative(clip=3, on='keys_values')", {}),
+    "relative, no class token": (
+        "relative(clip=3) + relative(clip=3, on='bias', wrap=True) + relative(on='bias')",
         {"readout": "gap"},
     ),
-    "periodic pegs": ("peg(padding='circular') + peg(padding='reflect', kernel=5)", {"readout": "gap"}),
-    "on queries and keys": ("peg(on='queries_keys', shared=True, positions=(-1,))", {"distilled": True}),
-    "kernel over the whole grid": ("peg(positions=(-1,), kernel=11, compute='matrix')", {}),
+    "pegs with padding": (
+        "peg(positions=(-1,), kernel=11, compute='matrix') + peg(padding='circular')"
+        " + peg(padding='reflect', kernel=5) + peg(positions=(-1,), padding='replicate')",
+        {"readout": "gap"},
+    ),
+    "pegs without": (
+        "peg(convolution='separable') + peg(convolution='dense', kernel=1, repeat=2)"
+        " + peg(padding='none', skip=False)",
+        {"readout": "gap"},
+    ),
 }
 
 
