@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -146,18 +147,18 @@ def append_row(path: str | Path, row: Row, again: bool = False) -> None:
     path = Path(path)
     if not isinstance(row, Row):
         raise ResultsError(f"append_row was given {type(row).__name__}; expected a Row")
-    if path.exists():
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n").encode()
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(
+            handle, fcntl.LOCK_EX
+        )  # released on closing; a reader of a half-written line would refuse it
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
             raise ResultsError(f"{path}: the last line is cut off; complete or remove it")
         if not again and any(row.key == old.key for old in _read(path)):
             raise ResultsError(f"{path} has {row.key} already; remove it, or pass again=True to supersede it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n").encode()
-    # One write to a file opened for appending: two writers cannot mix their lines.
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(handle).st_size
         if os.write(handle, line) < len(line):  # the disk is full
             os.ftruncate(handle, size)
             raise ResultsError(f"{path}: no space left for a row of {len(line)} bytes; nothing was written")
