@@ -12,21 +12,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
-import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal, get_type_hints
 
+from cpvt.checked import ConfigError, build, check, from_json, nearest, replace, to_json
 
-class ConfigError(ValueError):
-    """A configuration that makes no sense; the message says what was given and what to do."""
-
-
-def nearest(given: str, known) -> str:
-    """A phrase naming the known words closest to `given`, for error messages."""
-    known = sorted(known)
-    close = difflib.get_close_matches(given, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+__all__ = ["ConfigError", "from_json", "nearest", "replace", "to_json"]  # handed on from `checked`
 
 
 # --------------------------------------------------------------------------- encodings
@@ -160,7 +151,7 @@ def _parts(node: ast.expr, text: str) -> list[EncodingPart]:
         given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except ValueError:
         raise ConfigError(f"encoding {text!r}: the options must be plain values") from None
-    return [_build(KINDS[call.func.id], given, f"encoding {text!r}")]
+    return [build(KINDS[call.func.id], given, f"encoding {text!r}")]
 
 
 def format_encoding(parts: tuple[EncodingPart, ...]) -> str:
@@ -200,7 +191,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for name, hint in get_type_hints(ModelConfig).items():
-            object.__setattr__(self, name, _check(getattr(self, name), hint, f"ModelConfig: {name}"))
+            object.__setattr__(self, name, check(getattr(self, name), hint, f"ModelConfig: {name}"))
         # One spelling for each encoding, so that equal models have equal configurations.
         object.__setattr__(self, "encoding", format_encoding(parse_encoding(self.encoding)))
         for name in ("patch_size", "in_channels", "width", "depth", "heads"):
@@ -240,32 +231,121 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on: a diagnostic (drawn, `train_size` images) or real images held in memory."""
+    """What is trained on: a diagnostic (drawn, `train_size` images) or real images."""
 
-    name: str = "where"  # where, arrangement, what; tiny-imagenet, cifar10, fashion-mnist; or a folder
+    name: str = (
+        "where"  # where, arrangement, what; tiny-imagenet, cifar10, fashion-mnist; or a folder (shards too)
+    )
     root: str = "data/images"  # where real images lie or are put; never committed
-    image_size: int = 64  # real images: short side resized to this, centre crop
+    image_size: int = 64  # side in pixels of what the model sees
+    store: Literal["memory", "files"] = (
+        "memory"  # real images: decoded once and held, or read as they are needed
+    )
+    stored_size: int = 0  # memory: short side that images are held at, cut square (0: image_size)
+    test_crop: float = 1.0  # evaluation: short side to image_size / this, then the centre; ImageNet's 0.875
+    workers: int = -1  # files: processes that read; -1: one a core, 16 at most
+    decode: Literal["auto", "gpu", "cpu"] = "auto"  # files: where JPEGs are decoded
+    limit: int = 0  # real images: use only so many of each split (0: all)
     grid: tuple[int, int] = (14, 14)  # diagnostics: tokens down and across
     pixels: int = 1  # diagnostics: pixels a token, each way
     train_size: int = 20000  # diagnostics: images an epoch
     test_size: int = 4000  # diagnostics
-    limit: int = 0  # real images: use only so many of each split (0: all)
-    flip: bool = False  # real images: random horizontal flips
+
+    def __post_init__(self):
+        _at_least(self, 1, "image_size", "pixels", "train_size", "test_size")
+        _at_least(self, 0, "stored_size", "limit")
+        if not 0 < self.test_crop <= 1:
+            raise ConfigError(f"data.test_crop={self.test_crop}; expected above 0, 1 at most")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to training images, in this order; all off unless asked for."""
+
+    crop: bool = False  # a random part of the image, resized (else the centre)
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    flip: float = 0.0  # probability of a mirror image
+    randaugment: str = ""  # timm's notation: rand-m9-mstd0.5-inc1
+    erase: float = 0.0  # probability of one box of noise, after normalisation
+    mixup: float = 0.0  # both parameters of the Beta distribution of the share; 0: none
+    cutmix: float = 0.0  # the same for pasted boxes
+    mix_switch: float = 0.5  # where both are on: probability of CutMix
+    mix_group: int = 64  # images that share one draw and are mixed among each other (the last with the first)
+    repeats: int = 1  # copies of an image in an epoch; it then has only 1 / repeats of the images
+
+    def __post_init__(self):
+        _at_least(self, 1, "repeats")
+        _at_least(self, 0, "mixup", "cutmix")
+        for name in ("flip", "erase", "mix_switch"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"augment.{name}={getattr(self, name)}; expected a probability")
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "crop_scale" and high > 1):
+                raise ConfigError(f"augment.{name}={low, high}; expected 0 < low <= high (scale: 1 at most)")
+        if self.mix_group < 2 or self.mix_group % 2:
+            raise ConfigError(f"augment.mix_group={self.mix_group}; expected an even number, 2 or more")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW with a linear warm-up and a cosine; the rate is a function of the step alone."""
 
-    batch: int = 64
+    batch: int = 64  # images a step, over all processes
+    micro_batch: int = 0  # images that one process takes at once, at most; 0: its whole share
     steps: int = 1000
+    epochs: int = 0  # instead of `steps`, where not 0
     rate: float = 1e-3  # the peak
+    scale_rate: bool = False  # `rate` is meant for a batch of 512 and grows with the batch
     warmup_steps: int = 50
+    warmup_epochs: int = 0  # instead of `warmup_steps`, where `epochs` is given
+    warmup_rate: float = 0.0  # where the warm-up starts; never scaled, nor is the final rate
     final_rate: float = 1e-5
     weight_decay: float = 0.05  # on matrices and kernels only
+    decay_pegs: bool = True  # off: PEGs are not decayed either, as in Twins
     smoothing: float = 0.0
     clip: float = 1.0  # largest gradient norm; 0: none
+    ema: float = 0.0  # decay a step of a running average of the weights; 0: none
+    ema_half_life: float = 0.0  # the same, given as a half-life in epochs
+    skip_limit: int = 20  # steps without a finite loss and gradient, one after the other, that end the run
     stop_loss: float = 0.0  # stop early once the mean loss of the last 20 steps is below this; 0: never
+
+    def __post_init__(self):
+        _at_least(self, 1, "batch", "steps", "skip_limit")
+        _at_least(self, 0, "micro_batch", "epochs", "warmup_steps", "warmup_epochs", "rate", "warmup_rate")
+        _at_least(self, 0, "final_rate", "weight_decay", "clip", "ema", "ema_half_life")
+        if self.ema >= 1 or (self.ema and self.ema_half_life):
+            raise ConfigError(
+                f"optim.ema={self.ema}, ema_half_life={self.ema_half_life}: a decay below 1, or a half-life"
+            )
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A teacher whose answers the distillation token learns (models named _distilled)."""
+
+    teacher: str = ""  # one of timm's names, such as regnety_160; empty: no teacher
+    weights: str = ""  # file of the teacher's weights; empty: timm's download
+    kind: Literal["hard", "soft"] = "hard"
+    alpha: float = 0.5  # share of the teacher's term in the loss
+    tau: float = 1.0  # soft: temperature
+
+
+@dataclass(frozen=True)
+class Quirks:
+    """What DeiT's published code does, perhaps without meaning to; each only when asked for."""
+
+    epoch_schedule: bool = (
+        False  # the rate changes once an epoch; epochs 0 and 1 both run at the warm-up rate
+    )
+    resume_ahead: bool = False  # a resumed run is one epoch ahead in its schedule
+    lone_no_repeats: bool = False  # a single process drops repeated augmentation without a word
+    fixed_order: bool = False  # with repeated augmentation, the order of images ignores the seed
+    forget_best: bool = False  # the best accuracy is forgotten at resume
+    kl_by_elements: bool = (
+        False  # soft distillation: the divergence divided by images x classes, not by images
+    )
 
 
 @dataclass(frozen=True)
@@ -274,10 +354,20 @@ class RunConfig:
 
     seed: int = 0
     device: str = "auto"  # auto: cuda where there is one
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     compile: bool = False
-    out: str = ""  # folder of the checkpoint and the log; empty: keep nothing
+    deterministic: bool = False  # GPU: the same run bit for bit, slower
+    init: str = ""  # file of weights to start from; a learned table is resampled to the image size
+    out: str = ""  # folder of checkpoints, log and model; a run found there goes on; empty: keep nothing
     log_every: int = 50
+    save_every: int = 0  # steps between checkpoints; 0: once an epoch
+    keep: int = 3  # checkpoints kept
+    evaluate_every: int = 0  # epochs between evaluations; 0: only at the end
+    tensorboard: bool = False  # also write the log for TensorBoard
+
+    def __post_init__(self):
+        _at_least(self, 1, "log_every", "keep")
+        _at_least(self, 0, "seed", "save_every", "evaluate_every")
 
 
 @dataclass(frozen=True)
@@ -286,62 +376,15 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    quirks: Quirks = field(default_factory=Quirks)
     run: RunConfig = field(default_factory=RunConfig)
 
 
-# --------------------------------------------------------------------------- JSON
-
-
-def to_json(config: Any) -> str:
-    """A configuration -> one line of JSON."""
-    return json.dumps(dataclasses.asdict(config))
-
-
-def from_json(cls: type, text: str) -> Any:
-    """One line of JSON -> a `cls`, equal to the one written. Unknown keys and wrong types are refused."""
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{cls.__name__}: not JSON ({error})") from None
-    return _build(cls, values, cls.__name__)
-
-
-def replace(config: Any, **values: Any) -> Any:
-    """A copy with some fields changed; unlike `dataclasses.replace`, names and types are checked."""
-    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return _build(type(config), {**own, **values}, type(config).__name__)
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-    """Checks names and types, then builds; `where` opens every message."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected an object with the fields of {cls.__name__}, got {values!r}")
-    hints = get_type_hints(cls)
-    for name in values:
-        if name not in hints:
-            raise ConfigError(f"{where}: no option {name!r}; {nearest(name, hints)}")
-    return cls(**{name: _check(value, hints[name], f"{where}: {name}") for name, value in values.items()})
-
-
-def _check(value: Any, hint: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, where)
-    options = get_args(hint)
-    if options and all(isinstance(option, str) for option in options):  # a Literal
-        if value not in options:
-            raise ConfigError(f"{where}={value!r}; expected one of {', '.join(map(repr, options))}")
-        return value
-    if options:  # a tuple of whole numbers, of any length (..., last) or of just this one
-        length = None if options[-1] is Ellipsis else len(options)
-        if isinstance(value, range):
-            value = tuple(value)
-        whole = isinstance(value, list | tuple) and all(type(v) is int for v in value)
-        if not whole or length not in (None, len(value)):
-            raise ConfigError(f"{where}={value!r}; expected {length or 'a list of'} whole numbers")
-        return tuple(value)
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{where}={value!r}; expected {hint.__name__}")
-    return value
+def _at_least(config, least: int, *names: str) -> None:
+    group = type(config).__name__.removesuffix("Config").lower()
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ConfigError(f"{group}.{name}={getattr(config, name)}; expected {least} or more")

@@ -195,7 +195,7 @@ def test_wrong_models_are_refused_in_one_line(values, words):
         ('{"optim": {"lr": 0.1}}', ["TrainConfig: optim", "no option 'lr'", "rate"]),
         ('{"modle": {}}', ["no option 'modle'", "did you mean model?"]),
         ('{"optim": {"steps": 1.5}}', ["optim: steps=1.5", "int"]),
-        ('{"run": {"precision": "fp16"}}', ["precision='fp16'", "'bf16'"]),
+        ('{"run": {"precision": "fp8"}}', ["precision='fp8'", "'bf16'"]),
         ('{"data": {"grid": [14]}}', ["data: grid=[14]", "2 whole numbers"]),
     ],
 )

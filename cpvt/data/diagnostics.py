@@ -4,12 +4,13 @@ Letters: n samples, H W grid of tokens.
 """
 
 import difflib
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from cpvt.randomness import mix, start
 
 
 class DataError(ValueError):
@@ -199,9 +200,9 @@ def _draw_what(dice, grid, pixels, side, margin, split, pair) -> Diagnostic:
         diagonal = dice.fill(PAIRS.index(pair))
     shape = 2 * diagonal + label
     row = margin + dice.roll("row", down + 1)
-    start = width - margin - frame - half if split == "test" else margin
+    left = width - margin - frame - half if split == "test" else margin
     column = torch.where(
-        diagonal == 1, margin + dice.roll("anywhere", across + 1), start + dice.roll("column", half + 1)
+        diagonal == 1, margin + dice.roll("anywhere", across + 1), left + dice.roll("column", half + 1)
     )
     patterns = torch.tensor(_PATTERNS, device=row.device, dtype=torch.bool)
     images = _render([(row, column, patterns[shape], COLOUR_A)], grid, side, pixels)
@@ -250,8 +251,8 @@ class _Dice:
 
     def roll(self, name: str, sides: int | Tensor, every: int = 1) -> Tensor:
         """Even in 0 ... sides - 1, the same for each run of `every` indices."""
-        start = int.from_bytes(hashlib.sha256(f"{self.key}/{name}".encode()).digest()[:8], "big", signed=True)
-        return (_mix(self.index.div(every, rounding_mode="floor") + start) & (2**63 - 1)) % sides
+        counter = self.index.div(every, rounding_mode="floor") + start(f"{self.key}/{name}")
+        return (mix(counter) & (2**63 - 1)) % sides
 
     def label(self, classes: int) -> Tensor:
         """Each of the labels once in a run of `classes` indices, in an order that turns from run to run."""
@@ -262,18 +263,6 @@ class _Dice:
 
     def fill(self, value: int) -> Tensor:
         return torch.full_like(self.index, value)
-
-
-def _mix(counter: Tensor) -> Tensor:
-    """The SplitMix64 hash (Steele, Lea and Flood 2014) of int64 tensors, whose products wrap around."""
-    z = counter * (0x9E3779B97F4A7C15 - 2**64)
-    z = (z ^ _shift(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    z = (z ^ _shift(z, 27)) * (0x94D049BB133111EB - 2**64)
-    return z ^ _shift(z, 31)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts drag the sign along; the hash wants zeros
 
 
 def _allowed(task, distances, lowest, highest, grid, side, margin) -> list[int]:

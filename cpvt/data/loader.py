@@ -66,11 +66,6 @@ class Images:
         order = torch.randperm(len(self.train.labels), generator=generator)
         index = order[step * self.size : (step + 1) * self.size]
         images, labels = self.train.images[index], self.train.labels[index]
-        if self.data.flip:
-            turned = (
-                torch.rand(per_epoch * self.size, generator=generator)[step * self.size :][: self.size] < 0.5
-            )
-            images = torch.where(turned[:, None, None, None], images.flip(-1), images)
         return normalise(images.to(self.device).float() / 255), labels.to(self.device)
 
     def test(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
