@@ -10,7 +10,6 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -90,21 +89,26 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """(B, T, D) -> (B, T, D): attention, then MLP, each on normed tokens and added to the stream."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float):
+    def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, encoding: PositionEncoding, block: int, grid: Grid) -> Tensor:
+    def forward(
+        self, x: Tensor, encoding: PositionEncoding, block: int, grid: Grid, keep: Tensor | None = None
+    ) -> Tensor:
+        """`keep` (2, B): what the two branches are multiplied by, 0 where one is left out; None: all kept."""
         normed = asking = self.norm1(x)
         if block in encoding.query_key_blocks:
             prefix, patches = x.split([x.shape[1] - grid[0] * grid[1], grid[0] * grid[1]], 1)
             asking = self.norm1(torch.cat([prefix, encoding.queries_keys(block, patches, grid)], 1))
-        x = x + self.drop_path(self.attn(normed, asking, encoding, block, grid))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        if keep is None:
+            x = x + self.attn(normed, asking, encoding, block, grid)
+            return x + self.mlp(self.norm2(x))
+        x = x + keep[0, :, None, None] * self.attn(normed, asking, encoding, block, grid)
+        return x + keep[1, :, None, None] * self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
@@ -134,8 +138,11 @@ class VisionTransformer(nn.Module):
             grid=config.grid,
             prefix_tokens=P,
         )
-        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList(Block(D, config.heads, config.mlp_ratio, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(D, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        drop_rates = torch.linspace(
+            0, config.drop_path, config.depth
+        )  # of either branch of a block, for an image
+        self.register_buffer("drop_rates", drop_rates, persistent=False)
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": D, "reduction": config.patch_size}
@@ -159,15 +166,31 @@ class VisionTransformer(nn.Module):
 
     # ----------------------------------------------------------------- forward
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return self.forward_head(self.forward_features(images))
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return self.forward_head(self.forward_features(images, keep))
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(B, C, height, width) -> (B, T, D): all tokens after the last block, normed."""
+    def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, C, height, width) -> (B, T, D): all tokens after the last block, normed.
+
+        `keep` (depth, 2, B): factors of the blocks' branches (drop path), 0 or 1 / (1 - rate). None: drawn here
+        while training, so that a caller who wants the same draw again passes it in.
+        """
         x, grid = self._tokens(images)
+        keep = self.draw_keep(len(x), x.device) if keep is None else keep
         for i in range(len(self.blocks)):
-            x, grid = self._block(i, x, grid)
+            x, grid = self._block(i, x, grid, keep)
         return self.norm(x)
+
+    def draw_keep(self, batch: int, device: torch.device) -> Tensor | None:
+        """-> (depth, 2, B) factors for `forward`, or None where nothing is ever left out."""
+        if not (self.training and self.config.drop_path):
+            return None
+        return self.keep_factors(torch.rand(len(self.blocks), 2, batch, device=device))
+
+    def keep_factors(self, draws: Tensor) -> Tensor:
+        """(depth, 2, B), even in [0, 1) -> the factors: 0 with a block's probability, else 1 / (1 - it)."""
+        rates = self.drop_rates[: len(self.blocks), None, None].to(draws.dtype)
+        return (draws >= rates) / (1 - rates)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, T, D) -> (B, num_classes), or (B, D) with `pre_logits`."""
@@ -188,12 +211,13 @@ class VisionTransformer(nn.Module):
         prefix = [getattr(self, name).to(patches.dtype).expand(patches.shape[0], -1, -1) for name in names]
         return self._encode(-1, torch.cat([*prefix, patches], 1), grid)
 
-    def _block(self, i: int, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    def _block(self, i: int, x: Tensor, grid: Grid, keep: Tensor | None) -> tuple[Tensor, Grid]:
         """Block i and what the encoding does behind it."""
+        arguments = x, self.encoding, i, grid, None if keep is None else keep[i]
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            x = checkpoint(self.blocks[i], x, self.encoding, i, grid, use_reentrant=False)
+            x = checkpoint(self.blocks[i], *arguments, use_reentrant=False)
         else:
-            x = self.blocks[i](x, self.encoding, i, grid)
+            x = self.blocks[i](*arguments)
         return self._encode(i, x, grid)
 
     def _encode(self, place: int, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
@@ -232,9 +256,10 @@ class VisionTransformer(nn.Module):
             )
         take = sorted(i % depth for i in indices)
         tokens, grid = self._tokens(x)
+        keep = self.draw_keep(len(x), x.device)
         found, P = [], self.num_prefix_tokens
         for i in range(max(take) + 1 if stop_early and take else depth):
-            tokens, grid = self._block(i, tokens, grid)
+            tokens, grid = self._block(i, tokens, grid, keep)
             if i in take:
                 shown = self.norm(tokens) if norm else tokens
                 patches, prefix = shown[:, P:], shown[:, :P]
