@@ -12,18 +12,30 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets as published
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, has_file_allowed_extension
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as transforms
 
 from cpvt.data.diagnostics import DataError, Diagnostic, draw
+from cpvt.data.shards import Shards, check_resolution, decode, opened, stored_side_needed
 
-__all__ = ["DataError", "Diagnostic", "ImageDataset", "ImageTensors", "draw", "load_tensors", "open_dataset"]
+__all__ = [
+    "DataError",
+    "Diagnostic",
+    "ImageDataset",
+    "ImageTensors",
+    "Shards",
+    "check_resolution",
+    "draw",
+    "load_tensors",
+    "open_dataset",
+    "stored_side_needed",
+]
 
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -55,14 +67,33 @@ class ImageDataset(Dataset):
         item = self.items[i]
         if not isinstance(item, Path):
             return Image.fromarray(item).convert("RGB"), self.labels[i]
+        return decode(item, str(item)), self.labels[i]
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image i as its file holds them."""
+        item = self._file(i)
         try:
-            return default_loader(item), self.labels[i]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = "of no format that Pillow knows" if unknown else str(error).splitlines()[0]
-            raise DataError(
-                f"{item} is not an image that can be read ({reason}): replace or delete it"
-            ) from error
+            return item.read_bytes()
+        except OSError as error:
+            raise DataError(f"{item} cannot be read ({error.strerror}): replace or delete it") from error
+
+    def key(self, i: int) -> str:
+        """The path of image i."""
+        return str(self._file(i))
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """(n, 2) int64: height and width in pixels, EXIF ignored, from the header of every file."""
+        sizes = torch.empty(len(self), 2, dtype=torch.int64)
+        for i in range(len(self)):
+            with opened(self._file(i), self.key(i)) as image:
+                sizes[i] = torch.tensor((image.height, image.width))
+        return sizes
+
+    def _file(self, i: int) -> Path:
+        if not isinstance(self.items[i], Path):
+            raise DataError(f"image {i} of {self.name} is held as an array, not a file: take dataset[{i}]")
+        return self.items[i]
 
     def select(self, index) -> "ImageDataset":
         """The images at these indices, in this order, with all classes."""
@@ -89,7 +120,7 @@ class ImageTensors:
         return digest.hexdigest()
 
 
-def load_tensors(dataset: ImageDataset, size: int) -> ImageTensors:
+def load_tensors(dataset: ImageDataset | Shards, size: int) -> ImageTensors:
     """Decode a data set into memory: short side to `size` pixels (antialiased bicubic), centre square.
 
     For small data: n images take 3 n size^2 bytes.
@@ -109,11 +140,12 @@ def load_tensors(dataset: ImageDataset, size: int) -> ImageTensors:
 
 def open_dataset(
     name_or_path: str | Path, split: str = "train", root: str | Path = "data/images", download: bool = True
-) -> ImageDataset:
+) -> ImageDataset | Shards:
     """Open one split of a data set.
 
-    name_or_path  "tiny-imagenet", "cifar10" or "fashion-mnist", or a folder: <split>/<class>/*.JPEG as
-                  ImageNet, Tiny-ImageNet as published, CIFAR-10's or Fashion-MNIST's own files
+    name_or_path  "tiny-imagenet", "cifar10" or "fashion-mnist", or a folder: what `cpvt pack` wrote,
+                  <split>/<class>/*.JPEG as ImageNet, Tiny-ImageNet as published, CIFAR-10's or
+                  Fashion-MNIST's own files
     split         "train", "val" (CIFAR-10's and Fashion-MNIST's test images), or another that the folder has
     root          the folder that holds, or will hold, the data sets known by name
     download      fetch a data set known by name where `root` does not hold it
@@ -131,6 +163,8 @@ def open_dataset(
         return _read_cifar10(path.resolve().parent, split)
     if any(path.glob("*-ubyte*")):
         return _read_fashion_mnist(path, split)
+    if (path / split / "index.json").is_file():
+        return Shards(path / split)
     return _read_folder(path, split)
 
 
