@@ -6,14 +6,11 @@ packing the same images twice gives the same bytes.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import signal
-import stat
 import threading
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,14 +19,14 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import PIL
-from PIL import Image
 from tqdm import tqdm
 
 from cpvt.data.datasets import Shards, check_resolution, stored_side_needed
 from cpvt.data.diagnostics import DataError
+from cpvt.data.examine import Shrink, between, examine_all, known
 from cpvt.data.shards import ShardWriter, written_aside
 from cpvt.data.sources import Entry, Layout, Listing, Refused, find_layout
 from cpvt.randomness import permutation
@@ -38,47 +35,9 @@ IMAGENET = {"train": 1_281_167, "val": 50_000}  # images of ILSVRC2012 (Russakov
 IMAGENET_CLASSES = 1000
 WORDNET_ID = re.compile(r"n\d{8}")
 ORDER = "pack/order"  # the key of the order of training images; another key, another order
-MAX_PIXELS = 178_956_970  # Pillow's own limit: an image of more is taken for a decompression bomb
-MAX_BYTES = 1 << 30
 CHUNK = 16  # images a process is given at a time
 SHOWN = 20  # refused images that a report names
-# Formats that are read, and the ending under which each is stored. Pillow knows more; one of them, EPS,
-# runs another program on the file.
-ENDINGS = {
-    "JPEG": "jpg",
-    "PNG": "png",
-    "BMP": "bmp",
-    "PPM": "ppm",
-    "TIFF": "tif",
-    "WEBP": "webp",
-    "GIF": "gif",
-}
-MODES = {"RGB": "", "L": "grey", "CMYK": "CMYK", "P": "palette", "1": "black and white"}
-JPEG_NAMES = (".jpg", ".jpeg")
-
-
-@dataclass(frozen=True)
-class Shrink:
-    """Training images whose short side is larger are resized to it and stored as JPEG again.
-
-    Pillow's bicubic filter, which averages where it shrinks, and the long side cut to whole pixels as in
-    torchvision's `Resize`. Smaller images keep their bytes.
-    """
-
-    short_side: int = 0  # pixels; 0: never
-    quality: int = 92  # of the JPEG, 1 to 95
-    chroma: str = "4:2:0"  # colour at half the resolution, or "4:4:4": in full, a quarter more bytes
-
-
-class Picture(NamedTuple):
-    """An image that was decoded without an error, as it will be stored."""
-
-    data: bytes
-    ending: str
-    height: int
-    width: int
-    kind: str  # format and what is unusual, in words
-    shrunk: bool
+Expected = Literal["auto", "imagenet", "any"]
 
 
 @dataclass
@@ -117,7 +76,7 @@ def pack(
     splits: Iterable[str] = ("val", "train"),
     shrink: Shrink | None = None,
     shard_mb: int = 1000,
-    expect: str = "auto",
+    expect: Expected = "auto",
     workers: int = 0,
     image_size: int = 0,
     report: Callable[[str], None] = print,
@@ -136,6 +95,10 @@ def pack(
     would have an output that nothing teaches and nothing tests.
     """
     source, out, splits, shrink = Path(source), Path(out), list(splits), shrink or Shrink()
+    known("expect", expect, Expected)
+    between("shard_mb", shard_mb, 1)
+    between("workers", workers, 0)
+    between("image_size", image_size, 0)
     layout = find_layout(source)
     report(f"{source}: {layout.name}")
     for split in splits:
@@ -235,7 +198,7 @@ def _check(where: str, split: str, classes: tuple[str, ...], labels: list[int], 
     if imagenet and (len(classes), len(labels)) != (IMAGENET_CLASSES, IMAGENET[split]):
         raise DataError(
             f"{where}: {len(labels):,} images of {len(classes):,} classes, expected ImageNet's "
-            f"{IMAGENET[split]:,} of {IMAGENET_CLASSES:,}: complete it, or pass --expect any; nothing was kept"
+            f"{IMAGENET[split]:,} of {IMAGENET_CLASSES:,}: complete it, or pass --expect any; nothing of it was kept"
         )
     if list(classes) != sorted(set(classes)):
         raise DataError(
@@ -245,7 +208,7 @@ def _check(where: str, split: str, classes: tuple[str, ...], labels: list[int], 
     if empty:
         raise DataError(
             f"{where}: {len(empty)} of {len(classes)} classes have no image (the first: {classes[empty[0]]}): "
-            f"fill them, or delete them in every split; nothing was kept"
+            f"fill them, or delete them in every split; nothing of it was kept"
         )
 
 
@@ -260,83 +223,6 @@ def _name_refused(refused: list) -> list[str]:
 def _plain(text: str) -> str:
     """Names come from archives: line breaks and half characters are spelled out."""
     return text if text.isprintable() else ascii(text)
-
-
-# One image
-
-
-def examine_all(entries: list[Entry], shrink: Shrink) -> list[Picture | str]:
-    """For each entry its picture, or the reason for which it is refused."""
-    return [_examine(entry, shrink) for entry in entries]
-
-
-def _examine(entry: Entry, shrink: Shrink) -> Picture | str:
-    try:
-        data = _read(entry)
-    except OSError as error:
-        return f"cannot be read ({error.strerror or error})"
-    if isinstance(data, str):
-        return data
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF, which is not used
-            return _decode(data, Path(entry.name).suffix.lower(), shrink)
-    except Exception as error:  # a decoder that is fed garbage may raise anything, and none may stop the rest
-        return f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
-
-
-def _read(entry: Entry) -> bytes | str:
-    about = os.stat(entry.path)
-    length = about.st_size if entry.length < 0 else entry.length
-    if not stat.S_ISREG(about.st_mode):
-        return "not a plain file"
-    if length == 0:
-        return "empty"
-    if length > MAX_BYTES:
-        return f"{length:,} bytes, the limit is {MAX_BYTES:,}"
-    with open(entry.path, "rb") as file:
-        file.seek(entry.offset)
-        data = file.read(length)
-    return data if len(data) == length else f"cut short, {len(data):,} of {length:,} bytes"
-
-
-def _decode(data: bytes, suffix: str, shrink: Shrink) -> Picture | str:
-    try:
-        image = Image.open(io.BytesIO(data), formats=list(ENDINGS))
-    except PIL.UnidentifiedImageError:
-        return f"in none of the formats {', '.join(ENDINGS)}"
-    if image.width * image.height > MAX_PIXELS:
-        return f"{image.width} x {image.height}, more than {MAX_PIXELS:,} pixels"
-    kind = _kind(image, suffix)
-    image.load()
-    (width, height), short = image.size, min(image.size)
-    if 0 < shrink.short_side < short:
-        width, height = (side * shrink.short_side // short for side in (width, height))
-        small = image if image.mode == "L" else image.convert("RGB")
-        stored = io.BytesIO()
-        small.resize((width, height), Image.Resampling.BICUBIC).save(
-            stored, "JPEG", quality=shrink.quality, subsampling=shrink.chroma, comment=b""
-        )
-        return Picture(stored.getvalue(), "jpg", height, width, kind, True)
-    return Picture(data, ENDINGS[_format(image)], height, width, kind, False)
-
-
-def _format(image: Image.Image) -> str:
-    return "JPEG" if image.format == "MPO" else image.format  # several JPEGs in one: the first is read
-
-
-def _kind(image: Image.Image, suffix: str) -> str:
-    """Format and peculiarities of an image not yet loaded, in words."""
-    name = _format(image)
-    turned = name == "JPEG" and "exif" in image.info and image.getexif().get(0x0112, 1) != 1
-    notes = (
-        MODES.get(image.mode, image.mode),
-        "16-bit" if "16" in str(image.tile) else "",
-        "progressive" if image.info.get("progressive") else "",
-        "turned by EXIF" if turned else "",
-        "named JPEG" if suffix in JPEG_NAMES and name != "JPEG" else "",
-    )
-    return " ".join([name, *filter(None, notes)])
 
 
 # Many images

@@ -246,7 +246,7 @@ class ShardWriter:
             "version": VERSION,
             **about,
             "images": len(columns["label"]),
-            "min_side": int(min(columns["height"].min(), columns["width"].min())),
+            "min_side": min(self.rows["height"] + self.rows["width"], default=0),  # pixels
             "shards": self.shards,
             "index_sha256": hashlib.sha256(index.getbuffer()).hexdigest(),
         }
