@@ -1,4 +1,4 @@
-"""The command line: cpvt train | evaluate | export | experiments.
+"""The command line: cpvt train | evaluate | pack | export | experiments.
 
 Options are the fields of the configurations in `cpvt.config`; wrong input gives one line and exit status 2.
 """
@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from cpvt.config import ConfigError, DataConfig, TrainConfig, nearest, to_json
 from cpvt.data.datasets import DataError
 from cpvt.data.loader import open_batches
+from cpvt.data.pack import Expected, Shrink, pack
 from cpvt.lab.experiments import EXPERIMENTS, run_missing
 from cpvt.lab.results import ResultsError
 from cpvt.model.export import export_onnx
@@ -92,6 +93,29 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Pack:
+    """Prepare images for training: check every one, write shards. Originals, or shrunk with --short-side."""
+
+    # a folder: with train/ and val/, with ILSVRC2012's archives, or with Kaggle's ILSVRC/
+    source: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional]  # gets OUT/train and OUT/val; then: cpvt train --data OUT
+    split: Literal["both", "train", "val"] = "both"  # both: first val, then train
+    short_side: int = 0  # shrink larger training images to this short side in pixels; 0: keep the originals
+    quality: int = 92  # of the JPEG of a shrunk image, 1 to 95
+    chroma: Literal["4:2:0", "4:4:4"] = "4:2:0"  # its colour: at half the resolution, or in full
+    shard_mb: int = 1000  # size of a shard in millions of bytes
+    expect: Expected = "auto"  # imagenet: exactly its images and classes, or nothing is kept
+    workers: int = 0  # processes that decode; 0: one a core
+    image_size: int = 0  # also report the share of images too small for evaluation at this size
+
+    def __call__(self) -> None:
+        splits = ("val", "train") if self.split == "both" else (self.split,)
+        shrink = Shrink(self.short_side, self.quality, self.chroma)
+        limits = self.shard_mb, self.expect, self.workers, self.image_size
+        pack(self.source, self.out, splits, shrink, *limits, report=lambda text: print(text, flush=True))
+
+
+@dataclass(frozen=True)
 class Experiments:
     """Measure what is missing of an experiment, a row at a time."""
 
@@ -122,6 +146,7 @@ COMMANDS: dict[str, Callable | type] = {
     "train": _train,
     "evaluate": Evaluate,
     "export": Export,
+    "pack": Pack,
     "experiments": Experiments,
 }
 
