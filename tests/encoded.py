@@ -1,0 +1,102 @@
+"""Image files of every kind, made here, and a source of them; for the tests of what reads images."""
+
+import struct
+import zlib
+from io import BytesIO
+
+import numpy
+import torch
+from PIL import Image
+
+
+def picture(height=45, width=61, mode="RGB", seed=0):
+    """A smooth random image with a few sharp edges, as photographs have."""
+    rng = numpy.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=numpy.uint8))
+    pixels = numpy.array(coarse.resize((width, height), Image.BICUBIC))
+    pixels[height // 3 : height // 2, width // 4 : width // 2] = rng.integers(0, 256, 3)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image, kind="JPEG", **options):
+    file = BytesIO()
+    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}), **options)
+    return file.getvalue()
+
+
+def reference(data):
+    """What torchvision's default_loader makes of these bytes."""
+    return torch.from_numpy(numpy.array(Image.open(BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+
+
+def exif(orientation):
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
+
+
+def png(width, height, bits, colour, rows):
+    """A PNG by hand: 16-bit colour, or a header that lies."""
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def with_size(jpeg, height, width):
+    """The same JPEG with another size in its header."""
+    start = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:start] + struct.pack(">HH", height, width) + jpeg[start + 4 :]
+
+
+RGB = picture()
+PLAIN = {
+    "4:4:4": encoded(RGB, subsampling=0),
+    "4:2:2": encoded(RGB, subsampling=1),
+    "4:2:0": encoded(RGB, subsampling=2),
+    "4:0:0": encoded(picture(mode="L")),
+}
+ODD = {
+    "progressive": encoded(RGB, progressive=True),
+    "cmyk": encoded(picture(mode="CMYK")),
+    "stored as RGB": encoded(RGB, keep_rgb=True),
+    "PNG named JPEG": encoded(RGB, "PNG"),
+    "palette": encoded(picture(mode="P"), "GIF"),
+    "transparent": encoded(picture(mode="RGBA"), "PNG"),
+    "webp": encoded(RGB, "WEBP"),
+    "bmp": encoded(RGB, "BMP"),
+}
+BROKEN = {
+    "empty": b"",
+    "text": b"<html>404 not found</html>",
+    "cut in the middle": PLAIN["4:2:0"][: len(PLAIN["4:2:0"]) // 2],
+    "cut in the header": PLAIN["4:2:0"][:100],
+    "two bytes": b"\xff\xd8",
+    "PNG cut off": ODD["PNG named JPEG"][:400],
+    "JPEG bomb": with_size(PLAIN["4:4:4"], 60000, 60000),
+    "PNG bomb": png(60000, 60000, 8, 2, b""),
+}
+
+
+class Folder:
+    """A source of images in memory; what it cannot read raises as a file system does."""
+
+    def __init__(self, *images):
+        self.images, self.labels = images, torch.arange(len(images)) * 10
+
+    def __len__(self):
+        return len(self.images)
+
+    def key(self, i):
+        return f"image {i}"
+
+    def read(self, i):
+        if self.images[i] is None:
+            raise PermissionError(13, "Permission denied", f"/some/where/{i}.jpg")
+        return self.images[i]
+
+
+def plain_images(count):
+    return [encoded(picture(40 + i, 50 - i, seed=i)) for i in range(count)]
