@@ -3,8 +3,9 @@
 Letters: B batch, N = H*W patches, P prefix tokens (class, distillation), T = P + N tokens,
 D width, h heads, d = D/h head width, (H, W) grid of tokens.
 
-The model calls an encoding at four hooks, and names none: at a *place* in the stack of blocks
-(-1 before block 0, i after block i), and three times where a block forms its attention.
+The model calls an encoding at hooks, and names none: at a *place* in the stack of blocks (-1 before
+block 0, i after block i), and where a block forms its attention. What is said here is what is computed;
+`kernels.py` has shorter roads to the same numbers, taken on a GPU.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpvt.config import ConfigError, Learned, Peg, Relative, Rotary, Sine, format_encoding, parse_encoding
-
-Grid = tuple[int, int]
+from cpvt.model import kernels
+from cpvt.model.tables import Grid, axial_angles, offsets, resample_table, sine_table
 
 
 class PositionEncoding(nn.Module):
@@ -32,6 +32,11 @@ class PositionEncoding(nn.Module):
         """(B, N, D), (B, P, D), grid -> the same, encoded. Only a table with slots for prefixes changes them."""
         return patches, prefix, grid
 
+    def encode(self, place: int, x: Tensor, prefix_tokens: int, grid: Grid) -> tuple[Tensor, Grid]:
+        """(B, T, D), grid -> the same: `at`, with the one place where prefix and patch tokens part."""
+        patches, prefix, grid = self.at(place, x[:, prefix_tokens:], x[:, :prefix_tokens], grid)
+        return torch.cat([prefix, patches], 1), grid
+
     def queries_keys(self, block: int, patches: Tensor, grid: Grid) -> Tensor:
         """(B, N, D) -> (B, N, D): the patches that the block's queries and keys are made from."""
         return patches
@@ -44,42 +49,16 @@ class PositionEncoding(nn.Module):
         """(B, h, T, d) -> (B or 1, h, T, T), added to the scaled attention logits; or None."""
         return None
 
+    def lengthen(self, block: int, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Two (B, h, T, d) -> two (B, h, T, >= d), whose products hold what `logits` left out. v stays."""
+        return q, k
+
     def values(self, block: int, weights: Tensor, grid: Grid) -> Tensor | None:
         """Attention weights (B, h, T, T) -> (B, h, T, d), added to the attention's output; or None."""
         return None
 
 
 # --------------------------------------------------------------------------- tables
-
-
-def axial_angles(grid: Grid, n: int, base: float, step: tuple[float, float] = (1.0, 1.0), **kw) -> Tensor:
-    """-> (H*W, 2, n): row and column times n frequencies, from 1 down towards 1 / base.
-
-    `step` is the distance between neighbouring tokens, down and across; `kw`: dtype and device.
-    """
-    frequency = base ** -(torch.arange(n, **kw) / n)
-    rows, columns = (torch.arange(n, **kw)[:, None] * s * frequency for n, s in zip(grid, step, strict=True))
-    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
-    return torch.stack([rows, columns], 2).flatten(0, 1)
-
-
-def sine_table(
-    grid: Grid, width: int, temperature: float = 10000.0, step: tuple[float, float] = (1.0, 1.0), **kw
-) -> Tensor:
-    """-> (H*W, width): [sin row, cos row, sin column, cos column], a quarter of the width each."""
-    if width % 4:
-        raise ConfigError(f"sine: width={width}; a row and a column, sine and cosine, need a multiple of 4")
-    angles = axial_angles(grid, width // 4, temperature, step, **kw)
-    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
-
-
-def resample_table(table: Tensor, old: Grid, new: Grid, antialias: bool = False) -> Tensor:
-    """(..., old H*W, D) -> (..., new H*W, D), bicubic, to any height and width; the same grid changes nothing."""
-    if not torch.compiler.is_exporting() and old == new:  # an exported graph must not ask: its grid is open
-        return table
-    image = table.reshape(-1, *old, table.shape[-1]).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=new, mode="bicubic", antialias=antialias)
-    return image.flatten(2).transpose(1, 2).reshape(*table.shape[:-2], -1, table.shape[-1])
 
 
 class LearnedTable(PositionEncoding):
@@ -129,15 +108,6 @@ class SineTable(PositionEncoding):
 # --------------------------------------------------------------------------- inside attention
 
 
-def offsets(n: int, clip: int, wrap: bool, device=None) -> Tensor:
-    """-> (n, n) indices of a table of 2*clip + 1 rows: [i, j] holds j - i, clipped; on a ring if `wrap`."""
-    i = torch.arange(n, device=device)
-    offset = i[None, :] - i[:, None]
-    if wrap:
-        offset = (offset + n // 2) % torch.full_like(offset, n) - n // 2  # a tensor, as ONNX asks for
-    return offset.clamp(-clip, clip) + clip
-
-
 class RelativeTable(PositionEncoding):
     """Clipped row and column offsets inside every block's attention (Shaw et al. 2018, in 2-D).
 
@@ -165,7 +135,15 @@ class RelativeTable(PositionEncoding):
         rows, columns = (t[offsets(n, clip, wrap, t.device)] for t, n in zip(tables, grid, strict=True))
         return rows, columns
 
+    def lengthen(self, block, q, k, grid):
+        if not kernels.lengthens(self.config, self.keys_rows, q, grid):
+            return q, k
+        entry = self.keys_prefix[block, 0] if self.prefix_tokens else None
+        return kernels.lengthen(q, k, *self._gather("keys", block, grid), entry, grid)
+
     def logits(self, block, q, grid):
+        if kernels.lengthens(self.config, self.keys_rows, q, grid):
+            return None
         P, scale = self.prefix_tokens, q.shape[-1] ** -0.5
         rows, columns = self._gather("keys", block, grid)
         if self.config.on == "bias":
@@ -262,14 +240,16 @@ class PEG(nn.Module):
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         if grid is None or x.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"PEG: {x.shape[1]} tokens with grid={grid}; pass grid=(H, W) with H * W tokens")
-        # Behind a class token the slice strides over it; a convolution would copy it in any case. Contiguous
-        # tokens seen as (B, D, H, W) already are channels-last, the layout of the fast depthwise kernels.
-        x = x.contiguous()
-        image = x.transpose(1, 2).unflatten(2, grid)
+        if kernels.fuses(self.config, x):
+            return kernels.peg(x, self.proj.weight, self.proj.bias, *grid)
         if self.covers(grid):
-            out = self.as_matrix(x, grid)
+            out = kernels.peg_matrix(x, self.proj.weight, grid)
+            out = out if self.proj.bias is None else out + self.proj.bias.to(out.dtype)
         else:
-            out = self.proj(image)
+            # Behind a class token the slice strides over it; a convolution would copy it in any case. Contiguous
+            # tokens seen as (B, D, H, W) already are channels-last, the layout of the fast depthwise kernels.
+            x = x.contiguous()
+            out = self.proj(x.transpose(1, 2).unflatten(2, grid))
             if self.config.convolution == "separable":
                 out = self.mix(out)
             out = out.flatten(2).transpose(1, 2)
@@ -280,18 +260,6 @@ class PEG(nn.Module):
         if self.config.compute != "matrix" or torch.compiler.is_exporting():
             return False
         return self.config.kernel >= 2 * max(grid) - 1
-
-    def as_matrix(self, x: Tensor, grid: Grid) -> Tensor:
-        """(B, N, D) -> (B, N, D): the same convolution as one N x N matrix a channel."""
-        centre = self.config.kernel // 2
-        rows, columns = (offsets(n, centre, False, x.device) for n in grid)
-        weight = self.proj.weight[:, 0]  # (D, k, k); entry [m, n] is the weight from token n to token m
-        matrix = weight[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3, 4).flatten(1, 2)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, matrix = x.to(dtype), matrix.to(dtype)
-        out = torch.einsum("dmn,bnd->bmd", matrix, x)
-        return out if self.proj.bias is None else out + self.proj.bias.to(out.dtype)
 
     def grid_after(self, grid: Grid) -> Grid:
         """The grid that comes out: smaller without padding, else the same."""
@@ -325,6 +293,13 @@ class PegEncoding(PositionEncoding):
         """The PEGs that act at `place`, in order."""
         first = 0 if self.config.shared else sorted(self.config.positions).index(place) * self.config.repeat
         return list(self.pegs[first : first + self.config.repeat])
+
+    def encode(self, place, x, prefix_tokens, grid):
+        if not kernels.fuses(self.config, x):
+            return super().encode(place, x, prefix_tokens, grid)
+        for peg in self.generators(place):  # over the whole stream: nothing to take apart and put together
+            x = kernels.peg(x, peg.proj.weight, peg.proj.bias, *grid)
+        return x, grid
 
     def at(self, place, patches, prefix, grid):
         for peg in self.generators(place):
@@ -361,6 +336,12 @@ class Sum(PositionEncoding):
                 patches, prefix, grid = part.at(place, patches, prefix, grid)
         return patches, prefix, grid
 
+    def encode(self, place, x, prefix_tokens, grid):
+        for part in self.parts:
+            if place in part.places:
+                x, grid = part.encode(place, x, prefix_tokens, grid)
+        return x, grid
+
     def queries_keys(self, block, patches, grid):
         for part in self.parts:
             if block in part.query_key_blocks:
@@ -370,6 +351,11 @@ class Sum(PositionEncoding):
     def rotate(self, block, q, k, grid):
         for part in self.parts:
             q, k = part.rotate(block, q, k, grid)
+        return q, k
+
+    def lengthen(self, block, q, k, grid):
+        for part in self.parts:
+            q, k = part.lengthen(block, q, k, grid)
         return q, k
 
     def logits(self, block, q, grid):

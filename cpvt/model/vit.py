@@ -64,13 +64,14 @@ class Attention(nn.Module):
             v = F.linear(x, weight[2 * D :], bias[2 * D :])
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, T, d)
         q, k = encoding.rotate(block, q, k, grid)
-        logits = encoding.logits(block, q, grid)
+        logits, scale = encoding.logits(block, q, grid), q.shape[-1] ** -0.5
+        q, k = encoding.lengthen(block, q, k, grid)
         if encoding.reads_weights:
-            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            scores = q @ k.transpose(-2, -1) * scale
             weights = (scores if logits is None else scores + logits).softmax(-1)
             out = weights @ v + encoding.values(block, weights, grid)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=logits)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=logits, scale=scale)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -221,12 +222,10 @@ class VisionTransformer(nn.Module):
         return self._encode(i, x, grid)
 
     def _encode(self, place: int, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-        """The one place where prefix and patch tokens part: the encoding's turn at `place`."""
+        """(B, T, D) -> the same, after the encoding's turn at `place`."""
         if place not in self.encoding.places:
             return x, grid
-        P = self.num_prefix_tokens
-        patches, prefix, grid = self.encoding.at(place, x[:, P:], x[:, :P], grid)
-        return torch.cat([prefix, patches], 1), grid
+        return self.encoding.encode(place, x, self.num_prefix_tokens, grid)
 
     # ----------------------------------------------------------------- timm's conventions
 
