@@ -198,7 +198,7 @@ def _check(where: str, split: str, classes: tuple[str, ...], labels: list[int], 
     if imagenet and (len(classes), len(labels)) != (IMAGENET_CLASSES, IMAGENET[split]):
         raise DataError(
             f"{where}: {len(labels):,} images of {len(classes):,} classes, expected ImageNet's "
-            f"{IMAGENET[split]:,} of {IMAGENET_CLASSES:,}: complete it, or pass --expect any; nothing of it was kept"
+            f"{IMAGENET[split]:,} of {IMAGENET_CLASSES:,}: complete it, or pass --expect any; nothing was kept"
         )
     if list(classes) != sorted(set(classes)):
         raise DataError(
@@ -208,7 +208,7 @@ def _check(where: str, split: str, classes: tuple[str, ...], labels: list[int], 
     if empty:
         raise DataError(
             f"{where}: {len(empty)} of {len(classes)} classes have no image (the first: {classes[empty[0]]}): "
-            f"fill them, or delete them in every split; nothing of it was kept"
+            f"fill them, or delete them in every split; nothing was kept"
         )
 
 
