@@ -6,6 +6,7 @@ Options are the fields of the configurations in `cpvt.config`; wrong input gives
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,38 +16,71 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tqdm import tqdm
 
-from cpvt.config import ConfigError, DataConfig, TrainConfig, nearest, to_json
+from cpvt.config import ConfigError, TrainConfig, nearest, to_json
 from cpvt.data.datasets import DataError
 from cpvt.data.loader import open_batches
 from cpvt.data.pack import Expected, Shrink, pack
 from cpvt.lab.experiments import EXPERIMENTS, run_missing
 from cpvt.lab.results import ResultsError
 from cpvt.model.export import export_onnx
-from cpvt.model.zoo import create_model, load_weights, model_config, model_names
+from cpvt.model.zoo import create_model, load_weights, model_names
 from cpvt.training.checkpoint import load_model
 from cpvt.training.evaluate import accuracy
-from cpvt.training.loop import pick_device, train
+from cpvt.training.loop import train
+from cpvt.training.recipes import RECIPES
+from cpvt.training.setup import pick_device
+
+INTERRUPTED = 75  # exit status of a run that was stopped and can go on: the sysexits' "try again"
 
 
 def _train(arguments: list[str]) -> None:
-    """Train a model. --model NAME and --data NAME choose; --model.x, --data.x, --optim.x, --run.x change."""
+    """Train a model: --model NAME --data NAME_OR_FOLDER --recipe NAME; everything else has a default.
+
+    Started again with the same options, it goes on where it stopped (give it a folder, --run.out). One GPU:
+    cpvt train ...; all GPUs of a node: torchrun --nproc-per-node gpu -m cpvt train ...
+    """
     model, arguments = _take("--model", arguments, "cpvt_tiny")
     data, arguments = _take("--data", arguments, TrainConfig().data.name)
-    default = TrainConfig(model=model_config(model), data=DataConfig(name=data))
+    recipe, arguments = _take("--recipe", arguments, "plain")
+    if recipe not in RECIPES:
+        raise ConfigError(f"no recipe {recipe!r}; {nearest(recipe, RECIPES)}")
+    default = RECIPES[recipe](model)
+    default = replace(default, data=replace(default.data, name=data))
+    about = [
+        f"  {name:15} {(build.__doc__ or '').strip().splitlines()[0]}" for name, build in RECIPES.items()
+    ]
     config = _parse(
         TrainConfig,
         arguments,
         "cpvt train",
         default=default,
-        description=f"{_train.__doc__} Models: {', '.join(model_names())}.",
+        description="\n".join(
+            [
+                *(_train.__doc__ or "").splitlines(),
+                "Recipes, whose values are the defaults shown below:",
+                *about,
+                f"Models: {', '.join(model_names())}.",
+            ]
+        ),
     )
-    run = train(
-        config, report=lambda entry: print("  ".join(f"{k} {v:.4g}" for k, v in entry.items()), flush=True)
-    )
-    where = f"  saved in {config.run.out}" if config.run.out else ""
+    run = train(config, report=_print_entry, announce=print)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    where = f"; log, checkpoints and model in {config.run.out}" if config.run.out else "; nothing kept"
+    if run.interrupted:
+        go_on = "the same command goes on from there" if config.run.out else "give --run.out to keep a run"
+        print(f"stopped by {run.interrupted} after step {run.steps}{where}; {go_on}")
+        raise SystemExit(INTERRUPTED)
+    faults = f", {run.faults} unusable images (faults.jsonl)" if run.faults else ""
     scores = "  ".join(f"{name} {value:g}" for name, value in run.metrics.items())
-    print(f"done: {run.steps} steps in {run.seconds:.0f} s  {scores}{where}")
+    print(f"done: {run.steps} steps in {run.seconds:.0f} s  {scores}{faults}{where}")
+
+
+def _print_entry(entry: dict) -> None:
+    tqdm.write("  ".join(f"{k} {v:.5g}" for k, v in entry.items()), file=sys.stdout)
+    sys.stdout.flush()
 
 
 @dataclass(frozen=True)
@@ -58,6 +92,7 @@ class Evaluate:
     data: str = ""  # other data than it was trained on
     root: str = "data/images"  # where real images lie
     device: str = "auto"
+    allow_upsampling: bool = False  # also where shards were shrunk below what a size needs
 
     def __call__(self) -> None:
         model, config = load_model(self.checkpoint)
@@ -68,9 +103,13 @@ class Evaluate:
         for size in self.sizes or (None,):
             here = data if size is None else replace(data, image_size=size, grid=(size, size))
             batches = open_batches(here, 1, config.run.seed, device)
+            share = batches.upsampled(self.allow_upsampling)
             scores = accuracy(model, batches.test())
             height, width = batches.image_size
-            print(f"{here.name} {height}x{width}  " + "  ".join(f"{n} {v:g}" for n, v in scores.items()))
+            print(
+                f"{here.name} {height}x{width}  " + "  ".join(f"{n} {v:g}" for n, v in scores.items()), end=""
+            )
+            print(f"  enlarged {100 * share:.1f} % of the images" if share else "")
 
 
 @dataclass(frozen=True)

@@ -339,7 +339,7 @@ class Quirks:
     epoch_schedule: bool = (
         False  # the rate changes once an epoch; epochs 0 and 1 both run at the warm-up rate
     )
-    resume_ahead: bool = False  # a resumed run is one epoch ahead in its schedule
+    resume_ahead: bool = False  # with epoch_schedule: the first epoch after a resume has the next one's rate
     lone_no_repeats: bool = False  # a single process drops repeated augmentation without a word
     fixed_order: bool = False  # with repeated augmentation, the order of images ignores the seed
     forget_best: bool = False  # the best accuracy is forgotten at resume

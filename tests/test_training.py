@@ -9,7 +9,15 @@ import torch
 from PIL import Image
 
 from cpvt.cli import main
-from cpvt.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from cpvt.config import (
+    AugmentConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
 from cpvt.data.loader import open_batches
 from cpvt.lab.experiments import ENCODINGS, diagnostic, diagnostics, run_missing
 from cpvt.lab.results import read_rows
@@ -129,8 +137,9 @@ def test_batches_follow_from_seed_and_step(tmp_path):
                 Image.new("RGB", (12, 10), (20 * i, 100 * label, 7)).save(
                     tmp_path / split / wnid / f"{i}.png"
                 )
-    data = DataConfig(name=str(tmp_path), image_size=8, flip=True)
-    one, two = (open_batches(data, 4, seed=3) for _ in range(2))
+    data = DataConfig(name=str(tmp_path), image_size=8)
+    flips = AugmentConfig(flip=0.5)
+    one, two = (open_batches(data, 4, seed=3, augment=flips) for _ in range(2))
     two.batch(0)
     for step in (5, 1):  # in any order
         for a, b in zip(one.batch(step), two.batch(step), strict=True):
@@ -174,11 +183,17 @@ def test_a_failed_save_leaves_the_older_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run():
+def test_a_loss_that_stays_infinite_stops_the_run():
     config = tiny()
-    with pytest.raises(FloatingPointError, match="not a number; lower the rate"):
+    with pytest.raises(
+        FloatingPointError, match="no finite loss or gradient in the last 5 steps; lower the rate"
+    ):
         loop.train(
-            dataclasses.replace(config, optim=dataclasses.replace(config.optim, rate=1e30, steps=20, clip=0))
+            dataclasses.replace(
+                config,
+                optim=dataclasses.replace(config.optim, rate=1e30, steps=20, clip=0, skip_limit=5),
+                run=dataclasses.replace(config.run, log_every=1),
+            )
         )
 
 

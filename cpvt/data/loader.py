@@ -1,86 +1,342 @@
-"""Batches as a function of the step: the same seed and step give the same batch, whatever came before."""
+"""Batches as a function of the step: the same seed and step give the same batch, whatever came before.
+
+Letters: B images of a micro-batch, S side of an image in pixels.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import contextlib
+import hashlib
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from cpvt.config import DataConfig
-from cpvt.data.datasets import DataError, ImageTensors, load_tensors, open_dataset
+from cpvt.checked import ConfigError
+from cpvt.config import AugmentConfig, DataConfig
+from cpvt.data.augment import MEAN, STD, Recipe, normalise
+from cpvt.data.datasets import ImageDataset, load_tensors, open_dataset
+from cpvt.data.decode import Decoded, Decoder, Fault, Reader
 from cpvt.data.diagnostics import CLASSES, draw
+from cpvt.data.resize import centre_box, crop_resize
+from cpvt.data.shards import check_resolution
+from cpvt.data.stream import Share, Stream
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, the field's convention
+__all__ = ["MEAN", "STD", "Batch", "Diagnostics", "Images", "Share", "normalise", "open_batches"]
+
+CHUNK = 128  # images that one reading process handles at a time
+AHEAD = 3  # micro-batches that are ready before the model asks for them
 
 
-class Diagnostics:
+@dataclass
+class Batch:
+    """A micro-batch: normalised images (B, 3, S, S), and labels (B,) or mixed labels (B, classes).
+
+    epoch, positions  which samples these are: (B,) int64 on the CPU
+    faults            images that could not be used, and what stands in for them
+    """
+
+    images: Tensor
+    targets: Tensor
+    epoch: int
+    positions: Tensor
+    faults: list[Fault] = field(default_factory=list)
+
+
+class _Batches:
+    """What diagnostics and images have in common: the stream, and the part of it that this process handles."""
+
+    stream: Stream
+    num_classes: int
+    image_size: tuple[int, int]
+    fingerprint: str
+
+    def __init__(self, data: DataConfig, seed: int, device: str, share: Share):
+        self.data, self.seed, self.device, self.share = data, seed, device, share
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches that this process handles in a step."""
+        return len(self.share.parts(self.stream.batch, self.stream.group))
+
+    def upsampled(self, allow: bool = False) -> float:
+        """The share of held-out images, 0 to 1, that are smaller than evaluation needs and are enlarged.
+
+        Raises DataError for shards that were shrunk below it, unless allowed.
+        """
+        return 0.0
+
+    def micro_batches(self, start: int = 0) -> Iterator[Batch]:
+        """This process's micro-batches from step `start` on, `parts` of them a step, without end."""
+        raise NotImplementedError
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's images and targets of one step, in one piece."""
+        with contextlib.closing(self.micro_batches(step)) as batches:
+            parts = list(islice(batches, self.parts))
+        return torch.cat([part.images for part in parts]), torch.cat([part.targets for part in parts])
+
+    def _places(self, start: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Epoch, positions and group numbers of every micro-batch from a step on."""
+        group, step = self.stream.group, start
+        parts = self.share.parts(self.stream.batch, group)
+        while True:
+            epoch, positions = self.stream.places(step)
+            groups = self.stream.group_numbers(step)
+            for part in parts:
+                yield epoch, positions[part], groups[part.start // group : part.stop // group]
+            step += 1
+
+
+class Diagnostics(_Batches):
     """Batches of a synthetic diagnostic, drawn as they are needed. (B, 3, H*pixels, W*pixels), (B,)."""
 
-    def __init__(self, data: DataConfig, batch: int, seed: int, device: str = "cpu"):
-        self.data, self.size, self.seed, self.device = data, batch, seed, device
+    fingerprint = "drawn"  # by formula: the configuration says all
+
+    def __init__(self, data: DataConfig, batch: int, seed: int, device: str = "cpu", share: Share = Share()):
+        super().__init__(data, seed, device, share)
+        self.stream = Stream(data.train_size, batch, seed)
         self.num_classes = len(CLASSES[data.name])
         self.image_size = data.grid[0] * data.pixels, data.grid[1] * data.pixels
-        self.fingerprint = "drawn"  # by formula: the configuration says all
 
     def draw(self, index: Tensor, split: str, **options):
         options = {"grid": self.data.grid, "pixels": self.data.pixels, "seed": self.seed, **options}
         return draw(self.data.name, index.to(self.device), split=split, **options)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        start = step * self.size % self.data.train_size
-        sample = self.draw((torch.arange(self.size) + start) % self.data.train_size, "train")
-        return normalise(sample.images), sample.labels
+    def micro_batches(self, start: int = 0) -> Iterator[Batch]:
+        # Their order is drawn by formula too, so the stream's places are the samples.
+        size, part, step = self.stream.batch, self.share.parts(self.stream.batch), start
+        while True:
+            places = (torch.arange(size) + step * size) % self.data.train_size
+            for piece in part:
+                sample = self.draw(places[piece], "train")
+                yield Batch(
+                    normalise(sample.images), sample.labels, self.stream.position(step)[0], places[piece]
+                )
+            step += 1
 
     def test(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
-        for index in torch.arange(self.data.test_size).split(256):
+        for index in torch.arange(self.share.rank, self.data.test_size, self.share.world).split(256):
             sample = self.draw(index, split)
             yield normalise(sample.images), sample.labels
 
 
-class Images:
-    """Batches of real images held in memory as bytes, in an order drawn anew each epoch; last rest dropped."""
+class Images(_Batches):
+    """Batches of real images: from memory, or read, decoded and augmented a few micro-batches ahead."""
 
-    def __init__(self, data: DataConfig, batch: int, seed: int, device: str = "cpu"):
-        self.data, self.size, self.seed, self.device = data, batch, seed, device
-        self.train, self.held_out = (self._load(split) for split in ("train", "val"))
-        if len(self.train.labels) < batch:
-            raise DataError(
-                f"{data.name}: {len(self.train.labels)} training images, batch {batch}; choose a smaller batch"
-            )
-        self.num_classes = len(self.train.classes)
+    def __init__(
+        self,
+        data: DataConfig,
+        batch: int,
+        seed: int,
+        device: str = "cpu",
+        share: Share = Share(),
+        augment: AugmentConfig = AugmentConfig(),
+        smoothing: float = 0.0,
+        fixed_order: bool = False,
+    ):
+        super().__init__(data, seed, device, share)
+        sets = (self._open(split) for split in ("train", "val"))
+        if data.store == "memory":
+            self.train, self.held_out = (_Held(load_tensors(part, self._side), device) for part in sets)
+        else:
+            self.train, self.held_out = (_Filed(part, data, device) for part in sets)
+        self.num_classes, self.fingerprint = len(self.train.classes), self.train.fingerprint
         self.image_size = data.image_size, data.image_size
-        self.fingerprint = self.train.fingerprint
+        self.recipe = Recipe(augment, data.image_size, self.num_classes, smoothing, seed)
+        group = augment.mix_group if augment.mixup or augment.cutmix else 1
+        order = 0 if fixed_order and augment.repeats > 1 else seed
+        self.stream = Stream(len(self.train), batch, order, group, augment.repeats)
+        share.parts(batch, group)  # refused before anything starts, where it cannot be cut
 
-    def _load(self, split: str) -> ImageTensors:
+    @property
+    def _side(self) -> int:
+        return self.data.stored_size or self.data.image_size
+
+    def _open(self, split: str) -> ImageDataset:
         dataset, limit = open_dataset(self.data.name, split, root=self.data.root), self.data.limit
         if 0 < limit < len(dataset):  # spread over the classes, which stand one after the other
             dataset = dataset.select(torch.linspace(0, len(dataset) - 1, limit).long())
-        return load_tensors(dataset, self.data.image_size)
+        return dataset
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        per_epoch = len(self.train.labels) // self.size
-        epoch, step = divmod(step, per_epoch)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.train.labels), generator=generator)
-        index = order[step * self.size : (step + 1) * self.size]
-        images, labels = self.train.images[index], self.train.labels[index]
-        return normalise(images.to(self.device).float() / 255), labels.to(self.device)
+    def micro_batches(self, start: int = 0) -> Iterator[Batch]:
+        places, waiting = self._places(start), deque()
+
+        def indices() -> Iterator[Tensor]:
+            for place in places:
+                waiting.append(place)
+                yield self.stream.indices(*place[:2])
+
+        decoded = self.train.read(indices())  # starts the reading processes, before any thread runs
+
+        def finished() -> Iterator[Batch]:
+            for images in decoded:
+                epoch, positions, groups = waiting.popleft()
+                pixels, targets = self.recipe(images.images, images.labels, epoch, positions, groups)
+                yield Batch(pixels, targets, epoch, positions, images.faults)
+
+        return _ahead(finished(), self.device) if "cuda" in self.device else finished()
+
+    def upsampled(self, allow: bool = False) -> float:
+        if self.data.store == "memory":
+            return 0.0
+        return check_resolution(self.held_out.source, self.data.image_size, allow, self.data.test_crop)
 
     def test(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = self.held_out.images, self.held_out.labels
-        for i in range(math.ceil(len(labels) / 256)):
-            part = slice(256 * i, 256 * (i + 1))
-            yield normalise(images[part].to(self.device).float() / 255), labels[part].to(self.device)
+        size = self.data.image_size
+        index = torch.arange(self.share.rank, len(self.held_out), self.share.world)
+        for found in self.held_out.read(iter(index.split(256))):
+            images, same = found.images, isinstance(found.images, Tensor)
+            if not (same and images.shape[-2:] == (size, size) and self.data.test_crop == 1):
+                boxes = [centre_box(*image.shape[1:], size, self.data.test_crop) for image in images]
+                boxes = torch.tensor(boxes, dtype=torch.float64)
+                images = crop_resize(images, boxes, (size, size), bound="image")
+            yield normalise(images.float() / 255), found.labels
 
 
-def normalise(images: Tensor) -> Tensor:
-    """(B, 3, height, width) in [0, 1] -> the same with ImageNet's mean taken off and deviation divided out."""
-    mean, std = (images.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-    return (images - mean) / std
+# --------------------------------------------------------------------------- where images come from
 
 
-def open_batches(data: DataConfig, batch: int, seed: int, device: str = "cpu") -> Diagnostics | Images:
-    """The batches that `data` names: a diagnostic, a known set of images, or a folder."""
-    return (Diagnostics if data.name in CLASSES else Images)(data, batch, seed, device)
+class _Held:
+    """Images in memory, on the device."""
+
+    def __init__(self, tensors, device: str):
+        self.classes, self.fingerprint = tensors.classes, tensors.fingerprint
+        self.images, self.labels = tensors.images.to(device), tensors.labels.to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, lists: Iterable[Tensor]) -> Iterator[Decoded]:
+        for index in lists:
+            index = index.to(self.images.device)
+            yield Decoded(self.images[index], self.labels[index], [])
+
+
+class _Filed:
+    """Images in files or shards: bytes are read by processes of their own and decoded on the device."""
+
+    def __init__(self, source, data: DataConfig, device: str):
+        if data.decode == "gpu" and "cuda" not in device:
+            raise ConfigError(f"data.decode='gpu' with device {device!r}: use 'cpu' or 'auto'")
+        self.source, self.device, self.classes = source, device, source.classes
+        self.on_gpu = "cuda" in device and data.decode != "cpu"
+        self.workers = min(len(os.sched_getaffinity(0)), 16) if data.workers < 0 else data.workers
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the shards hold; of a folder, of its file names and labels."""
+        own = getattr(self.source, "fingerprint", None)
+        if own:
+            return own
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for i, label in enumerate(self.source.labels):
+            digest.update(f"{self.source.key(i)}\t{int(label)}\n".encode())
+        return digest.hexdigest()
+
+    def read(self, lists: Iterable[Tensor]) -> Iterator[Decoded]:
+        pieces: deque[int] = deque()
+
+        def chunks() -> Iterator[list[int]]:
+            for index in lists:
+                split = index.split(CHUNK)
+                pieces.append(len(split))
+                yield from (part.tolist() for part in split)
+
+        options = {"prefetch_factor": 2, "multiprocessing_context": "fork"} if self.workers else {}
+        reader = Reader(self.source, self.on_gpu)
+        fetched = iter(
+            DataLoader(reader, batch_size=None, sampler=_Once(chunks()), num_workers=self.workers, **options)
+        )
+
+        def decoded() -> Iterator[Decoded]:
+            decoder = Decoder(self.device)
+            for first in fetched:
+                rest = islice(fetched, pieces.popleft() - 1)
+                yield _joined([decoder(part, self.source) for part in (first, *rest)])
+
+        return decoded()
+
+
+class _Once:
+    """A sampler over an iterator: DataLoader asks for an iterable."""
+
+    def __init__(self, lists: Iterator):
+        self.lists = lists
+
+    def __iter__(self) -> Iterator:
+        return self.lists
+
+
+def _joined(parts: list[Decoded]) -> Decoded:
+    return Decoded(
+        [image for part in parts for image in part.images],
+        torch.cat([part.labels for part in parts]),
+        [fault for part in parts for fault in part.faults],
+    )
+
+
+def _ahead(batches: Iterator[Batch], device: str) -> Iterator[Batch]:
+    """The same batches, made by a thread on a stream of its own, `AHEAD` of them at most."""
+    ready, stop = queue.Queue(AHEAD), threading.Event()
+    stream = torch.cuda.Stream(device)
+
+    def put(item) -> bool:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            with torch.cuda.stream(stream):
+                for batch in batches:
+                    done = torch.cuda.Event()
+                    done.record(stream)
+                    if not put((batch, done)):
+                        return
+            put(None)
+        except BaseException as error:  # raised again where the batch is asked for
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="batches")
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            batch, done = item
+            own = torch.cuda.current_stream(device)
+            own.wait_event(done)
+            for tensor in (batch.images, batch.targets):
+                tensor.record_stream(own)  # its memory is not given to the next batch before this one is used
+            yield batch
+    finally:
+        stop.set()
+        thread.join()
+
+
+def open_batches(
+    data: DataConfig, batch: int, seed: int, device: str = "cpu", share: Share = Share(), **images
+) -> Diagnostics | Images:
+    """The batches that `data` names: a diagnostic, a known set of images, or a folder of files or shards.
+
+    `images`: `augment`, `smoothing` and `fixed_order` of `Images`; a diagnostic is never augmented.
+    """
+    if data.name in CLASSES:
+        augment = images.get("augment", AugmentConfig())
+        if augment != AugmentConfig(mix_group=augment.mix_group):
+            raise ConfigError(f"data.name={data.name!r} is drawn, and never augmented: leave augment.* alone")
+        return Diagnostics(data, batch, seed, device, share)
+    return Images(data, batch, seed, device, share, **images)

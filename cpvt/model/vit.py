@@ -177,7 +177,7 @@ class VisionTransformer(nn.Module):
         while training, so that a caller who wants the same draw again passes it in.
         """
         x, grid = self._tokens(images)
-        keep = self.draw_keep(len(x), x.device) if keep is None else keep
+        keep = self.draw_keep(x.shape[0], x.device) if keep is None else keep
         for i in range(len(self.blocks)):
             x, grid = self._block(i, x, grid, keep)
         return self.norm(x)
@@ -255,7 +255,7 @@ class VisionTransformer(nn.Module):
             )
         take = sorted(i % depth for i in indices)
         tokens, grid = self._tokens(x)
-        keep = self.draw_keep(len(x), x.device)
+        keep = self.draw_keep(x.shape[0], x.device)
         found, P = [], self.num_prefix_tokens
         for i in range(max(take) + 1 if stop_early and take else depth):
             tokens, grid = self._block(i, tokens, grid, keep)

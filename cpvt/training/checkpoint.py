@@ -1,30 +1,62 @@
-"""A trained model on disk: one safetensors file that carries its configuration, written aside and renamed."""
+"""What is on disk of a run: checkpoints to go on from, and the model to keep.
+
+Everything is written aside, flushed to the disk and renamed, so that a kill or a full disk leaves what stood
+there before. A checkpoint carries the hash of its bytes in its name; one that does not match is passed over.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
+import re
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cpvt.config import ConfigError, TrainConfig, from_json, to_json
 from cpvt.model.vit import VisionTransformer
 
+_NAME = re.compile(r"step-(\d{9})\.([0-9a-f]{16})\.pt")
 
-def save_model(path: str | Path, model: VisionTransformer, config: TrainConfig) -> Path:
-    """Writes weights and configuration; a kill half-way leaves whatever stood there before."""
-    path = Path(path)
+
+@contextmanager
+def _aside(path: Path):
+    """-> a path beside `path` to write to, which then takes its place, whole and on the disk, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-        save_file(state, aside, metadata={"config": to_json(config)})
+        yield aside
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
+        _flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _flush(folder: Path) -> None:
+    """A rename is on the disk once its folder is."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+# --------------------------------------------------------------------------- the model
+
+
+def save_model(path: str | Path, model: VisionTransformer, config: TrainConfig) -> Path:
+    """Writes weights and configuration as safetensors."""
+    path = Path(path)
+    state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    with _aside(path) as aside:
+        save_file(state, aside, metadata={"config": to_json(config)})
     return path
 
 
@@ -45,3 +77,62 @@ def load_model(path: str | Path) -> tuple[VisionTransformer, TrainConfig]:
     model = VisionTransformer(config.model)
     model.load_state_dict(state, strict=True)
     return model.eval(), config
+
+
+# --------------------------------------------------------------------------- checkpoints
+
+
+class Checkpoints:
+    """The last `keep` checkpoints of a run, in a folder; without a folder, none."""
+
+    def __init__(self, folder: str | Path, keep: int = 3):
+        self.folder, self.keep = Path(folder) if str(folder) else None, keep
+
+    def save(self, step: int, state: dict) -> Path:
+        """Writes the state after `step` steps; raises OSError, the older ones untouched, if it cannot."""
+        buffer = io.BytesIO()  # in memory first, so that the hash is that of what should be written
+        torch.save(state, buffer)
+        data = buffer.getbuffer()
+        path = self.folder / f"step-{step:09d}.{hashlib.sha256(data).hexdigest()[:16]}.pt"
+        with _aside(path) as aside, open(aside, "wb") as file:
+            file.write(data)
+        for old in self._found()[self.keep :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def latest(self, spoiled: Callable[[Path], None] | None = None) -> tuple[int, dict] | None:
+        """-> (steps taken, state) of the newest one whose bytes match its name; `spoiled` hears of the others."""
+        for path in self._found():
+            step, digest = _NAME.fullmatch(path.name).groups()
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest()[:16] == digest:
+                return int(step), torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            if spoiled:
+                spoiled(path)
+        return None
+
+    def clean(self) -> None:
+        """Removes what a killed process left half-written."""
+        for path in self.folder.glob(".step-*.pt.*"):
+            path.unlink(missing_ok=True)
+
+    def _found(self) -> list[Path]:
+        """The newest first."""
+        if not self.folder or not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def differences(own: TrainConfig, saved: TrainConfig) -> list[str]:
+    """The fields, as text, in which a saved run is another run than `own`: what changes no step may differ."""
+    free = {"out", "log_every", "save_every", "keep", "evaluate_every", "tensorboard", "device", "compile"}
+    free |= {"workers", "decode", "root", "micro_batch", "skip_limit"}
+    found = []
+    for group in ("model", "data", "augment", "optim", "distill", "quirks", "run"):
+        one, other = vars(getattr(own, group)), vars(getattr(saved, group))
+        found += [
+            f"{group}.{name}: {other[name]!r} there, {value!r} here"
+            for name, value in one.items()
+            if name not in free and value != other[name]
+        ]
+    return found

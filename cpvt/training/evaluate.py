@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from cpvt.training.distributed import World
+
 
 @torch.no_grad()
 def correct(model: nn.Module, images: Tensor, labels: Tensor, k: int = 1, batch: int = 256) -> Tensor:
@@ -15,12 +17,24 @@ def correct(model: nn.Module, images: Tensor, labels: Tensor, k: int = 1, batch:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """-> {"top1", "top5", "images"}: per cent right over all batches; top5 where there are more than 5 classes."""
-    hits = torch.cat([_hits(model, images, labels, 5).cpu() for images, labels in batches])
-    scores = {"top1": 100 * int(hits[:, 0].sum()) / len(hits), "images": len(hits)}
+def accuracy(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World = World()
+) -> dict[str, float]:
+    """-> {"top1", "top5", "images"}: per cent right over all batches; top5 where there are more than 5 classes.
+
+    With many processes, each has its own batches, as many as it likes: right answers and images are counted and
+    the counts added, so that no image is counted twice.
+    """
+    counts = torch.zeros(3, dtype=torch.int64)
+    for images, labels in batches:
+        hits = _hits(model, images, labels, 5)
+        counts += torch.stack([hits[:, 0].sum(), hits.any(-1).sum(), labels.new_tensor(len(labels))]).cpu()
+    top1, top5, images = world.sum(counts.to(world.device)).tolist()
+    if not images:
+        raise ValueError("no images to evaluate on: give held-out data")
+    scores = {"top1": 100 * top1 / images, "images": images}
     if model.num_classes > 5:
-        scores["top5"] = 100 * int(hits.any(-1).sum()) / len(hits)
+        scores["top5"] = 100 * top5 / images
     return scores
 
 
@@ -28,6 +42,7 @@ def _hits(model: nn.Module, images: Tensor, labels: Tensor, k: int, batch: int =
     """-> (n, k) booleans: the label is the first, second, ... k-th guess."""
     was_training = model.training
     model.eval()
+    images = images.to(next(model.parameters(), images).dtype)
     guesses = [model(x).topk(min(k, model.num_classes), -1).indices for x in images.split(batch)]
     model.train(was_training)
     return torch.cat(guesses) == labels[:, None]

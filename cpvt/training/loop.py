@@ -1,24 +1,26 @@
-"""The loop: data, forward, backward, step, log, save, in that order."""
+"""The loop: data, forward, backward, step, log, save, in that order; one process or many."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cpvt.config import ConfigError, TrainConfig, to_json
-from cpvt.data.loader import open_batches
+from cpvt.config import TrainConfig
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import save_model
+from cpvt.training.distributed import Interruption, join_world
 from cpvt.training.evaluate import accuracy
-from cpvt.training.optim import learning_rate, parameter_groups
+from cpvt.training.monitor import Monitor
+from cpvt.training.optim import rate_of
+from cpvt.training.plan import describe, time_step
+from cpvt.training.setup import Session, pick_device, set_up
 
 
 @dataclass
@@ -28,103 +30,125 @@ class Run:
     model: VisionTransformer
     config: TrainConfig
     history: list[dict] = field(default_factory=list)  # one entry a logged step
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # none where it was interrupted
     fingerprint: str = ""  # of the training images
-    seconds: float = 0.0
+    seconds: float = 0.0  # of this call; an earlier, interrupted part is not in it
     steps: int = 0  # taken; fewer than configured after an early stop
+    faults: int = 0  # images that could not be used
+    interrupted: str = ""  # the signal that ended it; the same call goes on from there
 
 
-def train(config: TrainConfig, report: Callable[[dict], None] | None = None) -> Run:
-    """Trains as configured and evaluates on the held-out split.
+def train(
+    config: TrainConfig,
+    report: Callable[[dict], None] | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> Run:
+    """Trains as configured and evaluates on the held-out split; goes on where a run in `run.out` stopped.
 
-    The model's classes and image size are taken from the data. `report` is called with each log entry.
-    Raises ConfigError or DataError, before anything is written, where the configuration cannot be run.
+    The model's classes and image size are taken from the data. `report` is called with each log entry, `announce`
+    beforehand with the lines that say what the run will do. Under torchrun all processes call it alike.
+    Raises ConfigError or DataError, before anything is written, where the configuration cannot be run, and
+    FloatingPointError after `optim.skip_limit` steps in a row without a finite gradient.
     """
-    run, optim = config.run, config.optim
-    device = pick_device(run.device)
-    batches = open_batches(config.data, optim.batch, run.seed, device)
-    config = replace(
-        config,
-        model=replace(config.model, num_classes=batches.num_classes, image_size=batches.image_size),
-    )
-    torch.manual_seed(run.seed)
-    model = VisionTransformer(config.model).to(device)
-    forward = torch.compile(model) if run.compile else model
-    autocast = torch.autocast(device, torch.bfloat16) if run.precision == "bf16" else nullcontext()
-    optimiser = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.rate, fused=True)
-    log = _Log(run.out, config)
-    result, losses, started = Run(model, config, fingerprint=batches.fingerprint), [], time.perf_counter()
+    started = time.perf_counter()
+    with join_world(pick_device(config.run.device)) as world, Interruption() as interruption:
+        session = set_up(config, world)
+        if announce:
+            seconds = time_step(session)
+            if world.chief:
+                announce("\n".join(describe(session, seconds)))
+        bar = bool(announce)
+        with closing(Monitor(session.config, session.first, world.chief, report, bar)) as monitor:
+            for note in session.notes:
+                monitor.note(session.first, note)
+            return _run(session, monitor, interruption, started)
+
+
+def _run(session: Session, monitor: Monitor, interruption: Interruption, started: float) -> Run:
+    config, world, batches, state = session.config, session.world, session.batches, session.state
+    optim, run, epoch_steps = config.optim, config.run, batches.stream.steps
+    model, forward, parts = state.model, session.forward, batches.parts
+    last = state.steps >= optim.steps
+    result = Run(model, config, monitor.history, fingerprint=batches.fingerprint)
 
     model.train()
-    for step in range(optim.steps):
-        images, labels = batches.batch(step)
-        with autocast:
-            loss = _loss(forward(images), labels, optim.smoothing)
-        loss.backward()
-        if optim.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
-        rate = learning_rate(step, optim)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-        result.steps = step + 1
+    with closing(batches.micro_batches(state.steps)) as micro_batches:
+        while not last:
+            rate = rate_of(state.steps, optim, config.quirks, epoch_steps, session.first)
+            loss = torch.zeros((), device=world.device, dtype=state.parameters[0].dtype)
+            for i, batch in enumerate(islice(micro_batches, parts), start=1):
+                monitor.fault(state.steps, batch.faults)
+                with forward.no_sync() if world.size > 1 and i < parts else nullcontext():
+                    loss += session.backward(batch, 1 / parts)
+            norm = state.update(world.sum(loss) / world.size, rate)
+            monitor.step()
 
-        last = step + 1 == optim.steps
-        if optim.stop_loss and step >= 20:
-            last = last or float(torch.stack(losses[-20:]).mean()) < optim.stop_loss
-        if (step + 1) % run.log_every == 0 or last:
-            mean = float(torch.stack(losses[-run.log_every :]).mean())
-            if mean != mean:
-                raise FloatingPointError(
-                    f"step {step + 1}: the loss is not a number; lower the rate ({optim.rate})"
-                )
-            result.history.append({"step": step + 1, "loss": round(mean, 4), "rate": rate})
-            log.write(result.history[-1])
-            if report:
-                report(result.history[-1])
-        if last:
-            break
+            last = state.steps == optim.steps or _good_enough(session)
+            stopped = world.any(bool(interruption.name))
+            if state.steps % run.log_every == 0 or last:
+                _log(session, monitor, rate, norm)
+            epochs, rest = divmod(state.steps, epoch_steps)
+            if run.evaluate_every and not rest and epochs % run.evaluate_every == 0 and not last:
+                monitor.entry({"step": state.steps, **_evaluate(session), "best": round(state.best, 3)})
+            if last or stopped or state.steps % (run.save_every or epoch_steps) == 0:
+                _save(session, monitor)
+            if stopped and not last:
+                result.interrupted = interruption.name or "a signal to another process"
+                break
 
     model.eval()
-    result.metrics = accuracy(model, batches.test())
-    result.seconds = time.perf_counter() - started
-    log.write({"step": result.steps, **result.metrics, "seconds": round(result.seconds, 1)})
-    if run.out:
-        save_model(Path(run.out) / "model.safetensors", model, config)
+    result.steps, result.faults = state.steps, int(world.sum(torch.tensor(len(monitor.faults))))
+    if not result.interrupted:
+        result.metrics = _evaluate(session)
+        result.seconds = time.perf_counter() - started
+        entry = {"step": state.steps, **result.metrics, "faults": result.faults}
+        monitor.entry({**entry, "seconds": round(result.seconds, 1)})
+        if run.out and world.chief:
+            save_model(Path(run.out) / "model.safetensors", model, config)
+            if state.average:
+                with state.average.in_place():
+                    save_model(Path(run.out) / "model_ema.safetensors", model, config)
     return result
 
 
-def _loss(logits: Tensor | tuple[Tensor, Tensor], labels: Tensor, smoothing: float) -> Tensor:
-    """Cross entropy; with two heads and no teacher, both learn from the labels."""
-    heads = logits if isinstance(logits, tuple) else (logits,)
-    return sum(F.cross_entropy(head.float(), labels, label_smoothing=smoothing) for head in heads) / len(
-        heads
-    )
+def _good_enough(session: Session) -> bool:
+    recent, limit = session.state.recent, session.config.optim.stop_loss
+    return bool(limit) and len(recent) == 20 and float(torch.stack(list(recent)).mean()) < limit
 
 
-def pick_device(name: str) -> str:
-    """ "auto" -> "cuda" where there is one, else "cpu". Raises ConfigError for a device that is not here."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r}; expected 'auto', 'cpu' or 'cuda'")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda', but PyTorch sees no GPU here; use device='cpu' or 'auto'")
-    return name
+def _log(session: Session, monitor: Monitor, rate: float, norm: Tensor) -> None:
+    """The mean loss since the last entry. Here, and only here, the host waits for the device."""
+    state, optim = session.state, session.config.optim
+    losses, skips = torch.stack(state.losses), state.skips.read()
+    entry = {"step": state.steps, "loss": round(float(losses.nanmean()), 4), "rate": rate}
+    entry["grad_norm"] = float(f"{float(norm):.4g}")
+    entry |= {name: count for name, count in skips.items() if count and name != "in_a_row"}
+    state.losses.clear()
+    if skips["in_a_row"] >= min(optim.skip_limit, optim.steps):
+        raise FloatingPointError(
+            f"step {state.steps}: no finite loss or gradient in the last {skips['in_a_row']} steps; "
+            f"lower the rate ({optim.rate:g}), clip the gradient, or leave fp16"
+        )
+    monitor.entry(entry)
 
 
-class _Log:
-    """Appends entries to `out`/log.jsonl, the configuration first; does nothing without a folder."""
+def _save(session: Session, monitor: Monitor) -> None:
+    state = session.state
+    if session.config.run.out and session.world.chief:
+        try:
+            session.checkpoints.save(state.steps, state.saved())
+        except OSError as error:  # a full disk: the older ones are whole, and there may be room later
+            monitor.note(state.steps, f"no checkpoint after step {state.steps}: {error}")
+    session.world.any(False)  # nobody leaves, and is counted as lost, before it is written
 
-    def __init__(self, out: str, config: TrainConfig):
-        self.path = Path(out) / "log.jsonl" if out else None
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"config": json.loads(to_json(config))}) + "\n")
 
-    def write(self, entry: dict) -> None:
-        if self.path:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+def _evaluate(session: Session) -> dict[str, float]:
+    """Top-1 and top-5 of the weights and, as `ema_top1`, of their average."""
+    state = session.state
+    scores = accuracy(state.model, session.batches.test(), session.world)
+    state.best = max(state.best, scores["top1"])
+    if state.average:
+        with state.average.in_place():
+            average = accuracy(state.model, session.batches.test(), session.world)
+        scores |= {f"ema_{name}": value for name, value in average.items() if name != "images"}
+    return scores

@@ -1,24 +1,27 @@
-"""What is decayed, and how large a step is: pure functions of the model and of the step."""
+"""What is decayed, how large a step is, which steps are skipped, and the running average of the weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from cpvt.config import OptimConfig
+from cpvt.config import OptimConfig, Quirks, TrainConfig, replace
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, decay_pegs: bool = True) -> list[dict]:
     """Two AdamW groups: matrices and kernels are decayed; biases, norms, tokens and position tables are not."""
-    tables = {name for name, _ in model.named_parameters() if name.endswith("_token")}
+    free = {name for name, _ in model.named_parameters() if name.endswith("_token")}
     for path, module in model.named_modules():  # tables are the parameters that no layer of torch.nn holds
-        if path.startswith("encoding") and not isinstance(module, nn.Conv2d):
-            tables |= {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        if path.startswith("encoding") and not (isinstance(module, nn.Conv2d) and decay_pegs):
+            free |= {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and name not in tables].append(parameter)
+            groups[parameter.ndim > 1 and name not in free].append(parameter)
     return [
         {"params": groups[True], "weight_decay": weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
@@ -26,8 +29,102 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def learning_rate(step: int, optim: OptimConfig) -> float:
-    """Linear from 0 to the peak over the warm-up, then a cosine to the final rate, counted from step 0."""
+    """Linear over the warm-up up to the peak, then a cosine to the final rate, counted from step 0."""
     if step < optim.warmup_steps:
-        return optim.rate * (step + 1) / optim.warmup_steps
-    share = min(step / max(optim.steps, 1), 1.0)
-    return optim.final_rate + (optim.rate - optim.final_rate) * (1 + math.cos(math.pi * share)) / 2
+        return optim.warmup_rate + (optim.rate - optim.warmup_rate) * (step + 1) / optim.warmup_steps
+    return _cosine(step / max(optim.steps, 1), optim)
+
+
+def rate_of(step: int, optim: OptimConfig, quirks: Quirks, epoch_steps: int, resumed_at: int = 0) -> float:
+    """The rate of a step, with the reference's quirks where they are asked for.
+
+    DeiT's code sets the rate at the end of an epoch, for the number of that epoch: epoch 0 runs at the warm-up
+    rate, and epoch 1 too. At a resume it sets that of the coming epoch, one too far, until the next epoch ends.
+    """
+    if not quirks.epoch_schedule:
+        return learning_rate(step, optim)
+    epoch = step // epoch_steps
+    ahead = quirks.resume_ahead and resumed_at and epoch == resumed_at // epoch_steps
+    epoch = epoch if ahead else max(epoch - 1, 0)
+    warm, epochs = optim.warmup_steps // epoch_steps, max(optim.steps // epoch_steps, 1)
+    if epoch < warm:
+        return optim.warmup_rate + (optim.rate - optim.warmup_rate) * epoch / warm
+    return _cosine(epoch / epochs, optim)
+
+
+def _cosine(share: float, optim: OptimConfig) -> float:
+    return optim.final_rate + (optim.rate - optim.final_rate) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+def resolved(config: TrainConfig, epoch_steps: int) -> TrainConfig:
+    """The configuration with epochs turned into steps, a half-life into a decay, and the rate scaled."""
+    optim = config.optim
+    changes = {}
+    if optim.epochs:
+        changes["steps"] = optim.epochs * epoch_steps
+        changes["warmup_steps"] = optim.warmup_epochs * epoch_steps
+    if optim.scale_rate:
+        changes["rate"], changes["scale_rate"] = optim.rate * optim.batch / 512, False
+    if optim.ema_half_life:
+        changes["ema"] = 0.5 ** (1 / (optim.ema_half_life * epoch_steps))
+        changes["ema_half_life"] = 0.0
+    return replace(config, optim=replace(optim, **changes))
+
+
+class Average:
+    """A running average of a model's trained parameters: average += (1 - decay) (weights - average)."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.weights]
+
+    @torch.no_grad()
+    def update(self, taken: Tensor) -> None:
+        """`taken`: 1.0 where the step was taken, 0.0 where it was skipped; a scalar on the device."""
+        change = torch._foreach_sub(self.weights, self.average)
+        torch._foreach_mul_(change, taken.to(change[0].dtype) * (1 - self.decay))
+        torch._foreach_add_(self.average, change)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the average for weights, as long as this lasts."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        kept = [p.detach().clone() for p in self.weights]
+        torch._foreach_copy_(self.weights, self.average)
+        torch._foreach_copy_(self.average, kept)
+
+
+class Skips:
+    """Steps without a finite loss and gradient, counted on the device: nothing waits for the answer.
+
+    counts: skipped steps; of these, those that only fp16's loss scale caused; skipped ones in a row.
+    """
+
+    def __init__(self, device: str):
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def see(self, loss: Tensor, norm: Tensor, scaled: bool) -> Tensor:
+        """Takes note of a step; -> 1.0 where it counts, 0.0 where it must be skipped, float32 on the device.
+
+        `scaled`: whether the gradient came through a loss scale, and may have overflowed by it alone.
+        """
+        fine = torch.isfinite(loss) & torch.isfinite(norm)
+        lost = (~fine).long()
+        by_scale = lost * torch.isfinite(loss) if scaled else torch.zeros_like(lost)
+        self.counts.copy_(
+            torch.stack([self.counts[0] + lost, self.counts[1] + by_scale, (self.counts[2] + 1) * lost])
+        )
+        return fine.float()
+
+    def read(self) -> dict[str, int]:
+        """The counts, once the device has them: the only place that waits."""
+        skipped, by_scale, in_a_row = self.counts.tolist()
+        return {"skipped": skipped - by_scale, "scale_skips": by_scale, "in_a_row": in_a_row}

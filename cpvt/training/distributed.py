@@ -1,0 +1,112 @@
+"""One process or many: who this one is, and the few things that all must agree on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cpvt.checked import ConfigError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM announces the end of a job with SIGUSR1
+
+
+@dataclass
+class World:
+    """The processes of a run. Without torchrun there is one, and nothing is sent."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    control: object = None  # a group on the CPU: agreeing on a signal must not wait for the GPU
+
+    @property
+    def chief(self) -> bool:
+        """The one that writes and speaks."""
+        return self.rank == 0
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum over all processes, in place; on a GPU the host does not wait."""
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def any(self, mine: bool) -> bool:
+        """Whether it holds for one process at least: the same answer in all of them."""
+        if self.size == 1:
+            return mine
+        flag = torch.tensor(int(mine))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self.control)
+        return bool(flag)
+
+    def told(self, what):
+        """What the chief says, in all processes."""
+        if self.size == 1:
+            return what
+        told = [what]
+        dist.broadcast_object_list(told, 0, self.control)
+        return told[0]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over the processes."""
+        if self.size == 1:
+            return model
+        device_ids = [torch.device(self.device)] if "cuda" in self.device else None
+        # The weights are equal at the start (same seed) and stay so: nothing but gradients is ever sent.
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+
+@contextlib.contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """Joins the processes that torchrun started, on `device` ("cpu" or "cuda"); leaves them at the end."""
+    size, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local} of this node, but {torch.cuda.device_count()} GPUs: "
+                "give torchrun --nproc-per-node that number"
+            )
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(device=device)
+        return
+    dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=timedelta(minutes=10))
+    try:
+        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=timedelta(minutes=10)))
+    finally:
+        dist.destroy_process_group()
+
+
+class Interruption:
+    """Notes a signal and lets the step end. A second Ctrl-C is as deadly as ever; torchrun and the kernel may well
+    send the same SIGTERM twice."""
+
+    def __init__(self):
+        self.name, self._before = "", {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])

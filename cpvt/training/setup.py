@@ -1,0 +1,123 @@
+"""Everything that a run needs before its first step, from a configuration."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cpvt.config import ConfigError, TrainConfig
+from cpvt.data.loader import Batch, Diagnostics, Images, Share, open_batches
+from cpvt.model.vit import VisionTransformer
+from cpvt.model.zoo import load_weights
+from cpvt.randomness import uniform
+from cpvt.training.checkpoint import Checkpoints
+from cpvt.training.distributed import World
+from cpvt.training.objective import Objective, load_teacher
+from cpvt.training.optim import resolved
+from cpvt.training.state import State
+
+PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Session:
+    """A run that is ready to go, or to go on.
+
+    config       with steps, classes and image size settled by the data
+    forward      the model, compiled and wrapped for many processes where that is asked for
+    first        steps that were taken before
+    notes        what a person should hear about the start
+    """
+
+    config: TrainConfig
+    world: World
+    batches: Diagnostics | Images
+    state: State
+    objective: Objective
+    forward: nn.Module
+    checkpoints: Checkpoints
+    first: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def backward(self, batch: Batch, share: float) -> Tensor:
+        """Gradients of `share` times a micro-batch's loss, added to those at hand; -> that part of the loss."""
+        precision = PRECISIONS[self.config.run.precision]
+        dtype = torch.float64 if precision == torch.float64 else torch.float32
+        images, model = batch.images.to(dtype), self.state.model
+        keep = drop_path_factors(model, batch.epoch, batch.positions, self.config.run.seed)
+        half = precision.itemsize == 2
+        with torch.autocast(images.device.type, precision if half else None, enabled=half):
+            logits = self.forward(images, None if keep is None else keep.to(images.device, dtype))
+            loss = self.objective(logits, images, batch.targets) * share
+        self.state.scaler.scale(loss).backward()
+        return loss.detach()
+
+
+def set_up(config: TrainConfig, world: World) -> Session:
+    """Opens the data, builds model, teacher and optimiser, and takes up the run that `run.out` holds, if any."""
+    run, quirks, augment = config.run, config.quirks, config.augment
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(run.deterministic)
+    if quirks.lone_no_repeats and world.size == 1:
+        augment = replace(augment, repeats=1)
+    batches = open_batches(
+        config.data,
+        config.optim.batch,
+        run.seed,
+        world.device,
+        Share(world.rank, world.size, config.optim.micro_batch),
+        augment=augment,
+        smoothing=config.optim.smoothing,
+        fixed_order=quirks.fixed_order,
+    )
+    model = replace(config.model, num_classes=batches.num_classes, image_size=batches.image_size)
+    config = resolved(replace(config, model=model, augment=augment), batches.stream.steps)
+    torch.manual_seed(run.seed)
+    model = VisionTransformer(config.model)
+    model.to(world.device, torch.float64 if run.precision == "fp64" else torch.float32)
+    teacher = load_teacher(config.distill, config.model, world.device)
+    objective = Objective(config.optim.smoothing, config.distill, teacher, quirks.kl_by_elements)
+    state = State(model, config, world.device)
+    checkpoints, notes = Checkpoints(Path(run.out) / "checkpoints" if run.out else "", run.keep), []
+    saved = checkpoints.latest(
+        lambda path: notes.append(f"passed over {path.name}: it is not what was written")
+    )
+    if saved:
+        state.restore(*saved)
+        notes.append(f"going on after step {state.steps}")
+        state.best = 0.0 if quirks.forget_best else state.best
+    elif run.init:
+        load_weights(model, run.init, resample=True)
+    if run.compile:
+        model.compile()  # in place: the parameters keep their names
+        if teacher:
+            teacher.compile()
+    forward = world.wrap(model)
+    return Session(config, world, batches, state, objective, forward, checkpoints, state.steps, notes)
+
+
+def drop_path_factors(model: VisionTransformer, epoch: int, positions: Tensor, seed: int) -> Tensor | None:
+    """What the branches are multiplied by for these samples: (depth, 2, B) float64; None where nothing drops."""
+    if not model.config.drop_path:
+        return None
+    branch = torch.arange(2 * len(model.blocks)).view(-1, 2, 1)
+    draws = uniform("drop path", seed, epoch, positions[None, None], branch)
+    rates = model.drop_rates.cpu().double()[:, None, None]
+    return (draws >= rates) / (1 - rates)
+
+
+def pick_device(name: str) -> str:
+    """ "auto" -> "cuda" where there is one, else "cpu". Raises ConfigError for a device that is not here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r}; expected 'auto', 'cpu' or 'cuda'")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but PyTorch sees no GPU here; use device='cpu' or 'auto'")
+    return name
