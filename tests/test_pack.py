@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -289,7 +290,11 @@ def test_killed_in_the_middle_it_leaves_nothing_and_no_process(folder, tmp_path)
     process.join()
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".train.unfinished"]
     assert "no folder" in refusal(open_dataset, tmp_path / "out" / "train", "train")
-    until(lambda: not any(alive(child) for child in children), 20)
+    try:
+        until(lambda: not any(alive(child) for child in children), 20)
+    finally:
+        for child in filter(alive, children):
+            os.kill(int(child), signal.SIGKILL)
     for i in range(400):
         (folder / "train" / CLASSES[0] / f"{i}.JPEG").unlink()
     run(folder, tmp_path / "out", "train")  # what was left is in nobody's way
