@@ -1,0 +1,263 @@
+"""Crops are resized as Pillow resizes them, in three ways of computing it: Pillow, matrices, Triton."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from encoded import picture
+from PIL import Image
+from torchvision.transforms import functional as transforms
+
+from cpvt.data.diagnostics import DataError
+from cpvt.data.resize import PILLOW, SUPPORT, by_matrices, by_pillow, centre_box, crop_resize
+
+ROOT = Path(__file__).parent.parent
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+WAYS = {"Pillow": by_pillow, "matrices": by_matrices}
+
+# Sides of images with their boxes (top, left, height, width): shrunk, enlarged, both, tiny, fractions, whole.
+CASES = [
+    ((90, 120), (0, 0, 90, 120)),
+    ((90, 120), (13, 27, 60, 71)),
+    ((90, 120), (80, 3, 7, 100)),
+    ((64, 64), (32, 31, 1, 1)),
+    ((1, 1), (0, 0, 1, 1)),
+    ((5, 200), (1, 11, 3, 180)),
+    ((90, 120), (12.6, 30.2, 61.7, 48.9)),
+    ((40, 30), (3.4, 2.2, 0.5, 20.3)),
+    ((200, 150), (0.2, 0.0, 199.8, 150.0)),
+]
+
+
+def noise(height, width, low=0, high=256, seed=0):
+    generator = torch.Generator().manual_seed(1000 * height + width + seed)
+    return torch.randint(low, high, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def cases(low=0, high=256):
+    """Images of CASES as noise, which is hardest, or within `low` and `high`; boxes; flips."""
+    images = [noise(*sides, low, high, seed=i) for i, (sides, _) in enumerate(CASES)]
+    boxes = torch.tensor([box for _, box in CASES], dtype=torch.float64)
+    return images, boxes, torch.arange(len(CASES)) % 3 == 1
+
+
+def pil(image):
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def tensor(image):
+    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
+
+
+def apart(a, b):
+    """Largest and mean difference in grey levels."""
+    difference = (a.int() - b.int()).abs()
+    return difference.max().item(), difference.float().mean().item()
+
+
+@pytest.mark.parametrize("filter", SUPPORT)
+@pytest.mark.parametrize("bound", ["box", "image"])
+@pytest.mark.parametrize("size", [(16, 16), (24, 40), (57, 33)])
+def test_matrices_compute_what_pillow_computes(size, bound, filter):
+    images, boxes, flip = cases()
+    one, other = (way(images, boxes, size, flip, bound, filter) for way in WAYS.values())
+    assert one.shape == (len(images), 3, *size) and one.dtype == torch.uint8
+    worst, mean = apart(one, other)
+    assert worst <= 1 and mean < 0.02
+
+
+@pytest.mark.parametrize("filter", SUPPORT)
+@pytest.mark.parametrize("way", WAYS)
+def test_one_call_of_pillow_gives_the_same_where_nothing_overshoots(way, filter):
+    """From 12.3 on a call may filter columns first; on mild images that changes the rounding alone."""
+    images, boxes, flip = cases(80, 176)
+    for size in [(16, 16), (210, 190)]:
+        ours = WAYS[way](images, boxes, size, flip, "image", filter)
+        for image, box, mirrored, result in zip(images, boxes.tolist(), flip, ours, strict=True):
+            top, left, height, width = box
+            window = left, top, left + width, top + height
+            theirs = tensor(pil(image).resize(size[::-1], PILLOW[filter], box=window))
+            worst, mean = apart(theirs.flip(-1) if mirrored else theirs, result)
+            assert worst <= 1
+            assert mean < 0.1 or size == (16, 16), "enlarging, every Pillow filters rows first"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_crops_first_and_then_resizes(way):
+    images, boxes, flip = cases()
+    whole = [i for i, box in enumerate(boxes) if torch.equal(box, box.floor())]
+    assert len(whole) == 6
+    for i in whole:
+        top, left, height, width = boxes[i].long().tolist()
+        crop = images[i][:, top : top + height, left : left + width]
+        wide = pil(crop).resize((24, height), Image.BICUBIC)  # rows first, whatever Pillow prefers
+        theirs = tensor(wide.resize((24, 16), Image.BICUBIC))
+        ours = WAYS[way](images[i : i + 1], boxes[i : i + 1], (16, 24), flip[:1], "box", "bicubic")[0]
+        assert apart(ours, theirs)[0] <= 1
+    # What lies outside the box is not seen in training, and is in evaluation.
+    image, box = noise(60, 60), torch.tensor([[20.0, 20.0, 20.0, 20.0]])
+    other = image.clone()
+    other[:, :20], other[:, 40:], other[:, :, :20], other[:, :, 40:] = 0, 255, 0, 255
+    seen = [
+        WAYS[way]([i], box, (30, 30), flip[:1], b, "bicubic")
+        for b in ("box", "image")
+        for i in (image, other)
+    ]
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[2], seen[3])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_size_changes_nothing_and_a_flip_mirrors(way):
+    image, box = noise(31, 47), torch.tensor([[0.0, 0, 31, 47]])
+    same, mirrored = (
+        WAYS[way]([image], box, (31, 47), torch.tensor([f]), "box", "bicubic")[0] for f in (False, True)
+    )
+    assert torch.equal(same, image) and torch.equal(mirrored, image.flip(-1))
+    plain = torch.full((3, 50, 40), 37, dtype=torch.uint8)
+    box = torch.tensor([[3.3, 4.1, 40.2, 30]])
+    for size in [(7, 9), (90, 120)]:
+        assert (WAYS[way]([plain], box, size, torch.tensor([False]), "box", "bicubic") == 37).all()
+
+
+def test_any_layout_of_memory_and_one_tensor_are_taken():
+    batch = torch.stack([noise(40, 50, seed=s) for s in range(3)])
+    boxes = torch.tensor([[1, 2, 30, 40], [0, 0, 40, 50], [5.5, 6.5, 20, 20]])
+    want = crop_resize(list(batch), boxes, (16, 20))
+    assert torch.equal(crop_resize(batch, boxes, (16, 20)), want)
+    last = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in batch]
+    assert torch.equal(crop_resize(last, boxes, (16, 20)), want)
+    flipped = crop_resize(batch, boxes, (16, 20), flip=torch.tensor([True, False, True]))
+    assert torch.equal(flipped[1], want[1]) and torch.equal(flipped[0], want[0].flip(-1))
+    assert crop_resize([], torch.zeros(0, 4), (16, 20)).shape == (0, 3, 16, 20)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(-1, 0, 5, 5), (0, 0, 41, 5), (0, 46, 5, 5), (0, 0, 0, 5), (0, 0, float("nan"), 5)],
+)
+def test_a_box_outside_its_image_is_refused(box):
+    boxes = torch.tensor([(0, 0, 5, 5), box], dtype=torch.float64)
+    with pytest.raises(DataError, match=r"image 1 of \(40, 50\) pixels: give \(top, left, height, width\)"):
+        crop_resize([noise(40, 50)] * 2, boxes, (8, 8))
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(DataError, match="choose from bicubic, bilinear"):
+        crop_resize([noise(4, 4)], torch.tensor([[0, 0, 4, 4]]), (8, 8), filter="nearest")
+    with pytest.raises(DataError, match=r"1 images, boxes \(2, 4\)"):
+        crop_resize([noise(4, 4)], torch.zeros(2, 4), (8, 8))
+    with pytest.raises(DataError, match="crop_fraction=1.2"):
+        centre_box(100, 100, 224, 1.2)
+
+
+# Evaluation
+
+
+def reference(image, size, fraction):
+    """torchvision's Resize and CenterCrop of a PIL image."""
+    short = transforms.resize(image, int(size / fraction), transforms.InterpolationMode.BICUBIC)
+    return tensor(transforms.center_crop(short, [size, size]))
+
+
+@pytest.mark.parametrize("fraction", [0.875, 0.9, 1.0])
+@pytest.mark.parametrize("size", [28, 48, 33])
+def test_the_centre_box_is_resize_and_centre_crop_in_one_step(size, fraction):
+    for height, width in [(64, 64), (50, 67), (67, 50), (101, 90), (20, 31), (9, 100), (100, 9), (33, 33)]:
+        image = noise(height, width, 80, 176)
+        box = torch.tensor([centre_box(height, width, size, fraction)], dtype=torch.float64)
+        ours = crop_resize([image], box, (size, size), bound="image")[0]
+        worst, mean = apart(ours, reference(pil(image), size, fraction))
+        assert worst <= 1 and mean < 0.1, (height, width)
+
+
+def test_evaluation_of_photographs_differs_in_few_pixels():
+    """With black and white in the image, the order of the passes shows where the filter overshoots."""
+    for seed, (height, width) in enumerate([(375, 500), (500, 333), (120, 90)]):
+        image = picture(height, width, seed=seed)
+        box = torch.tensor([centre_box(height, width, 112)], dtype=torch.float64)
+        ours = crop_resize([tensor(image)], box, (112, 112), bound="image")[0]
+        assert apart(ours, reference(image, 112, 0.875))[1] < 0.1
+
+
+# Triton: what it computes, without a GPU; that it compiles for one
+
+INTERPRETED = """
+import sys, torch
+sys.path.insert(0, "tests")
+from test_resize import cases, apart, by_pillow
+from cpvt.data.resize_triton import by_triton
+few = [1, 2, 3, 4, 6, 7]
+images, boxes, flip = cases()
+images, boxes, flip = [images[i] for i in few], boxes[few], flip[few]
+for size, bound, filter in [((13, 24), "image", "bicubic"), ((20, 70), "box", "bilinear")]:
+    worst, mean = apart(*(way(images, boxes, size, flip, bound, filter) for way in (by_triton, by_pillow)))
+    assert worst <= 1 and mean < 0.02, (size, bound, filter, worst, mean)
+print("equal")
+"""
+
+COMPILED = """
+import sys
+import cpvt.data.resize
+assert "cpvt.data.resize_triton" not in sys.modules, "imported where nothing needs it"
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cpvt.data.resize_triton import COLUMNS, ROWS, across, down
+for kernel, pointers, sides in [
+    (across, "table work buffer", {"W": 224}),
+    (down, "table buffer out", {"H": 224, "W": 224}),
+]:
+    types = {name: "*u8" if name in ("buffer", "out") else "*i64" for name in pointers.split()}
+    known = {**sides, "BICUBIC": True, "R": ROWS, "C": COLUMNS}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+    source = ASTSource(kernel, {**types, **dict.fromkeys(known, "constexpr")}, known, aligned)
+    made = compile(source, target=GPUTarget("cuda", 90, 32))
+    assert ".target sm_90" in made.asm["ptx"] and len(made.asm["cubin"]) > 1000
+    print(made.asm["ptx"].count("ld.global.v2.b32"), end=" ")
+"""
+
+
+def run(script, **environment):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
+@triton
+def test_the_triton_kernels_compute_what_pillow_computes():
+    assert run(INTERPRETED, TRITON_INTERPRET="1") == ["equal"]
+
+
+@triton
+def test_the_triton_kernels_compile_for_hopper(tmp_path):
+    across, down = run(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
+    assert int(down) == 3, "eight bytes at a time, in each of three channels"
+
+
+# On a GPU
+
+
+@gpu
+@pytest.mark.parametrize("filter", SUPPORT)
+@pytest.mark.parametrize("bound", ["box", "image"])
+@pytest.mark.parametrize("size", [(224, 224), (24, 40), (57, 33)])
+def test_gpu_and_cpu_agree(size, bound, filter):
+    images, boxes, flip = cases()
+    want = by_pillow(images, boxes, size, flip, bound, filter)
+    there = [image.cuda() for image in images]
+    for way in (crop_resize, by_matrices):
+        got = way(there, boxes, size, flip, bound, filter)
+        worst, mean = apart(got.cpu(), want)
+        assert got.is_cuda and worst <= 1 and mean < 0.02, way
