@@ -43,7 +43,7 @@ class DecodeError(DataError):
 class Source(Protocol):
     """Encoded images by number, as a packed data set or a folder offers them."""
 
-    labels: Tensor  # (n,) int64
+    labels: Tensor | Sequence[int]  # (n,) int64
 
     def __len__(self) -> int: ...
     def read(self, i: int) -> bytes: ...  # raises OSError or DataError
@@ -127,7 +127,7 @@ def decode_cpu(data: bytes) -> Tensor:
 
     The pixels are those of Pillow's `convert("RGB")`, the reference's loader, but for 16-bit greyscale: there
     Pillow cuts off at 255, which leaves nearly white images, and here the upper byte is kept, as Pillow does
-    with 16-bit colour. Plain JPEGs go through torchcodec, whose pixels are the same.
+    with 16-bit colour. Plain JPEGs go through torchcodec, faster and with the same pixels.
 
     Raises DecodeError for what is empty, cut off, of no known format, or has more than MAX_PIXELS pixels.
     """
@@ -212,6 +212,7 @@ class Reader(Dataset):
 
     def __init__(self, source: Source, device_decodes: bool):
         self.source, self.device_decodes = source, device_decodes
+        self.labels = torch.as_tensor(source.labels)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -228,7 +229,7 @@ class Reader(Dataset):
             pieces.append(piece)
             taken.append(i)
         data = numpy.concatenate(pieces) if pieces else numpy.empty(0, numpy.uint8)
-        labels = self.source.labels[[i if i >= 0 else j for i, j in zip(taken, indices, strict=True)]]
+        labels = self.labels[[i if i >= 0 else j for i, j in zip(taken, indices, strict=True)]]
         return Fetched(torch.from_numpy(data), spans, indices, labels, faults, self._bytes_read, taken)
 
     def _take(self, data: bytes):
