@@ -24,7 +24,7 @@ from small_imagenet import (
     val_images,
 )
 
-from cpvt.data import examine
+from cpvt.data import datasets, examine
 from cpvt.data.datasets import Shards
 from cpvt.data.examine import Shrink
 from cpvt.data.sources import TRAIN, VAL, make_key
@@ -65,7 +65,7 @@ ODD = {
     "grey.JPEG": (encoded(picture(1, mode="L")), "JPEG grey"),
     "progressive.JPEG": (encoded(picture(1), progressive=True), "JPEG progressive"),
     "turned.JPEG": (encoded(picture(1), exif=rotated()), "JPEG turned by EXIF"),
-    "damaged_exif.JPEG": (encoded(picture(1), exif=b"Exif\0\0no TIFF"), "JPEG"),
+    "damaged_exif.JPEG": (encoded(picture(1), dpi=(72, 72), exif=b"Exif\0\0no TIFF"), "JPEG"),
     "deep.png": (png(2, 1, 16, 0, b"\0\1\2\3\4"), "PNG grey 16-bit"),
     "deep_colour.png": (png(1, 1, 16, 2, b"\0" + bytes(6)), "PNG 16-bit"),
     "one.JPEG": (encoded(picture(1, 1, 1)), "JPEG"),
@@ -132,6 +132,15 @@ def test_a_file_that_may_not_be_read_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(examine, "open", guarded, raising=False)  # root may read whatever the mode says
     (report,), _ = run(folder, tmp_path / "out", "train")
     assert refused(report) == {f"{CLASSES[0]}_1.JPEG": "cannot be read (Permission denied)"}
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(folder, tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(datasets, "_folders", closed)
+    message = refusal(run, folder, tmp_path / "out", "train")
+    assert f"cannot be read ({folder / 'train'}: Permission denied)" in message
 
 
 def test_a_class_without_an_image_is_an_error(folder, tmp_path):

@@ -104,7 +104,13 @@ def pack(
     for split in splits:
         if (out / split).exists():
             raise DataError(f"{out / split} exists: delete it, or choose another folder")
-    listings = {split: layout.read(source, split) for split in splits}
+    try:
+        listings = {split: layout.read(source, split) for split in splits}
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
+        raise DataError(
+            f"{source} cannot be read ({reason}): look at its permissions and its disk"
+        ) from error
     if len({listing.classes for listing in listings.values()}) > 1:
         raise DataError(
             f"{source}: {' and '.join(splits)} differ in their classes, expected the same in both"
