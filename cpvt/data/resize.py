@@ -58,7 +58,7 @@ def crop_resize(
     if not images[0].is_cuda:
         way = by_pillow
     elif importlib.util.find_spec("triton"):
-        from cpvt.data.resize_triton import by_triton as way  # only where there is a GPU and a Triton
+        way = by_triton
     else:
         way = by_matrices
     return way(images, boxes, size, flip, bound, filter)
@@ -202,3 +202,14 @@ def by_matrices(images, boxes, size, flip, bound, filter) -> Tensor:
 
 def _round(pixels: Tensor) -> Tensor:
     return (pixels + 0.5).floor().clamp(0, 255)
+
+
+# --------------------------------------------------------------------------- in two launches
+
+
+def by_triton(images, boxes, size, flip, bound, filter) -> Tensor:
+    """`crop_resize` for all images at once, on a GPU."""
+    from cpvt.data.resize_triton import launch  # Triton comes with PyTorch for GPUs only
+
+    rows, columns = plans(images, boxes, size, bound, filter)
+    return launch(images, rows, columns, size, flip, filter == "bicubic")

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpvt.data.resize import plans
-
 ROWS, COLUMNS = 16, 64  # pixels of a program
 # Places in the table: FIELDS int64 an image; from START_Y on they are float64 bit by bit.
 FIELDS = tl.constexpr(16)
@@ -150,28 +148,30 @@ def down(
     tl.store(target + 2 * H * W, _rounded(blue * share), inside)
 
 
-def by_triton(images, boxes, size, flip, bound, filter) -> Tensor:
-    """`crop_resize` in two launches on the current stream. Nothing waits for the GPU."""
+def launch(images, rows, columns, size: tuple[int, int], flip: Tensor, bicubic: bool) -> Tensor:
+    """Images (3, h, w), the plans of their rows and columns -> (B, 3, *size), on the current stream.
+
+    Nothing waits for the GPU.
+    """
     device = images[0].device
     images = [image.contiguous() for image in images]  # planes apart; a decoder's images already are
-    table, work, length = _tables(images, boxes, size, flip, bound, filter)
+    table, work, length = _tables(images, rows, columns, size, flip)
     packed = torch.cat([table.flatten(), work.flatten()])
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
     work = packed[table.numel() :]
     buffer = torch.empty(length, dtype=torch.uint8, device=device)
     out = torch.empty(len(images), 3, *size, dtype=torch.uint8, device=device)
-    bicubic, (height, width) = filter == "bicubic", size
-    columns = triton.cdiv(width, COLUMNS)
-    across[(len(work) // 2, columns)](packed, work, buffer, width, bicubic, ROWS, COLUMNS)
-    grid = len(images), triton.cdiv(height, ROWS), columns
-    down[grid](packed, buffer, out, height, width, bicubic, ROWS, COLUMNS)
+    (height, width), blocks = size, triton.cdiv(size[1], COLUMNS)
+    with torch.cuda.device_of(out):
+        across[(len(work) // 2, blocks)](packed, work, buffer, width, bicubic, ROWS, COLUMNS)
+        grid = len(images), triton.cdiv(height, ROWS), blocks
+        down[grid](packed, buffer, out, height, width, bicubic, ROWS, COLUMNS)
     return out
 
 
-def _tables(images, boxes, size, flip, bound, filter) -> tuple[Tensor, Tensor, int]:
+def _tables(images, rows, columns, size, flip) -> tuple[Tensor, Tensor, int]:
     """What the kernels have to know: (B, FIELDS) int64, (programs, 2) int64, and the buffer's length in bytes."""
-    rows, columns = plans(images, boxes, size, bound, filter)
     count = (rows.last - rows.first).long()
     # Each image's part of the buffer begins at a multiple of 16, for aligned loads.
     lengths = (3 * size[1] * count + 15) // 16 * 16
