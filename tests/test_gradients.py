@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from cpvt.config import ModelConfig
+from cpvt.model import kernels
 from cpvt.model.encodings import PEG
 from cpvt.model.vit import VisionTransformer
 
@@ -156,10 +157,13 @@ def test_compiled_five_pegs_on_views(monkeypatch):
 
 
 @pytest.mark.parametrize("device", [CUDA])
-@pytest.mark.parametrize("view", [False, True], ids=["package", "view"])
+@pytest.mark.parametrize("road", ["package", "plain", "view"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_compiled_at_training_size(encoding, view, device, monkeypatch):
-    if view:
+def test_compiled_at_training_size(encoding, road, device, monkeypatch):
+    """As the package computes it, without `cpvt.model.kernels`, and on views of the stream."""
+    if road != "package":
+        monkeypatch.setattr(kernels, "FUSED", False)
+    if road == "view":
         if encoding not in ("peg", FIVE):
             pytest.skip("the view form is the plain PEG's")
         monkeypatch.setattr(PEG, "forward", view_of_the_stream)

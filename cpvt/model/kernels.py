@@ -131,10 +131,10 @@ def _peg_backward(
     tl.store(sums + K * K * D, tl.sum(db, 0), here)
 
 
-# 64 channels of float32 are two cache lines a token. Tokens: the backward pass keeps k * k + 1 sums for each
-# of its BLOCK_T * BLOCK_D / 128 numbers a thread, 8 with a 3x3 kernel.
+# A program has 128 threads. 64 channels of float32 are two cache lines a token. Backward, each thread keeps
+# k * k + 1 sums for each of its numbers: with 4 numbers 152 registers for a 3x3 kernel, with 8 all 255 but 17.
 FORWARD = {"BLOCK_T": 32, "BLOCK_D": 64}
-BACKWARD = {1: 16, 3: 16, 5: 8}  # k -> BLOCK_T
+BACKWARD = {"BLOCK_T": 8, "BLOCK_D": 64}
 PROGRAMS = 512  # rows of partial sums: a hundredth of the bytes of g and x, and enough to fill any card
 
 
@@ -157,17 +157,17 @@ def launch_backward(g: Tensor, x: Tensor, weight: Tensor, H: int, W: int) -> tup
     """Gradient (B, T, D), x (B, T, D), (D, 1, k, k) -> those of x, weight and bias."""
     g, x, weight = _channels_last(g), _channels_last(x), weight.contiguous()
     (B, T, D), K = x.shape, weight.shape[-1]
-    dx, block = torch.empty(x.shape, dtype=x.dtype, device=x.device), BACKWARD[K]
-    blocks = -(-T // block)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    blocks = -(-T // BACKWARD["BLOCK_T"])
     units = B * blocks
     each = max(1, -(-units // PROGRAMS))
     programs = -(-units // each)
     sums = torch.empty(programs, K * K + 1, D, dtype=torch.float32, device=x.device)
     strides = (g.stride(0), g.stride(1), x.stride(0), x.stride(1))
     with torch.cuda.device_of(x):
-        _peg_backward[(programs, -(-D // 64))](
+        _peg_backward[(programs, -(-D // BACKWARD["BLOCK_D"]))](
             g, x, weight, dx, sums, T, T - H * W, H, W, D, *strides, blocks, units, each,
-            K=K, BLOCK_T=block, BLOCK_D=64,
+            K=K, **BACKWARD,
         )  # fmt: skip
     total = sums.sum(0).to(weight.dtype)
     return dx, total[:-1].t().reshape(weight.shape).contiguous(), total[-1].clone()
@@ -267,7 +267,8 @@ def peg_matrix(x: Tensor, weight: Tensor, grid: Grid) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, matrix = x.to(dtype), matrix.to(dtype)
-    return torch.einsum("dmn,bnd->bmd", matrix, x)
+    # Turned once, (D, N, B), and kept so for the backward pass; einsum would turn it anew for each product.
+    return torch.bmm(matrix, x.permute(2, 1, 0).contiguous()).permute(2, 1, 0)
 
 
 # --------------------------------------------------------------------------- relative offsets in longer heads

@@ -1,0 +1,405 @@
+"""The short roads of `cpvt.model.kernels` lead where the definitions lead.
+
+Without a GPU: the Triton kernels run in Triton's interpreter and are compiled for a Hopper card; the operator's
+CPU form stands in for them in whole models, traced and compiled. What is left for a GPU is marked.
+
+Bounds: 1e-12 in float64 (rounding gives 1e-15); 1e-6 for float32 against float64, sums of at most a few
+thousand terms; bfloat16 results are rounded to 8 bits, 2^-9 at most, root mean square 2^-9 / sqrt(3) = 0.0011
+to twice that, depending on the mantissas.
+"""
+
+import collections
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cpvt import ModelConfig, create_model
+from cpvt.config import Peg, Relative
+from cpvt.model import kernels
+from cpvt.model.vit import VisionTransformer
+from cpvt.model.zoo import model_names
+
+ROOT = Path(__file__).parents[1]
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def by_definition(x, weight, bias, grid):
+    """Prefix tokens as they are; patches plus their depthwise convolution."""
+    prefix, patches = x.split([x.shape[1] - grid[0] * grid[1], grid[0] * grid[1]], 1)
+    image = patches.transpose(1, 2).unflatten(2, grid)
+    image = image + F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+    return torch.cat([prefix, image.flatten(2).transpose(1, 2)], 1)
+
+
+def example(B, P, grid, D, k, bias, dtype=torch.float32, device="cpu"):
+    """x, a view that strides over other tokens; a gradient with channels that are not neighbours; weights."""
+    draw = torch.Generator().manual_seed(0)
+    T = P + grid[0] * grid[1]
+    x = torch.randn(B, T + 3, D, generator=draw).to(device, dtype)[:, 2 : 2 + T]
+    g = torch.randn(B, D, T, generator=draw).to(device, dtype).transpose(1, 2)
+    weight = torch.randn(D, 1, k, k, generator=draw).to(device)
+    return x, g, weight, torch.randn(D, generator=draw).to(device) if bias else None
+
+
+def exact(x, g, weight, bias, grid):
+    """-> the output and all gradients, in float64 and by definition."""
+    inputs = [None if t is None else t.double().requires_grad_() for t in (x, weight, bias)]
+    out = by_definition(*inputs, grid)
+    return [out.detach(), *torch.autograd.grad(out, [t for t in inputs if t is not None], g.double())]
+
+
+def errors(found, expected):
+    """Relative, for each pair."""
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+
+
+# --------------------------------------------------------------------------- the two kernels
+
+# B, P, grid, D, k: widths that fill no block, one and more; images of less and more than a block of tokens.
+CASES = [
+    (2, 1, (5, 6), 48, 3),
+    (3, 2, (4, 3), 70, 3),
+    (1, 0, (7, 1), 64, 5),
+    (2, 1, (3, 3), 16, 1),
+]
+
+
+def run_the_kernels():
+    """In a process whose environment asks for the interpreter, and for the long road in models."""
+    assert not kernels.FUSED  # CPVT_FUSED=0 is heard
+    kernels.PROGRAMS = 3  # so that a program has several units, and the last one fewer
+    runs = [(case, torch.float32, True) for case in CASES]
+    for case, dtype, bias in [*runs, (CASES[0], torch.bfloat16, True), (CASES[0], torch.float32, False)]:
+        x, g, weight, shift = example(*case, bias, dtype)
+        expected, grid = exact(x, g, weight, shift, case[2]), case[2]
+        out = kernels.launch_forward(x, weight, shift, *grid)
+        gradients = kernels.launch_backward(g, x, weight, *grid)
+        assert out.dtype == gradients[0].dtype == dtype and out.is_contiguous()
+        found = errors([out, *gradients[: 2 + bias]], expected)
+        assert max(found) < (1e-6 if dtype == torch.float32 else 2**-8), (case, dtype, bias, found)
+        assert max(found[2:]) < 1e-6  # sums over tokens are float32 whatever is stored
+    print("as defined")
+
+
+@needs_triton
+def test_kernels_in_tritons_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-c", "import test_kernels; test_kernels.run_the_kernels()"],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "CPVT_FUSED": "0",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and "as defined" in run.stdout, run.stderr[-3000:]
+
+
+def compile_for_hopper(kernel, pointers, constants):
+    """-> what Triton makes of it for compute capability 9.0, sizes being multiples of 16 where DeiT's are."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    multiples = [n for n in names if n in pointers or n == "D" or n.endswith(("_batch", "_token"))]
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in multiples}
+    source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+    return kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
+def test_kernels_compile_for_hopper(dtype):
+    """To machine code, with loads of several channels at once and no registers spilled to memory."""
+    forward = {"x": dtype, "out": dtype, "weight": "*fp32", "bias": "*fp32"}
+    backward = {"g": dtype, "x": dtype, "dx": dtype, "weight": "*fp32", "sums": "*fp32"}
+    for kernel, pointers, constants in (
+        (kernels._peg_forward, forward, {"HAS_BIAS": True, "K": 3, **kernels.FORWARD}),
+        (kernels._peg_backward, backward, {"K": 3, **kernels.BACKWARD}),
+    ):
+        made = compile_for_hopper(kernel, pointers, constants)
+        assert made["cubin"].startswith(b"\x7fELF")
+        wide = "v4" if dtype == "*fp32" or kernel is kernels._peg_forward else "v2"
+        assert f".{wide}." in made["ptx"]
+        assert ".local" not in made["ptx"]
+
+
+# --------------------------------------------------------------------------- the operator
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_operator_is_the_convolution(case, bias):
+    x, g, weight, shift = (None if t is None else t.double() for t in example(*case, bias))
+    inputs = [t.clone().requires_grad_() for t in (x, weight, shift) if t is not None]
+    out = kernels.peg(*inputs, *[None] * (not bias), *case[2])
+    found = [out, *torch.autograd.grad(out, inputs, g)]
+    assert max(errors(found, exact(x, g, weight, shift, case[2]))) < 1e-12
+    P = case[1]
+    assert torch.equal(out[:, :P], x[:, :P])  # prefix tokens pass
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_operator_keeps_pytorchs_rules(bias):
+    """Schema, gradients, shapes without data, tracing with open sizes: PyTorch's own check of an operator."""
+    x, g, weight, shift = example(2, 1, (4, 5), 8, 3, bias)
+    parameters = [None if t is None else t.requires_grad_() for t in (x.detach(), weight, shift)]
+    torch.library.opcheck(kernels.peg, (*parameters, 4, 5))
+    torch.library.opcheck(kernels.peg_backward, (g, x.detach(), weight.detach(), 4, 5))
+
+
+def test_which_pegs_are_fused():
+    """The paper's PEG and others of small kernels, on a GPU, in a training precision; never while exporting."""
+    with FakeTensorMode():
+        x = torch.empty(2, 20, 8, device="cuda")
+        assert kernels.fuses(Peg(), x) and kernels.fuses(Peg(kernel=5, bias=False, positions=(-1, 3)), x)
+        assert kernels.fuses(Peg(), x.bfloat16()) and kernels.fuses(Peg(), x.half())
+        assert not kernels.fuses(Peg(), x.double()) and not kernels.fuses(Peg(), x.cpu())
+        for other in (
+            Peg(kernel=7),
+            Peg(kernel=27, compute="matrix"),
+            Peg(convolution="separable"),
+            Peg(convolution="dense"),
+            Peg(skip=False),
+            *(Peg(padding=padding) for padding in ("replicate", "reflect", "circular")),
+        ):
+            assert not kernels.fuses(other, x), other
+
+
+def test_the_switch(monkeypatch):
+    """CPVT_FUSED=0 sets it so, as the interpreter's test shows."""
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda")
+        assert kernels.fast(x)
+        monkeypatch.setattr(kernels, "FUSED", False)
+        assert not kernels.fast(x)
+
+
+# --------------------------------------------------------------------------- whole models
+
+
+def build(encoding, grid=(5, 6), depth=6, **options):
+    torch.manual_seed(0)
+    sizes = {"image_size": grid, "patch_size": 1, "width": 32, "heads": 2, "depth": depth, "mlp_ratio": 2.0}
+    model = VisionTransformer(ModelConfig(**sizes, num_classes=7, init_std=0.2, encoding=encoding, **options))
+    return model, torch.randn(3, 3, *grid)
+
+
+def step(model, images, forward=None):
+    """-> the logits and every gradient, of a loss that weighs all logits differently."""
+    model.zero_grad(set_to_none=True)
+    out = (model if forward is None else forward)(images)
+    out = torch.cat(out) if isinstance(out, tuple) else out
+    (out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Turns the short roads on and off, and counts the PEGs and the lengthened heads that took them."""
+    taken = collections.Counter()
+
+    def counted(name):
+        function = getattr(kernels, name)
+
+        def call(*args):
+            taken[name] += 1
+            return function(*args)
+
+        return call
+
+    for name in ("peg", "lengthen"):
+        monkeypatch.setattr(kernels, name, counted(name))
+    monkeypatch.setattr(kernels, "fast", lambda x: taken["on"])
+    return taken
+
+
+@pytest.mark.parametrize("readout", [{}, {"readout": "gap"}, {"distilled": True}], ids=str)
+@pytest.mark.parametrize(
+    "encoding, pegs, lengthened",
+    [
+        ("peg(positions=(0, 1, 2, 3, 4))", 5, 0),
+        ("peg(positions=(-1, 2), kernel=5, bias=False)", 2, 0),
+        ("peg(repeat=3, shared=True, positions=(0, 1))", 6, 0),
+        ("learned + peg(on='queries_keys')", 1, 0),
+        ("peg(padding='circular') + peg", 1, 0),
+        ("relative", 0, 6),
+        ("relative(clip=2)", 0, 6),
+        ("relative(clip=2, wrap=True) + rotary", 0, 6),
+        ("relative + relative(clip=1)", 0, 12),
+        ("relative + relative(clip=1, on='keys_values')", 0, 6),
+        ("relative(clip=3) + peg + relative(on='bias')", 1, 6),
+    ],
+)
+def test_models_are_the_same_either_way(short, encoding, pegs, lengthened, readout):
+    """Logits and gradients in float64, with each kind of prefix tokens."""
+    model, images = build(encoding, **readout)
+    model, images = model.double(), images.double()
+    expected = step(model, images)
+    assert not short["peg"] + short["lengthen"]
+    short["on"] = True
+    found = step(model, images)
+    assert (short["peg"], short["lengthen"]) == (pegs, lengthened)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() < 1e-12 * max(1, b.abs().max())
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (6, 1), (3, 8)])
+def test_lengthened_heads_on_any_grid(short, grid):
+    model, images = build("relative(clip=2)", grid, depth=2)
+    model, images = model.double(), images.double()
+    expected = step(model, images)
+    short["on"] = True
+    for a, b in zip(step(model, images), expected, strict=True):
+        assert (a - b).abs().max() < 1e-12 * max(1, b.abs().max())
+
+
+def test_logits_themselves_are_equal(short):
+    """Not only after the softmax, which would forgive a constant a query."""
+    model, _ = build("relative(clip=2)")
+    relative, grid = model.encoding.double(), (5, 6)
+    q, k = torch.randn(2, 2, 2, 31, 16, dtype=torch.float64)
+    expected = q @ k.mT / 4 + relative.logits(3, q, grid)
+    short["on"] = True
+    assert relative.logits(3, q, grid) is None
+    long_q, long_k = relative.lengthen(3, q, k, grid)
+    assert long_q.shape[-1] == 32 and torch.equal(long_q[..., :16], q)  # 16 + 5 + 6, rounded up
+    torch.testing.assert_close(long_q @ long_k.mT / 4, expected, rtol=0, atol=1e-13)
+
+
+def test_how_long_heads_become(short):
+    """DeiT at 224 pixels: 64 + 14 + 14 channels, 96 with those that make it a multiple of 8. At most 128."""
+    short["on"] = True
+    table, q = torch.zeros(17, 64), torch.zeros(1, 1, 197, 64)
+    tables = (torch.zeros(14, 14, 64),) * 2
+    assert kernels.lengthen(q, q, *tables, torch.zeros(64), (14, 14))[0].shape[-1] == 96
+    for grid, fits in (((14, 14), True), ((32, 32), True), ((32, 33), False)):
+        assert kernels.lengthens(Relative(), table, q, grid) == fits
+    for other in ("bias", "keys_values"):
+        assert not kernels.lengthens(Relative(on=other), table, q, (14, 14))
+
+
+def test_bfloat16_is_no_worse_than_the_convolutions(short):
+    """Five PEGs in autocast: the operator reads the float32 stream, where a convolution rounds it first."""
+    model, images = build("peg(positions=(0, 1, 2, 3, 4))")
+    expected = step(copy.deepcopy(model).double(), images.double())
+    worst = []
+    for short["on"] in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(images)
+        assert out.dtype == torch.bfloat16
+
+        def forward(x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return model(x).float()
+
+        worst.append(max(errors(step(model, images, forward), expected)))
+    assert worst[1] < 0.05 and worst[1] < 1.1 * worst[0]
+
+
+# --------------------------------------------------------------------------- what the compiler sees
+
+
+def on_a_gpu_without_one(encoding):
+    """How often each operator occurs in the forward pass that a GPU would run at 224 pixels."""
+    model = VisionTransformer(ModelConfig(depth=6, encoding=encoding)).train()
+    shapes = {name: t.shape for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+        state = {name: torch.empty(shape, device="cuda") for name, shape in shapes.items()}
+        images = torch.empty(4, 3, 224, 224, device="cuda")
+        graph = make_fx(lambda x, s: torch.func.functional_call(model, s, (x,)))(images, state).graph
+    return collections.Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+@needs_triton
+def test_five_pegs_are_five_nodes():
+    """No convolution but the patches', and the class token is put in front once, not once more a PEG."""
+    seen = on_a_gpu_without_one("peg(positions=(0, 1, 2, 3, 4))")
+    assert seen["cpvt.peg.default"] == 5
+    assert seen["aten.convolution.default"] == seen["aten.cat.default"] == 1
+
+
+@pytest.mark.parametrize("encoding", ["peg(positions=(0, 1)) + relative(clip=2)"])
+def test_one_graph_with_the_operators(monkeypatch, encoding):
+    """Forward and backward, decomposed and partitioned as for generating kernels, against float64."""
+    torch.compiler.reset()
+    model, images = build(encoding, depth=2, readout="gap")
+    expected = step(copy.deepcopy(model).double(), images.double())
+    monkeypatch.setattr(kernels, "fast", lambda x: True)
+    whole = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
+    assert max(errors(step(model, images, whole), expected)) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in model_names() if "tiny" in name])
+def test_no_model_breaks_the_graph(name):
+    """In training, with drop path, with and without checkpointing. The other sizes differ in width alone."""
+    torch.manual_seed(0)
+    sizes = {"image_size": (32, 48), "width": 32, "heads": 2, "depth": 5 if "5peg" in name else 2}
+    model = create_model(name, **sizes, num_classes=7, drop_path=0.2).train()
+    images, keep = torch.randn(4, 3, 32, 48), model.keep_factors(torch.rand(len(model.blocks), 2, 4))
+    expected = step(model, images, lambda x: model(x, keep))
+    torch.compiler.reset()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    step(model, images, whole)  # which draws factors of its own
+    model.set_grad_checkpointing()
+    for a, b in zip(step(model, images, lambda x: whole(x, keep)), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --------------------------------------------------------------------------- on a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("B, grid, D", [(64, (14, 14), 192), (8, (24, 24), 384), (3, (7, 5), 70)])
+def test_kernels_on_a_gpu(B, grid, D, dtype, bound, k):
+    """Values and gradients as in float64, and the same bits again: no atomic additions."""
+    x, g, weight, bias = example(B, 1, grid, D, k, True, dtype, "cuda")
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    found = []
+    for _ in range(2):
+        out = kernels.peg(*inputs, *grid)
+        found.append([out.detach(), *torch.autograd.grad(out, inputs, g)])
+    expected = exact(x, g, weight, bias, grid)
+    assert max(errors(found[0], expected)) < bound
+    assert max(errors(found[0], expected)[2:]) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("encoding", ["peg(positions=(0, 1, 2, 3, 4))", "relative"])
+def test_either_way_on_a_gpu(monkeypatch, encoding, compiled):
+    """bfloat16 on the short road errs no more than on the long one, give or take half."""
+    torch.manual_seed(0)
+    model = VisionTransformer(ModelConfig(depth=6, encoding=encoding, init_std=0.05)).cuda()
+    images = torch.randn(16, 3, 224, 224, device="cuda")
+
+    def gradients(model, images):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.dtype != torch.float64):
+            out = (torch.compile(model, fullgraph=True) if compiled else model)(images)
+        out.double().square().sum().backward()
+        return torch.cat([p.grad.double().flatten() for p in model.encoding.parameters()])
+
+    expected = gradients(copy.deepcopy(model).double(), images.double())
+    worst = []
+    for fused in (False, True):
+        monkeypatch.setattr(kernels, "FUSED", fused)
+        torch.compiler.reset()
+        worst.append(errors([gradients(model, images)], [expected])[0])
+    assert worst[1] < 0.05 and worst[1] < 1.5 * worst[0] + 2**-8, worst
