@@ -154,18 +154,17 @@ def crop_boxes(
     The distribution is torchvision's and timm's: the area is even in `crop_scale`, the logarithm of width /
     height in `crop_ratio`; after ten that do not fit, the largest centred part whose ratio is allowed.
     """
-    heights, widths = heights[:, None], widths[:, None]
-    area, ratio, down, across = _even("crop", seed, epoch, positions)
-    area = heights * widths * _between(area, *config.crop_scale)
+    area, ratio = _tries("crop", seed, epoch, positions)
+    area = (heights * widths)[:, None] * _between(area, *config.crop_scale)
     ratio = _between(ratio, *(math.log(r) for r in config.crop_ratio)).exp()
     high, wide = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
-    fits = (0 < high) & (high <= heights) & (0 < wide) & (wide <= widths)
-    boxes = _placed(high, wide, down, across, heights, widths)
+    fits = (0 < high) & (high <= heights[:, None]) & (0 < wide) & (wide <= widths[:, None])
+    boxes = _place("crop", seed, epoch, positions, _first(fits, high), _first(fits, wide), heights, widths)
 
     high = heights.clamp(max=(widths / config.crop_ratio[0]).round().long())
     wide = widths.clamp(max=(heights * config.crop_ratio[1]).round().long())
-    whole = torch.stack(((heights - high) // 2, (widths - wide) // 2, high, wide), dim=2)
-    return _first(fits, boxes, whole[:, 0])
+    whole = torch.stack(((heights - high) // 2, (widths - wide) // 2, high, wide), dim=1)
+    return torch.where(fits.any(dim=1, keepdim=True), boxes, whole)
 
 
 def erase_boxes(
@@ -176,35 +175,41 @@ def erase_boxes(
     timm's distribution: the share of the area is even in 0.02 to 1/3, the logarithm of height / width in that
     of 0.3 to 1/0.3; nothing is erased after ten boxes that are as high or as wide as the image.
     """
-    share, ratio, down, across = _even("erase", seed, epoch, positions)
+    chosen = uniform("erase", seed, epoch, positions) < probability
+    positions = positions[chosen]
+    share, ratio = _tries("erase", seed, epoch, positions)
     area = size[0] * size[1] * _between(share, 0.02, 1 / 3)
     ratio = _between(ratio, math.log(0.3), -math.log(0.3)).exp()
     high, wide = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
-    chosen = uniform("erase", seed, epoch, positions)[:, None] < probability
-    boxes = _placed(high, wide, down, across, *size)
-    return _first(chosen & (high < size[0]) & (wide < size[1]), boxes, torch.zeros(len(positions), 4).long())
+    fits = (high < size[0]) & (wide < size[1])
+    found = _place("erase", seed, epoch, positions, _first(fits, high), _first(fits, wide), *size)
+    boxes = torch.zeros(len(chosen), 4, dtype=torch.int64)
+    boxes[chosen] = found * fits.any(dim=1, keepdim=True)
+    return boxes
 
 
-def _even(key: str, seed: int, epoch: int, positions: Tensor) -> tuple[Tensor, ...]:
-    """Four even draws a try: (B, TRIES) each."""
-    tries = torch.arange(TRIES)[:, None], torch.arange(4)
-    return uniform(f"{key}/box", seed, epoch, positions[:, None, None], *tries).unbind(2)
+def _tries(key: str, seed: int, epoch: int, positions: Tensor) -> tuple[Tensor, ...]:
+    """Two even draws a try: (B, TRIES) each."""
+    tries = torch.arange(TRIES)[:, None], torch.arange(2)
+    return uniform(f"{key}/shape", seed, epoch, positions[:, None, None], *tries).unbind(2)
 
 
 def _between(even: Tensor, low: float, high: float) -> Tensor:
     return low + (high - low) * even
 
 
-def _placed(high: Tensor, wide: Tensor, down: Tensor, across: Tensor, heights, widths) -> Tensor:
-    """Boxes of these sides at even places inside the image: (B, TRIES, 4)."""
-    top, left = (down * (heights - high + 1)).long(), (across * (widths - wide + 1)).long()
-    return torch.stack((top, left, high, wide), dim=2)
+def _first(fits: Tensor, values: Tensor) -> Tensor:
+    """Of the tries (B, TRIES), the value of the first that fits, (B,); of the first where none does."""
+    return values.gather(1, fits.int().argmax(dim=1, keepdim=True))[:, 0]
 
 
-def _first(fits: Tensor, boxes: Tensor, otherwise: Tensor) -> Tensor:
-    """The first of the tries that fits, (B, TRIES) and (B, TRIES, 4) -> (B, 4)."""
-    found = boxes[torch.arange(len(boxes)), fits.int().argmax(dim=1)]
-    return torch.where(fits.any(dim=1, keepdim=True), found, otherwise)
+def _place(
+    key: str, seed: int, epoch: int, positions: Tensor, high: Tensor, wide: Tensor, height, width
+) -> Tensor:
+    """Boxes of these sides, (B,), at even places inside images of height x width: (B, 4)."""
+    down, across = uniform(f"{key}/place", seed, epoch, positions[:, None], torch.arange(2)).unbind(1)
+    top, left = (down * (height - high + 1)).long(), (across * (width - wide + 1)).long()
+    return torch.stack((top, left, high, wide), dim=1)
 
 
 # --------------------------------------------------------------------------- noise

@@ -73,19 +73,11 @@ def parse(text: str) -> Notation:
 
 
 class Policy(NamedTuple):
-    """What happens to each image: (B, L) on the CPU."""
+    """What happens to each image, in each layer: (B, L) on the CPU."""
 
     operation: Tensor  # int64, a place in NAMES; -1: nothing
     level: Tensor  # float64, 0 to 10
     sign: Tensor  # float64, -1 or 1; of no meaning to some operations
-
-    def argument(self) -> Tensor:
-        """What the operation takes (degrees, bits, a factor, ...), (B, L) float64; 0 where it takes nothing."""
-        argument = torch.zeros_like(self.level)
-        for number, operation in enumerate(OPERATIONS.values()):
-            mine = self.operation == number
-            argument[mine] = operation.argument(self.level[mine] / _EDGE, self.sign[mine])
-        return argument
 
 
 def draw_policy(notation: Notation, seed: int, epoch: int, positions: Tensor) -> Policy:
@@ -110,24 +102,27 @@ class RandAugment:
         return draw_policy(self.notation, self.seed, epoch, positions)
 
     def __call__(self, images: Tensor, policy: Policy) -> Tensor:
-        for operation, argument in zip(policy.operation.T, policy.argument().T, strict=True):
-            run_layer(images, operation, argument, self.fill, self.compile)
+        for layer in zip(*(part.T for part in policy), strict=True):
+            run_layer(images, Policy(*layer), self.fill, self.compile)
         return images
 
 
-def run_layer(images: Tensor, operation: Tensor, argument: Tensor, fill, compile: bool = True) -> None:
-    """One operation for each image, in place: `operation` (B,) places in NAMES or -1, `argument` (B,), CPU.
+def run_layer(images: Tensor, policy: Policy, fill: tuple[int, int, int], compile: bool = True) -> None:
+    """One operation for each image (B, 3, H, W), in place; the policy's tensors are (B,), on the CPU.
 
     Nothing is read back from a GPU: which images get what is known on the CPU beforehand.
     """
-    device = images.device
-    order = operation.argsort(stable=True)
-    counts = torch.bincount(operation + 1, minlength=len(OPERATIONS) + 1).tolist()
-    places, arguments = send(order, device).split(counts)[1:], argument[order].split(counts)[1:]
+    device, order = images.device, policy.operation.argsort(stable=True)
+    counts = torch.bincount(policy.operation + 1, minlength=len(OPERATIONS) + 1).tolist()
+    # One piece an operation; the first is of the images left alone.
+    places, levels, signs = (
+        part.split(counts)[1:]
+        for part in (send(order, device), policy.level[order] / _EDGE, policy.sign[order])
+    )
     for run in RUNS:
         chosen = [
-            (place, kind.prepare(images, place, value, fill))
-            for kind, place, value in zip(OPERATIONS.values(), places, arguments, strict=True)
+            (place, kind.prepare(images, place, kind.argument(level, sign), fill))
+            for kind, place, level, sign in zip(OPERATIONS.values(), places, levels, signs, strict=True)
             if kind.run is run and len(place)
         ]
         if not chosen:
@@ -136,15 +131,21 @@ def run_layer(images: Tensor, operation: Tensor, argument: Tensor, fill, compile
         needs = torch.cat([send(need, device) for _, need in chosen])
         step = len(place) if images.is_cuda else max(1, _CACHED // images[0, 0].numel())
         for part, need in zip(place.split(step), needs.split(step), strict=True):
-            images.index_copy_(0, part, fused(run, compile, images.index_select(0, part), need))
+            images.index_copy_(0, part, run(images.index_select(0, part), need, compile))
 
 
 _CACHED = 2**16  # pixels that a CPU works on at once, so that what is in between stays in its cache
 
 
+def _whole(run: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, bool], Tensor]:
+    """A run that is compiled as one piece, where it is."""
+    return lambda images, needs, compile: fused(run, compile, images, needs)
+
+
 # --------------------------------------------------------------------------- by a table
 
 
+@_whole
 def look_up(images: Tensor, table: Tensor) -> Tensor:
     """Each value replaced by its entry in `table` (n, 3, 256) uint8."""
     return table.gather(2, images.flatten(2).long()).view_as(images)
@@ -205,11 +206,13 @@ def _grey(images: Tensor) -> Tensor:
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
+@_whole
 def colour(images: Tensor, factor: Tensor) -> Tensor:
     """Away from (factor above 1) or towards (below) the grey image. factor (n,) float32."""
     return _blend(_grey(images)[:, None].float(), images.float(), factor[:, None, None, None])
 
 
+@_whole
 def sharpen(images: Tensor, factor: Tensor) -> Tensor:
     """Away from or towards the smoothed image, whose outermost pixels PIL leaves as they are."""
     sharp = images.float()
@@ -228,22 +231,27 @@ def _factor(images, place, argument, fill):
 # --------------------------------------------------------------------------- by moving pixels
 
 
-def slide(images: Tensor, motion: Tensor) -> Tensor:
+def _slide(images: Tensor, motion: Tensor) -> Tensor:
     """Each row moved along itself. motion (n, 5) float64: by so much a row, by so much at all, fill colour."""
     height, width = images.shape[2:]
     whole, part = _split(motion[:, :1] * _centres(height, images) + motion[:, 1:2])  # (n, H)
     column = whole[:, :, None] + torch.arange(width, device=images.device)  # (n, H, W)
-    value = _along(_pack(images), column, part[:, None, :, None], 0, width)
+    row = torch.arange(height, device=images.device)[:, None]
+    value = _along(_pack(images), row, column, part[:, None, :, None])
     nearest = column + (part >= 0.5)[:, :, None]
     return _finish(value, (nearest >= 0) & (nearest < width), motion[:, 2:])
 
 
+slide = _whole(_slide)
+
+
+@_whole
 def slide_down(images: Tensor, motion: Tensor) -> Tensor:
     """The same with columns for rows."""
-    return slide(images.mT.contiguous(), motion).mT
+    return _slide(images.mT.contiguous(), motion).mT
 
 
-def rotate(images: Tensor, motion: Tensor) -> Tensor:
+def rotate(images: Tensor, motion: Tensor, compile: bool) -> Tensor:
     """About the centre, counter-clockwise. motion (n, 5) float64: cosine, sine, fill colour."""
     height, width = images.shape[2:]
     cosine, sine = motion[:, 0, None, None], motion[:, 1, None, None]
@@ -253,10 +261,10 @@ def rotate(images: Tensor, motion: Tensor) -> Tensor:
     # but the sum of two fractions is done in double precision, on few numbers.
     x, dx = _sum(_split(cosine * across + (width / 2 - 0.5)), _split(-sine * -down))
     y, dy = _sum(_split(cosine * down + (height / 2 - 0.5)), _split(-sine * across))
-    packed = _pack(images).flatten(1)
-    dx, dy = dx[:, None], dy[:, None]
-    rows = [_along(packed, x, dx, (y + tap).clamp(0, height - 1) * width, width) for tap in (-1, 0, 1, 2)]
-    value = _cubic(*rows, dy)
+    packed, dx, dy = _pack(images), dx[:, None], dy[:, None]
+    # One row of taps at a time is compiled: the compiler takes minutes over all sixteen at once.
+    taps = ((y + tap).clamp(0, height - 1) for tap in (-1, 0, 1, 2))
+    value = fused(_cubic, compile, *(fused(_along, compile, packed, row, x, dx) for row in taps), dy)
     column, row = x + (dx[:, 0] >= 0.5), y + (dy[:, 0] >= 0.5)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     return _finish(value, inside, motion[:, 2:])
@@ -284,15 +292,13 @@ def _pack(images: Tensor) -> Tensor:
     return red | green << 8 | blue << 16
 
 
-def _along(packed: Tensor, column: Tensor, part: Tensor, start, width: int) -> Tensor:
-    """Interpolates along a row: values at column + part, (n, 3, H, W) float32."""
-    shift = torch.tensor((0, 8, 16), device=packed.device, dtype=torch.int32)[:, None, None]
-    taps = []
-    for tap in (-1, 0, 1, 2):
-        index = (column + tap).clamp(0, width - 1) + start
-        pixel = packed.gather(packed.ndim - 1, index if packed.ndim == 3 else index.flatten(1))
-        taps.append(((pixel.view(index.shape)[:, None] >> shift) & 255).float())
-    return _cubic(*taps, part)
+def _along(packed: Tensor, row: Tensor, column: Tensor, part: Tensor) -> Tensor:
+    """Interpolates along rows: the values of (n, H, W) pixels at column + part, (n, 3, H, W) float32."""
+    image = torch.arange(len(packed), device=packed.device)[:, None, None]
+    shift = torch.arange(0, 24, 8, device=packed.device, dtype=torch.int32)[:, None, None]
+    columns = ((column + tap).clamp(0, packed.shape[2] - 1) for tap in (-1, 0, 1, 2))
+    pixels = (packed[image, row, column][:, None] for column in columns)
+    return _cubic(*(((pixel >> shift) & 255).float() for pixel in pixels), part)
 
 
 def _cubic(before: Tensor, low: Tensor, high: Tensor, after: Tensor, part: Tensor) -> Tensor:
@@ -327,7 +333,7 @@ class Operation(NamedTuple):
 
     argument: Callable[[Tensor, Tensor], Tensor]  # level / 10 and sign -> degrees, bits, factor, ...
     prepare: Callable[..., Tensor]  # images, place (n,), argument (n,), fill -> what `run` needs, (n, ...)
-    run: Callable[[Tensor, Tensor], Tensor]  # images (n, 3, H, W), needs -> new images
+    run: Callable[[Tensor, Tensor, bool], Tensor]  # images (n, 3, H, W), needs, compile -> new images
 
 
 def _nothing(level, sign):
