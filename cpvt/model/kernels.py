@@ -52,10 +52,10 @@ def _jit(function):
     return function if triton is None else triton.jit(function)
 
 
-# Bytes that have to move, for S = T*D*B numbers of the stream in its own precision (float32 under autocast,
-# so 155 MB for DeiT-Ti at batch 1024): forward 2 S (x in, out out), backward 3 S (g and x in, dx out). The
-# neighbours are read again from the cache. A convolution beside it would add what autocast writes to round x,
-# its own output, the sum with x, and the two concatenations with the class token: 8 S or so.
+# Bytes that have to move, S for the stream (B*T*D numbers in its own precision: 155 MB of float32 for DeiT-Ti
+# at batch 1024, autocast or not): forward 2 S (x in, out out), backward 3 S (g and x in, dx out); neighbours
+# are read again from the cache. Step by step a convolution under autocast moves 7 S forward: x rounded, the
+# convolution of that in bfloat16, its sum with x, and the class token put in front again.
 @_jit
 def _peg_forward(
     x, weight, bias, out, T, P, H, W, D, x_batch, x_token, blocks,
