@@ -263,7 +263,7 @@ class _Filed:
             decoder = Decoder(self.device)
             for first in fetched:
                 rest = islice(fetched, pieces.popleft() - 1)
-                yield _joined([decoder(part, self.source) for part in (first, *rest)])
+                yield _joined([decoder(part, self.source) for part in (first, *rest)], self.device)
 
         return decoded()
 
@@ -278,10 +278,10 @@ class _Once:
         return self.lists
 
 
-def _joined(parts: list[Decoded]) -> Decoded:
+def _joined(parts: list[Decoded], device: str) -> Decoded:
     return Decoded(
         [image for part in parts for image in part.images],
-        torch.cat([part.labels for part in parts]),
+        torch.cat([part.labels for part in parts]).to(device),
         [fault for part in parts for fault in part.faults],
     )
 

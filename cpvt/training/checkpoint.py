@@ -48,6 +48,11 @@ def _flush(folder: Path) -> None:
         os.close(number)
 
 
+def write(data, path: Path) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+
+
 # --------------------------------------------------------------------------- the model
 
 
@@ -94,8 +99,11 @@ class Checkpoints:
         torch.save(state, buffer)
         data = buffer.getbuffer()
         path = self.folder / f"step-{step:09d}.{hashlib.sha256(data).hexdigest()[:16]}.pt"
-        with _aside(path) as aside, open(aside, "wb") as file:
-            file.write(data)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".step-*"):  # by a process that was killed while writing
+            left.unlink(missing_ok=True)
+        with _aside(path) as aside:
+            write(data, aside)
         for old in self._found()[self.keep :]:
             old.unlink(missing_ok=True)
         return path
@@ -110,11 +118,6 @@ class Checkpoints:
             if spoiled:
                 spoiled(path)
         return None
-
-    def clean(self) -> None:
-        """Removes what a killed process left half-written."""
-        for path in self.folder.glob(".step-*.pt.*"):
-            path.unlink(missing_ok=True)
 
     def _found(self) -> list[Path]:
         """The newest first."""

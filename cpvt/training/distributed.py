@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -62,7 +64,7 @@ class World:
         device_ids = [torch.device(self.device)] if "cuda" in self.device else None
         # The weights are equal at the start (same seed) and stay so: nothing but gradients is ever sent.
         return nn.parallel.DistributedDataParallel(
-            model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            model, device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
 
 
@@ -82,11 +84,31 @@ def join_world(device: str) -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=timedelta(minutes=10))
+    backend = "nccl" if "cuda" in device else "gloo"
+    dist.init_process_group(
+        backend, store=_store(), rank=rank, world_size=size, timeout=timedelta(minutes=10)
+    )
     try:
         yield World(rank, size, device, dist.new_group(backend="gloo", timeout=timedelta(minutes=10)))
     finally:
         dist.destroy_process_group()
+
+
+_joined = count()
+
+
+@cache
+def _meeting_point() -> dist.Store:
+    store, *_ = next(iter(dist.rendezvous("env://")))
+    return store
+
+
+def _store() -> dist.Store:
+    """Where the processes find each other: a room of its own each time, free of what an earlier run left there."""
+    attempt = os.environ.get(
+        "TORCHELASTIC_RESTART_COUNT", "0"
+    )  # the store outlives the processes of an attempt
+    return dist.PrefixStore(f"cpvt, attempt {attempt}, run {next(_joined)}", _meeting_point())
 
 
 class Interruption:

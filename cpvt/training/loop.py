@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cpvt.config import TrainConfig
+from cpvt.data.loader import open_batches
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import save_model
 from cpvt.training.distributed import Interruption, join_world
@@ -42,17 +43,19 @@ def train(
     config: TrainConfig,
     report: Callable[[dict], None] | None = None,
     announce: Callable[[str], None] | None = None,
+    open_data: Callable = open_batches,
 ) -> Run:
     """Trains as configured and evaluates on the held-out split; goes on where a run in `run.out` stopped.
 
     The model's classes and image size are taken from the data. `report` is called with each log entry, `announce`
-    beforehand with the lines that say what the run will do. Under torchrun all processes call it alike.
+    beforehand with the lines that say what the run will do, `open_data` (see `set_up`) for other batches than the
+    package's own. Under torchrun all processes call it alike.
     Raises ConfigError or DataError, before anything is written, where the configuration cannot be run, and
     FloatingPointError after `optim.skip_limit` steps in a row without a finite gradient.
     """
     started = time.perf_counter()
     with join_world(pick_device(config.run.device)) as world, Interruption() as interruption:
-        session = set_up(config, world)
+        session = set_up(config, world, open_data)
         if announce:
             seconds = time_step(session)
             if world.chief:

@@ -46,10 +46,11 @@ class Monitor:
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"config": json.loads(to_json(self.config))})]
         if steps and self._log.exists():
-            kept = [line for line in self._log.read_text().splitlines()[1:] if _step(line) <= steps]
-            entries = [json.loads(line) for line in kept]
-            self.history = [_lasting(entry) for entry in entries if "loss" in entry]
-            lines += kept
+            entries = [entry for entry in map(_read, self._log.read_text().splitlines()[1:]) if entry]
+            # The result stands at the end alone, and is measured again.
+            kept = [entry for entry in entries if entry["step"] <= steps and "seconds" not in entry]
+            self.history = [_lasting(entry) for entry in kept if "loss" in entry]
+            lines += map(json.dumps, kept)
         aside = self._log.with_name(f".log.{os.getpid()}")
         aside.write_text("".join(f"{line}\n" for line in lines))
         aside.replace(self._log)
@@ -119,12 +120,12 @@ class Monitor:
                 file.write(json.dumps(entry) + "\n")
 
 
-def _step(line: str) -> int:
-    """The step of a log line; a line that was cut off by a kill counts as behind everything."""
+def _read(line: str) -> dict | None:
+    """None for a line that was cut off by a kill."""
     try:
-        return json.loads(line).get("step", 0)
+        return json.loads(line)
     except json.JSONDecodeError:
-        return sys.maxsize
+        return None
 
 
 def _lasting(entry: dict) -> dict:

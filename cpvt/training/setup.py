@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -57,8 +58,11 @@ class Session:
         return loss.detach()
 
 
-def set_up(config: TrainConfig, world: World) -> Session:
-    """Opens the data, builds model, teacher and optimiser, and takes up the run that `run.out` holds, if any."""
+def set_up(config: TrainConfig, world: World, open_data: Callable = open_batches) -> Session:
+    """Opens the data, builds model, teacher and optimiser, and takes up the run that `run.out` holds, if any.
+
+    `open_data`: what gives the batches, with the arguments and the result of `cpvt.data.loader.open_batches`.
+    """
     run, quirks, augment = config.run, config.quirks, config.augment
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -66,7 +70,7 @@ def set_up(config: TrainConfig, world: World) -> Session:
     torch.use_deterministic_algorithms(run.deterministic)
     if quirks.lone_no_repeats and world.size == 1:
         augment = replace(augment, repeats=1)
-    batches = open_batches(
+    batches = open_data(
         config.data,
         config.optim.batch,
         run.seed,
