@@ -47,7 +47,7 @@ def draw_mix(config: AugmentConfig, seed: int, epoch: int, groups: Tensor, size:
         sides += [(middle - side // 2).clamp(0, length), (middle + (side + 1) // 2).clamp(0, length)]
     box = torch.stack(sides, dim=1)
     pasted = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
-    return Mix(torch.where(cut, 1 - pasted / float(size[0] * size[1]), share), cut, box)
+    return Mix(torch.where(cut, 1 - pasted.double() / (size[0] * size[1]), share), cut, box)
 
 
 def mix_images(images: Tensor, mix: Mix, compile: bool = True) -> Tensor:
@@ -86,7 +86,7 @@ def beta(key: str, alpha: float, *counters: int | Tensor) -> Tensor:
     """
     even = uniform(key, *counters)
     share, power = torch.minimum(even, 1 - even), min(alpha, 1.0)
-    lower = torch.from_numpy(numpy.interp(share.numpy(), *_distribution(alpha))) ** (1 / power)
+    lower = torch.as_tensor(numpy.interp(share.numpy(), *_distribution(alpha))) ** (1 / power)
     return torch.where(even < 0.5, lower, 1 - lower)
 
 

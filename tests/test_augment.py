@@ -1,0 +1,300 @@
+"""The recipe on whole batches: its distributions are torchvision's and timm's, its draws belong to positions."""
+
+import math
+import random
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.data import mixup as timm_mixup
+from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import RandomResizedCrop
+
+from cpvt.config import AugmentConfig, ConfigError
+from cpvt.data.augment import MEAN, STD, Recipe, crop_boxes, erase, erase_boxes, normalise
+from cpvt.data.mixing import beta, draw_mix, mix_images, mix_labels
+from cpvt.randomness import bits, uniform
+
+DEIT = dict(crop=True, flip=0.5, randaugment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0)
+
+
+def alike(one, other) -> bool:
+    """Kolmogorov and Smirnov's test of two samples, at about four standard deviations (one miss in 16,000)."""
+    one, other = np.sort(one), np.sort(other)
+    both = np.concatenate([one, other])
+    gap = np.searchsorted(one, both, "right") / len(one) - np.searchsorted(other, both, "right") / len(other)
+    return np.abs(gap).max() < 2.3 * math.sqrt(1 / len(one) + 1 / len(other))
+
+
+def noise(count: int, height: int = 40, width: int = 40, seed: int = 0) -> torch.Tensor:
+    dice = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, height, width), generator=dice).to(torch.uint8)
+
+
+# --------------------------------------------------------------------------- crop
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (200, 520)])
+def test_crops_are_torchvisions(height, width):
+    """Area, ratio, place and share of fall-backs; the second image is too wide for a fifth of the tries."""
+    config, count = AugmentConfig(crop=True), 6000
+    sides = torch.full((count,), height), torch.full((count,), width)
+    boxes = crop_boxes(config, 3, 1, torch.arange(count), *sides)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        image = torch.empty(3, height, width)
+        expected = torch.tensor(
+            [
+                RandomResizedCrop.get_params(image, list(config.crop_scale), list(config.crop_ratio))
+                for _ in range(count)
+            ]
+        )
+    for measure in (
+        lambda top, left, high, wide: high * wide,
+        lambda top, left, high, wide: wide / high,
+        lambda top, left, high, wide: top / (height - high).clamp(min=1),
+        lambda top, left, high, wide: left / (width - wide).clamp(min=1),
+    ):
+        assert alike(measure(*boxes.T), measure(*expected.T))
+    top, left, high, wide = boxes.T
+    assert (boxes >= 0).all() and (high > 0).all() and (wide > 0).all()
+    assert (top + high <= height).all() and (left + wide <= width).all()
+
+
+@pytest.mark.parametrize("height, width", [(100, 400), (400, 100), (1, 1), (1, 9), (7, 2), (64, 64)])
+def test_the_crop_that_fits_nowhere_is_the_largest_in_the_middle(height, width):
+    """With the whole area asked for at a ratio that the image does not have, both take the fall-back."""
+    config = AugmentConfig(crop=True, crop_scale=(1.0, 1.0))
+    box = crop_boxes(config, 0, 0, torch.arange(1), torch.tensor([height]), torch.tensor([width]))
+    if height == width:
+        assert box[0, 2] <= height and box[0, 3] <= width
+        return
+    image = torch.empty(3, height, width)
+    expected = RandomResizedCrop.get_params(image, list(config.crop_scale), list(config.crop_ratio))
+    assert box[0].tolist() == list(expected)
+
+
+def test_flips():
+    config = AugmentConfig(flip=0.3)
+    images, count = noise(400, 8, 8), 400
+    seen, _ = run(config, images)
+    plain, _ = run(AugmentConfig(), images)
+    mirrored = (seen == plain.flip(3)).flatten(1).all(1)
+    assert (mirrored | (seen == plain).flatten(1).all(1)).all()
+    assert abs(mirrored.double().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
+
+
+# --------------------------------------------------------------------------- erase
+
+
+def test_erased_boxes_are_timms():
+    count, size = 6000, (32, 48)
+    boxes = erase_boxes(0.25, 5, 0, torch.arange(count), size)
+    erased = boxes[:, 2] > 0
+    assert abs(erased.double().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / count)
+    boxes = erase_boxes(1.0, 5, 0, torch.arange(count), size)
+    state = random.getstate()
+    random.seed(0)
+    erasing, expected = RandomErasing(1.0, mode="pixel", device="cpu"), []
+    with torch.random.fork_rng():
+        for _ in range(2500):
+            rows, columns = torch.nonzero(erasing(torch.zeros(1, *size))[0]).T
+            if not len(rows):
+                expected.append((0, 0, 0, 0))
+                continue
+            top, left = rows.min(), columns.min()
+            expected.append((top, left, rows.max() - top + 1, columns.max() - left + 1))
+    random.setstate(state)
+    expected = torch.tensor(expected)
+    for measure in (
+        lambda top, left, high, wide: high * wide,
+        lambda top, left, high, wide: high / wide.clamp(min=1),
+        lambda top, left, high, wide: top / (size[0] - high),
+        lambda top, left, high, wide: left / (size[1] - wide),
+    ):
+        assert alike(measure(*boxes.T), measure(*expected.T))
+
+
+def test_erased_pixels_are_noise_and_no_others():
+    images = torch.full((64, 3, 40, 40), 9.0)
+    boxes = erase_boxes(0.8, 1, 0, torch.arange(64), (40, 40))
+    erase(images, boxes, bits("erase/noise", 1, 0, torch.arange(64)))
+    values = []
+    for image, (top, left, high, wide) in zip(images, boxes.tolist(), strict=True):
+        values.append(image[:, top : top + high, left : left + wide].clone())
+        image[:, top : top + high, left : left + wide] = 9.0
+    assert (images == 9).all()  # nothing outside the boxes
+    together = torch.cat([value.flatten() for value in values]).double()
+    assert len(together) > 30_000 and together.abs().max() < 4.4
+    assert alike(together, [NormalDist().inv_cdf((i + 0.5) / 10_000) for i in range(10_000)])
+    for power, moment, spread in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
+        assert abs((together**power).mean() - moment) < 4 * math.sqrt(spread / len(together))
+    # Colours, neighbours and images have nothing to do with each other.
+    flat = [value.flatten(1).double() for value in values if value.numel() > 300]
+    pairs = [(value[0], value[1]) for value in flat] + [(value[2, 1:], value[2, :-1]) for value in flat]
+    pairs += [(a[0, :90], b[0, :90]) for a, b in zip(flat, flat[1:], strict=False)]
+    products = torch.cat([a * b for a, b in pairs])
+    assert abs(products.mean()) < 4 / math.sqrt(len(products))
+
+
+def test_erasing_follows_normalisation():
+    images = torch.full((64, 3, 32, 32), 255, dtype=torch.uint8)
+    seen, _ = run(AugmentConfig(erase=1.0), images)
+    white = normalise(torch.ones(1, 3, 1, 1))
+    erased = seen[(seen != white).expand_as(seen)]
+    assert abs(erased.mean()) < 0.05 and abs(erased.std() - 1) < 0.05  # white itself is 2.2 to 2.6
+
+
+# --------------------------------------------------------------------------- mix
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 2.0])
+def test_shares_follow_the_beta_distribution(alpha):
+    drawn = beta("test", alpha, torch.arange(20_000)).numpy()
+    assert alike(drawn, np.random.default_rng(0).beta(alpha, alpha, 20_000))
+    assert 0 <= drawn.min() and drawn.max() <= 1
+    if alpha == 1:
+        assert np.allclose(drawn, uniform("test", torch.arange(20_000)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [dict(mixup=0.8, cutmix=1.0), dict(mixup=0.8), dict(cutmix=1.0)])
+def test_mixing_is_timms(monkeypatch, config):
+    """The same share and place put into timm's Mixup: the same images and labels, bit for bit."""
+    config, group, count, size, classes = AugmentConfig(mix_group=6, **config), 6, 12, (30, 44), 10
+    numbers = torch.arange(100, 100 + count)
+    dice = torch.Generator().manual_seed(0)
+    images = torch.randn(count * group, 3, *size, generator=dice)
+    labels = torch.randint(classes, (count * group,), generator=dice)
+    mix = draw_mix(config, 7, 2, numbers, size)
+    made = mix_images(images.clone(), mix), mix_labels(labels, classes, 0.1, mix.share)
+    both, kinds = bool(config.mixup and config.cutmix), set()
+    for number in range(count):
+        where = 7, 2, int(numbers[number])
+        which = float(uniform("mix/which", *where))
+        middle = [float(uniform(f"mix/{name}", *where)) for name in ("row", "column")]
+        even, places = iter([0.0, which]), iter(middle)  # first whether to mix at all
+        numpys = timm_mixup.np.random
+        monkeypatch.setattr(numpys, "rand", lambda even=even: next(even))
+        monkeypatch.setattr(numpys, "beta", lambda a, _, where=where: float(beta("mix/share", a, *where)))
+        monkeypatch.setattr(
+            numpys, "randint", lambda low, high, size, places=places: int(high * next(places)) + low
+        )
+        timms = timm_mixup.Mixup(config.mixup, config.cutmix, label_smoothing=0.1, num_classes=classes)
+        mine = slice(number * group, (number + 1) * group)
+        expected = timms(images[mine].clone(), labels[mine])
+        assert torch.equal(made[0][mine], expected[0]) and torch.equal(made[1][mine], expected[1])
+        kinds.add(bool(mix.cut[number]))
+    assert kinds == ({True, False} if both else {bool(config.cutmix)})
+    monkeypatch.undo()
+
+
+def test_which_and_how_much_is_mixed():
+    """CutMix in the asked share of groups; what it pastes is even in area, but for what the borders clip."""
+    config, count = AugmentConfig(mixup=0.8, cutmix=1.0, mix_switch=0.3), 20_000
+    mix = draw_mix(config, 0, 0, torch.arange(count), (224, 224))
+    assert abs(mix.cut.double().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
+    top, bottom, left, right = mix.box[mix.cut].T
+    assert torch.equal(mix.share[mix.cut], 1 - ((bottom - top) * (right - left)).double() / 224**2)
+    assert (mix.box >= 0).all() and (mix.box <= 224).all()
+
+
+# --------------------------------------------------------------------------- the whole
+
+
+def run(
+    config: AugmentConfig, images, labels=None, positions=None, groups=None, *, seed=1, epoch=0, size=None
+):
+    count = len(images)
+    recipe = Recipe(config, size or tuple(images[0].shape[1:]), 10, 0.1, seed)
+    labels = torch.arange(count) % 10 if labels is None else labels
+    positions = torch.arange(count) if positions is None else positions
+    groups = torch.arange(count // config.mix_group) if groups is None else groups
+    return recipe(images, labels, epoch, positions, groups)
+
+
+def test_a_batch_is_its_micro_batches():
+    """Whole, in halves, in quarters, in another order of groups, again: the same images, bit for bit."""
+    config, dice = AugmentConfig(**DEIT, mix_group=4), torch.Generator().manual_seed(3)
+    images = [noise(1, 20 + 3 * i, 60 - 2 * i, seed=i)[0] for i in range(16)]
+    labels = torch.randint(10, (16,), generator=dice)
+    positions, groups = torch.arange(640, 656), torch.arange(160, 164)
+
+    def part(index):
+        chosen = torch.arange(16).view(4, 4)[index].flatten()
+        mine = [images[i] for i in chosen]
+        return run(config, mine, labels[chosen], positions[chosen], groups[index], size=32)
+
+    whole = part(torch.arange(4))
+    for pieces in ([[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]]):
+        for which in (0, 1):
+            parts = torch.cat([part(torch.tensor(piece))[which] for piece in pieces])
+            assert torch.equal(parts, whole[which])
+    shuffled = torch.tensor([2, 0, 3, 1])
+    for mine, all_of_it in zip(part(shuffled), whole, strict=True):
+        assert torch.equal(mine.unflatten(0, (4, 4)), all_of_it.unflatten(0, (4, 4))[shuffled])
+    for other in (dict(seed=2), dict(epoch=1)):
+        changed, _ = run(config, images, labels, positions, groups, size=32, **other)
+        assert (changed != whole[0]).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize(
+    "part", [dict(crop=True), dict(flip=0.5), dict(erase=0.5), dict(randaugment=DEIT["randaugment"])]
+)
+def test_a_sample_does_not_depend_on_its_neighbours(part):
+    """Without mixing, any subset in any order gets what it got in the batch."""
+    images, config = noise(24), AugmentConfig(**part)
+    whole, _ = run(config, images)
+    chosen = torch.tensor([5, 0, 23, 11, 7])
+    some, _ = run(config, images[chosen], positions=chosen)
+    assert torch.equal(some, whole[chosen])
+    assert not torch.equal(whole, run(AugmentConfig(), images)[0])
+
+
+def test_no_augmentation_is_the_centre_normalised():
+    images, labels = noise(6, 32, 32), torch.tensor([3, 1, 4, 1, 5, 9])
+    before = images.clone()
+    seen, targets = run(AugmentConfig(), images, labels)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    assert torch.equal(seen, (images.float() / 255 - mean) / std) and torch.equal(images, before)
+    assert targets is labels or torch.equal(targets, labels)
+    assert seen.dtype == torch.float32 and targets.dtype == torch.int64
+    wide, _ = run(AugmentConfig(), [F.pad(image, (7, 7)) for image in images], labels, size=32)
+    assert torch.equal(wide, seen)
+    tall, _ = run(AugmentConfig(), [F.pad(image, (0, 0, 4, 4)) for image in images], labels, size=(32, 24))
+    assert tall.shape == (6, 3, 32, 24)
+
+
+@pytest.mark.parametrize("height, width, level", [(1, 1, 200), (1, 30, 0), (50, 2, 255), (90, 90, 128)])
+def test_odd_images_go_through(height, width, level):
+    """One pixel, one row, black, white, grey: finite, of the right shape, and grey stays grey until erased."""
+    config = AugmentConfig(**{**DEIT, "erase": 0.0}, mix_group=8)
+    images = [torch.full((3, height, width), level, dtype=torch.uint8)] * 32
+    seen, targets = run(config, images, size=24)
+    assert seen.shape == (32, 3, 24, 24) and seen.isfinite().all()
+    assert torch.allclose(targets.sum(1), torch.ones(32)) and targets.dtype == torch.float32
+    still, _ = run(AugmentConfig(crop=True, flip=0.5), images, size=24)
+    assert torch.equal(still, normalise(torch.full((32, 3, 24, 24), level / 255)))
+
+
+@pytest.mark.parametrize("count, groups", [(12, 1), (8, 2), (10, 1)])
+def test_a_group_cut_in_two_is_refused(count, groups):
+    with pytest.raises(ConfigError) as refused:
+        run(AugmentConfig(mixup=0.8, mix_group=8), noise(count), groups=torch.arange(groups))
+    assert f"{count} images" in str(refused.value) and "mix_group=8" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_the_batch_is_the_same(compile):
+    """The same draws and the same noise: apart by one grey level of crop or move, in few places more."""
+    config, images = AugmentConfig(**DEIT, mix_group=16), noise(64, 90, 70)
+    labels, positions, groups = torch.arange(64) % 10, torch.arange(64), torch.arange(4)
+    recipe = Recipe(config, 48, 10, 0.1, 3, compile=compile)
+    expected, targets = recipe(images, labels, 0, positions, groups)
+    seen, soft = recipe(images.cuda(), labels, 0, positions, groups)
+    assert seen.is_cuda and torch.equal(soft.cpu(), targets)
+    level = 1.01 / 255 / min(STD)
+    assert ((seen.cpu() - expected).abs() > level).double().mean() < 0.05

@@ -1,0 +1,287 @@
+"""RandAugment on whole batches against timm's, which runs PIL's operations image by image."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import auto_augment
+
+from cpvt.config import ConfigError
+from cpvt.data import device, randaugment
+from cpvt.data.randaugment import NAMES, OPERATIONS, Policy, RandAugment, draw_policy, parse, run_layer
+
+TEXT = "rand-m9-mstd0.5-inc1"
+FILL = (124, 116, 104)  # ImageNet's mean colour, as timm rounds it
+TIMM = dict(img_mean=FILL, interpolation=Image.Resampling.BICUBIC)  # as DeiT's --train-interpolation bicubic
+MOVES = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+
+
+def photograph(height: int, width: int, seed: int) -> torch.Tensor:
+    """Something with light, edges, texture and noise, (3, height, width) uint8."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    dice = torch.Generator().manual_seed(seed)
+    a, b, c, d = torch.rand(4, 3, 1, 1, generator=dice)
+    light = 40 + 150 * (a * x + (1 - a) * y)
+    disc = ((x - b) ** 2 + (y - c) ** 2 < 0.08) * 90 * (d - 0.3)
+    texture = 25 * torch.sin(40 * (x * d + y * a)) + 8 * torch.randn(3, height, width, generator=dice)
+    return (light + disc + texture).clamp(0, 255).to(torch.uint8)
+
+
+def pictures(height: int = 48, width: int = 64) -> torch.Tensor:
+    noise = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(9))
+    ramp = torch.linspace(0, 255, width).expand(3, height, width)
+    flat = torch.tensor([255, 7, 90])[:, None, None].expand(3, height, width)
+    drawn = [image.to(torch.uint8) for image in (noise, ramp, flat)]
+    return torch.stack([photograph(height, width, seed) for seed in range(5)] + drawn)
+
+
+def by_timm(monkeypatch, image: torch.Tensor, name: str, level: float, sign: float) -> torch.Tensor:
+    monkeypatch.setattr(auto_augment, "_randomly_negate", lambda value: sign * value)
+    operation = auto_augment.AugmentOp(name, prob=1.0, magnitude=level, hparams=TIMM)
+    made = operation(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+    return torch.from_numpy(np.array(made)).permute(2, 0, 1)
+
+
+def ours(images: torch.Tensor, name: str, level, sign) -> torch.Tensor:
+    images = images.clone()
+    count = len(images)
+    policy = (torch.full((count,), v, dtype=torch.float64) for v in (level, sign))
+    run_layer(images, Policy(torch.full((count,), NAMES.index(name)), *policy), FILL)
+    return images
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_operation_is_timms(monkeypatch, name):
+    """Over all magnitudes and both signs: bit for bit, but for the moves, one grey level in few places.
+
+    The places are those where the interpolated value is all but whole, since PIL cuts off the fraction. Round
+    levels move by fifths of a pixel, and then one value in 125 is whole, up to the rounding of either: there
+    only the grey level is tested.
+    """
+    images, apart, pixels = pictures(), 0, 0
+    for level in (0.0, 0.7, 3.3, 5.0, 8.2, 8.9, 9.0, 9.6, 10.0):
+        for sign in (-1, 1):
+            if name == "PosterizeIncreasing" and level == 10:
+                continue
+            expected = torch.stack([by_timm(monkeypatch, image, name, level, sign) for image in images])
+            difference = (ours(images, name, level, sign).int() - expected.int()).abs()
+            assert difference.max() <= (name in MOVES)
+            if level not in (5.0, 10.0):
+                apart, pixels = apart + int((difference > 0).sum()), pixels + difference.numel()
+    assert apart <= 1e-4 * pixels
+
+
+def test_no_bits_kept_is_black(monkeypatch):
+    """Magnitude 10, to which a policy in fifty clips, keeps 0 bits. Older PILs give black, newer ones refuse."""
+    assert not ours(pictures(), "PosterizeIncreasing", 10.0, 1).any()
+    try:
+        assert not by_timm(monkeypatch, pictures()[0], "PosterizeIncreasing", 10.0, 1).any()
+    except ValueError as refused:
+        assert "bits" in str(refused)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (3, 3), (17, 4)])
+def test_tiny_images(monkeypatch, size):
+    """Where PIL's smoothing has no inside and its histograms hardly a pixel."""
+    images = torch.randint(0, 256, (4, 3, *size), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    for name in NAMES:
+        if (
+            name == "SharpnessIncreasing" and min(size) < 3
+        ):  # PIL reads beyond such an image: ours is unchanged
+            assert torch.equal(ours(images, name, 9.0, 1), images)
+            continue
+        expected = torch.stack([by_timm(monkeypatch, image, name, 9.0, 1) for image in images])
+        difference = (ours(images, name, 9.0, 1).int() - expected.int()).abs()
+        assert difference.max() <= (name in MOVES), name
+
+
+def test_whole_pixels_move_whole():
+    """A move by 9 pixels of 48 or 64 interpolates nothing, and what was outside is the fill."""
+    images = pictures(48, 60)
+    moved = ours(images, "TranslateXRel", 10 * 9 / 60 / 0.45, -1)
+    assert torch.equal(moved[..., 9:], images[..., :-9])
+    assert (moved[..., :9] == torch.tensor(FILL)[:, None, None]).all()
+    down = ours(images, "TranslateYRel", 10 * 12 / 48 / 0.45, 1)
+    assert torch.equal(down[:, :, :-12], images[:, :, 12:])
+
+
+# --------------------------------------------------------------------------- the policy
+
+
+def test_timms_notation():
+    assert parse(TEXT) == (9, 2, 0.5, 0.5)
+    assert parse("rand-n3-p0.25-inc1-m7") == (7, 3, 0.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "augmix-m3", "rand", "rand-m9", "rand-m9-inc0", "rand-m9-inc1-mmax12", "rand-m9-tweights-inc1"]
+    + [
+        "rand-m11-inc1",
+        "rand-m9.5-inc1",
+        "rand-m9-n0-inc1",
+        "rand-m9-p1.5-inc1",
+        "rand-m9-m8-inc1",
+        "rand-inc1-",
+    ],
+)
+def test_other_notations_are_refused_in_one_line(text):
+    with pytest.raises(ConfigError) as refused:
+        parse(text)
+    message = str(refused.value)
+    assert repr(text) in message and ("expected" in message or "write inc1" in message)
+    assert "\n" not in message
+
+
+def timms_policies(monkeypatch, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often timm applies each operation, by how many of an image's two are applied; and the magnitudes."""
+    transform = auto_augment.rand_augment_transform(TEXT, dict(TIMM))
+    assert tuple(operation.name for operation in transform.ops) == NAMES
+    seen, levels = [], []
+    for number, operation in enumerate(transform.ops):
+        monkeypatch.setattr(
+            operation, "aug_fn", lambda image, number=number, **_: seen.append(number) or image
+        )
+        monkeypatch.setattr(operation, "level_fn", lambda level, _: levels.append(level) or ())
+    state = random.getstate(), np.random.get_state()
+    random.seed(1)
+    np.random.seed(1)
+    table = np.zeros((3, len(NAMES)))
+    for _ in range(count):
+        seen.clear()
+        transform(None)
+        for number in seen:
+            table[len(seen), number] += 1
+        table[0, 0] += not seen
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    return table, np.array(levels)
+
+
+def test_ten_thousand_policies_are_timms(monkeypatch):
+    count = 10_000
+    expected, levels = timms_policies(monkeypatch, count)
+    policy = draw_policy(parse(TEXT), 3, 5, torch.arange(count))
+    applied = policy.operation >= 0
+    table = np.zeros_like(expected)
+    for image in policy.operation.tolist():
+        seen = [number for number in image if number >= 0]
+        for number in seen:
+            table[len(seen), number] += 1
+        table[0, 0] += not seen
+    # Two samples of one distribution: the sum of (a - b)^2 / (a + b) is chi-square, but for pairs within an image.
+    known = expected + table > 0
+    degrees = known.sum() - 1
+    chi = ((expected - table)[known] ** 2 / (expected + table)[known]).sum()
+    assert chi < degrees + 4 * math.sqrt(2 * degrees)
+    # And each operation, in each layer, has its thirtieth of the images.
+    frequency = torch.stack([torch.bincount(layer[layer >= 0], minlength=15) for layer in policy.operation.T])
+    assert (frequency - count / 30).abs().max() < 4 * math.sqrt(count / 30 * 29 / 30)
+    assert abs(applied.all(1).double().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / count)
+
+    drawn = policy.level[applied].numpy()
+    for statistic, spread in ((np.mean, 0.5), (np.std, 0.5 / math.sqrt(2))):
+        assert abs(statistic(drawn) - statistic(levels)) < 4 * spread * math.sqrt(2 / len(levels))
+    clipped = [np.mean(sample == 10) for sample in (drawn, levels)]
+    assert abs(clipped[0] - clipped[1]) < 4 * math.sqrt(2 * 0.0228 / len(levels)) and clipped[0] > 0.015
+    assert 0 <= drawn.min() and drawn.max() == 10
+    assert abs(policy.sign.mean()) < 4 / math.sqrt(2 * count)
+
+
+def test_without_a_spread_all_magnitudes_are_one():
+    policy = draw_policy(parse("rand-m7-n3-p1-inc1"), 0, 0, torch.arange(50))
+    assert policy.operation.shape == (50, 3) and (policy.operation >= 0).all() and (policy.level == 7).all()
+
+
+def test_a_policy_belongs_to_its_position():
+    """Cut, shuffled or drawn again, a sample's policy stays; another epoch or seed brings another."""
+    positions = torch.arange(1000, 1200)
+    whole = draw_policy(parse(TEXT), 1, 2, positions)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    for part in (slice(0, 50), slice(150, 200), order):
+        for mine, other in zip(whole, draw_policy(parse(TEXT), 1, 2, positions[part]), strict=True):
+            assert torch.equal(mine[part], other)
+    for seed, epoch in ((1, 3), (2, 2)):
+        assert not torch.equal(whole.operation, draw_policy(parse(TEXT), seed, epoch, positions).operation)
+
+
+# --------------------------------------------------------------------------- whole batches
+
+
+def test_a_batch_is_its_slices():
+    images, augment = pictures().repeat(4, 1, 1, 1), RandAugment(TEXT, FILL, seed=4)
+    positions = torch.arange(len(images)) + 77
+    whole = augment(images.clone(), augment.draw(1, positions))
+    parts = [
+        augment(image.clone(), augment.draw(1, position))
+        for image, position in zip(images.split(5), positions.split(5), strict=True)
+    ]
+    assert torch.equal(whole, torch.cat(parts))
+    changed = (whole != images).flatten(1).any(1)
+    assert 0.5 < changed.double().mean() < 1  # a quarter of the policies are empty
+
+
+def test_a_drawn_policy_replayed_through_pil(monkeypatch):
+    """Layer by layer, in order: bit-equal where nothing moves; a moved image's odd level may be solarised on."""
+    images, augment = pictures().repeat(6, 1, 1, 1), RandAugment(TEXT, FILL, seed=8)
+    policy = augment.draw(0, torch.arange(len(images)))
+    made = augment(images.clone(), policy)
+    still = 0
+    for image, out, operations, levels, signs in zip(
+        images, made, *(part.tolist() for part in policy), strict=True
+    ):
+        layers = [layer for layer in zip(operations, levels, signs, strict=True) if layer[0] >= 0]
+        for operation, level, sign in layers:
+            image = by_timm(monkeypatch, image, NAMES[operation], level, sign)
+        if not {NAMES[operation] for operation, *_ in layers} & set(MOVES):
+            assert torch.equal(image, out)
+            still += 1
+        assert (image != out).double().mean() < 2e-3
+    assert still > 10
+
+
+def test_probability_zero_changes_nothing():
+    images, augment = pictures(), RandAugment("rand-m9-p0-inc1", FILL, seed=0)
+    assert torch.equal(augment(images.clone(), augment.draw(0, torch.arange(len(images)))), images)
+
+
+def test_a_compiler_takes_every_run_whole(monkeypatch):
+    """No graph breaks, for any number of images: what is compiled on a GPU is traced here."""
+    traced = {}
+
+    def trace(function, compile, *tensors):
+        if function not in traced:
+            traced[function] = torch.compile(function, dynamic=True, fullgraph=True, backend="eager")
+        return traced[function](*tensors)
+
+    images = pictures(16, 20)
+    expected = {name: ours(images, name, 9.0, 1) for name in NAMES}
+    monkeypatch.setattr(randaugment, "fused", trace)
+    for name in NAMES:
+        assert torch.equal(ours(images, name, 9.0, 1), expected[name])
+    assert len(traced) == 7
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_the_pixels_are_the_same(compile):
+    images, augment = pictures().repeat(16, 1, 1, 1), RandAugment(TEXT, FILL, seed=2, compile=compile)
+    policy = augment.draw(0, torch.arange(len(images)))
+    expected = augment(images.clone(), policy)
+    made = augment(images.cuda(), policy).cpu()
+    assert (made != expected).double().mean() < 2e-3
+    for name in NAMES:
+        one = Policy(torch.full((len(images),), NAMES.index(name)), *(part[:, 0] for part in policy[1:]))
+        made, expected = images.cuda(), images.clone()
+        run_layer(made, one, FILL, compile)
+        run_layer(expected, one, FILL)
+        difference = (made.cpu().int() - expected.int()).abs()
+        assert difference.max() <= (1 if OPERATIONS[name].run is not randaugment.look_up else 0), name
+
+
+def test_fused_compiles_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(device, "_compiled", lambda function: pytest.fail("compiled on a CPU"))
+    assert device.fused(torch.neg, True, torch.ones(1)) == -1
