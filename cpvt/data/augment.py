@@ -161,8 +161,8 @@ def crop_boxes(
     fits = (0 < high) & (high <= heights[:, None]) & (0 < wide) & (wide <= widths[:, None])
     boxes = _place("crop", seed, epoch, positions, _first(fits, high), _first(fits, wide), heights, widths)
 
-    high = heights.clamp(max=(widths / config.crop_ratio[0]).round().long())
-    wide = widths.clamp(max=(heights * config.crop_ratio[1]).round().long())
+    high = heights.clamp(max=(widths.double() / config.crop_ratio[0]).round().long())
+    wide = widths.clamp(max=(heights.double() * config.crop_ratio[1]).round().long())
     whole = torch.stack(((heights - high) // 2, (widths - wide) // 2, high, wide), dim=1)
     return torch.where(fits.any(dim=1, keepdim=True), boxes, whole)
 

@@ -12,7 +12,8 @@ operations by how they work, so that a layer takes a handful of calls for any B.
         and a sum may become one operation, which differs by one grey level where the result is almost whole
     Rotate, ShearX, ShearY, TranslateXRel, TranslateYRel
         PIL interpolates in double precision and cuts off the fraction; float32 differs by one grey level where
-        the value is almost whole, and by the fill where a place is within 1e-6 of the image's border
+        the value is almost whole (a shift by fifths of a pixel makes one in 125 whole, which then depends on
+        the rounding of either), and by the fill where a place is within 1e-6 of the image's border
 
 PIL's bicubic of these is not that of its resizing: a = -1 here, -0.5 there.
 """
@@ -185,8 +186,9 @@ def _equalise(images, place, argument, fill):
 
 
 def _contrast(images, place, argument, fill):
-    grey = _grey(images.index_select(0, place)).flatten(1).sum(1).double() / images[0, 0].numel()
-    grey = (grey + 0.5).floor().float()[:, None, None]
+    pixels = images[0, 0].numel()
+    total = _grey(images.index_select(0, place)).flatten(1).sum(1)[:, None, None]
+    grey = ((2 * total + pixels) // (2 * pixels)).float()  # the mean, rounded; in whole numbers on any device
     factor = send(argument.float(), images.device)[:, None, None]
     table = _blend(grey, torch.arange(256.0, device=images.device), factor)
     return table.expand(len(place), 3, 256)
@@ -259,7 +261,7 @@ def rotate(images: Tensor, motion: Tensor, compile: bool) -> Tensor:
     across = _centres(width, images) - width / 2
     # Where a pixel comes from, as a part that only its column decides and one that only its row does: so all
     # but the sum of two fractions is done in double precision, on few numbers.
-    x, dx = _sum(_split(cosine * across + (width / 2 - 0.5)), _split(-sine * -down))
+    x, dx = _sum(_split(cosine * across + (width / 2 - 0.5)), _split(sine * down))
     y, dy = _sum(_split(cosine * down + (height / 2 - 0.5)), _split(-sine * across))
     packed, dx, dy = _pack(images), dx[:, None], dy[:, None]
     # One row of taps at a time is compiled: the compiler takes minutes over all sixteen at once.
