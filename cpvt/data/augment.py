@@ -106,7 +106,7 @@ class Recipe:
         images = self._resize(images, sides, draws)
         if draws.policy:
             self.randaugment(images, draws.policy)
-        images = fused(_normalised, self.compile, images)
+        images = fused(_normalised, self.compile, images, _statistics(images.device))
         labels = send(labels, images.device)
         if draws.erase is not None:
             erase(images, draws.erase, draws.noise)
@@ -139,8 +139,15 @@ def normalise(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def _normalised(images: Tensor) -> Tensor:
-    return normalise(images.float() / 255)
+def _normalised(images: Tensor, statistics: Tensor) -> Tensor:
+    """uint8 -> the same as `normalise(images.float() / 255)`, in place after the first step."""
+    return images.float().div_(255).sub_(statistics[0]).div_(statistics[1])
+
+
+@functools.cache
+def _statistics(device: torch.device) -> Tensor:
+    """Mean and deviation, (2, 3, 1, 1) float32: sent to a GPU once, as sending waits for it."""
+    return torch.tensor([MEAN, STD])[:, :, None, None].to(device)
 
 
 # --------------------------------------------------------------------------- where to crop
