@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from cpvt.data.pack import Expected, Shrink, pack
 from cpvt.lab.experiments import EXPERIMENTS, run_missing
 from cpvt.lab.results import ResultsError
 from cpvt.model.export import export_onnx
-from cpvt.model.zoo import create_model, load_weights, model_names
+from cpvt.model.zoo import create_model, load_weights
 from cpvt.training.checkpoint import load_model
 from cpvt.training.evaluate import accuracy
 from cpvt.training.loop import train
@@ -36,11 +37,7 @@ INTERRUPTED = 75  # exit status of a run that was stopped and can go on: the sys
 
 
 def _train(arguments: list[str]) -> None:
-    """Train a model: --model NAME --data NAME_OR_FOLDER --recipe NAME; everything else has a default.
-
-    Started again with the same options, it goes on where it stopped (give it a folder, --run.out). One GPU:
-    cpvt train ...; all GPUs of a node: torchrun --nproc-per-node gpu -m cpvt train ...
-    """
+    """Train a model: --model NAME --data NAME_OR_FOLDER --recipe NAME; everything else has a default."""
     model, arguments = _take("--model", arguments, "cpvt_tiny")
     data, arguments = _take("--data", arguments, TrainConfig().data.name)
     recipe, arguments = _take("--recipe", arguments, "plain")
@@ -48,22 +45,12 @@ def _train(arguments: list[str]) -> None:
         raise ConfigError(f"no recipe {recipe!r}; {nearest(recipe, RECIPES)}")
     default = RECIPES[recipe](model)
     default = replace(default, data=replace(default.data, name=data))
-    about = [
-        f"  {name:15} {(build.__doc__ or '').strip().splitlines()[0]}" for name, build in RECIPES.items()
-    ]
     config = _parse(
         TrainConfig,
         arguments,
         "cpvt train",
         default=default,
-        description="\n".join(
-            [
-                *(_train.__doc__ or "").splitlines(),
-                "Recipes, whose values are the defaults shown below:",
-                *about,
-                f"Models: {', '.join(model_names())}.",
-            ]
-        ),
+        description=_about_training(),
     )
     run = train(config, report=_print_entry, announce=print)
     if os.environ.get("RANK", "0") != "0":
@@ -76,6 +63,27 @@ def _train(arguments: list[str]) -> None:
     faults = f", {run.faults} unusable images (faults.jsonl)" if run.faults else ""
     scores = "  ".join(f"{name} {value:g}" for name, value in run.metrics.items())
     print(f"done: {run.steps} steps in {run.seconds:.0f} s  {scores}{faults}{where}")
+
+
+def _about_training() -> str:
+    """What `cpvt train --help` begins with."""
+    recipes = [
+        f"  {name:15} {(build.__doc__ or '').strip().splitlines()[0]}" for name, build in RECIPES.items()
+    ]
+    return "\n".join(
+        [
+            "Train a model.",
+            "",
+            "--model NAME    deit_ or cpvt_, then tiny, small or base, then _5peg, _gap or _distilled where wanted",
+            "--data NAME     where, arrangement, what (drawn); tiny-imagenet, cifar10, fashion-mnist; or a folder:",
+            "                FOLDER/train/CLASS/*.JPEG and FOLDER/val/..., or what `cpvt pack` made of it",
+            "--recipe NAME   what the options below are by default:",
+            *recipes,
+            "",
+            "With a folder to keep things in (--run.out), the same command goes on where it was stopped or killed.",
+            "One GPU: cpvt train ...    All GPUs of a node: torchrun --nproc-per-node gpu -m cpvt train ...",
+        ]
+    )
 
 
 def _print_entry(entry: dict) -> None:
@@ -207,8 +215,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             _parse(COMMANDS[name], rest, f"cpvt {name}")()
     except (ConfigError, DataError, ResultsError, ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"cpvt {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise _refused(name, str(error)) from None
+    except torch.OutOfMemoryError:
+        raise _refused(
+            name, "the GPU's memory is full: take fewer images at once, --optim.micro-batch"
+        ) from None
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refused(name: str, reason: str) -> SystemExit:
+    """One line on stderr, by one process of many, and exit status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"cpvt {name}: {' '.join(reason.split())}", file=sys.stderr)
+    return SystemExit(2)
 
 
 def _parse(cls: type, arguments: list[str], prog: str, **options):

@@ -24,7 +24,7 @@ from cpvt.config import AugmentConfig, DataConfig
 from cpvt.data.augment import MEAN, STD, Recipe, normalise
 from cpvt.data.datasets import ImageDataset, load_tensors, open_dataset
 from cpvt.data.decode import Decoded, Decoder, Fault, Reader
-from cpvt.data.diagnostics import CLASSES, draw
+from cpvt.data.diagnostics import CLASSES, DataError, draw
 from cpvt.data.resize import centre_box, crop_resize
 from cpvt.data.shards import check_resolution
 from cpvt.data.stream import Share, Stream
@@ -41,6 +41,7 @@ class Batch:
 
     epoch, positions  which samples these are: (B,) int64 on the CPU
     faults            images that could not be used, and what stands in for them
+    refused           images that the GPU refused to decode and the CPU decoded
     """
 
     images: Tensor
@@ -48,6 +49,7 @@ class Batch:
     epoch: int
     positions: Tensor
     faults: list[Fault] = field(default_factory=list)
+    refused: int = 0
 
 
 class _Batches:
@@ -179,8 +181,9 @@ class Images(_Batches):
         def finished() -> Iterator[Batch]:
             for images in decoded:
                 epoch, positions, groups = waiting.popleft()
+                _refuse_ruins(images.faults, len(positions))
                 pixels, targets = self.recipe(images.images, images.labels, epoch, positions, groups)
-                yield Batch(pixels, targets, epoch, positions, images.faults)
+                yield Batch(pixels, targets, epoch, positions, images.faults, images.refused)
 
         return _ahead(finished(), self.device) if "cuda" in self.device else finished()
 
@@ -268,6 +271,17 @@ class _Filed:
         return decoded()
 
 
+def _refuse_ruins(faults: list[Fault], count: int) -> None:
+    """A few unusable images are replaced and named; when most are, it is the disk."""
+    spoiled = {fault.index for fault in faults}
+    if len(spoiled) > max(count // 2, 8):
+        first = faults[0]
+        raise DataError(
+            f"{len(spoiled)} of {count} images of a micro-batch cannot be used (the first: {first.key}, "
+            f"{first.reason}): see to the disk, then give the same command again"
+        )
+
+
 class _Once:
     """A sampler over an iterator: DataLoader asks for an iterable."""
 
@@ -283,6 +297,7 @@ def _joined(parts: list[Decoded], device: str) -> Decoded:
         [image for part in parts for image in part.images],
         torch.cat([part.labels for part in parts]).to(device),
         [fault for part in parts for fault in part.faults],
+        sum(part.refused for part in parts),
     )
 
 

@@ -80,7 +80,7 @@ def _run(session: Session, monitor: Monitor, interruption: Interruption, started
             rate = rate_of(state.steps, optim, config.quirks, epoch_steps, session.first)
             loss = torch.zeros((), device=world.device, dtype=state.parameters[0].dtype)
             for i, batch in enumerate(islice(micro_batches, parts), start=1):
-                monitor.fault(state.steps, batch.faults)
+                monitor.data(state.steps, batch)
                 with forward.no_sync() if world.size > 1 and i < parts else nullcontext():
                     loss += session.backward(batch, 1 / parts)
             norm = state.update(world.sum(loss) / world.size, rate)

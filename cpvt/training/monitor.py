@@ -6,12 +6,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from cpvt.config import TrainConfig, to_json
+from cpvt.data.loader import Batch
 
 
 class Monitor:
@@ -33,6 +34,7 @@ class Monitor:
         self.folder = Path(config.run.out) if config.run.out else None
         self.history: list[dict] = []  # entries with a loss, as `report` heard them
         self.faults: dict[str, str] = {}
+        self.refused = 0  # images that the GPU did not decode
         self._board = None
         self._since = (time.perf_counter(), steps)
         if self.folder and chief:
@@ -75,6 +77,8 @@ class Monitor:
             speed = (entry["step"] - step) * self.config.optim.batch / max(now - before, 1e-9)
             self._since = now, entry["step"]
             timed["images_per_s"] = float(f"{speed:.4g}")
+            if self.refused:
+                timed["gpu_refused"] = self.refused
             self.history.append(entry)
             self._bar.set_postfix_str(
                 f"{speed:,.0f} images/s, loss {entry['loss']:.3f}, rate {entry['rate']:.2g}", refresh=False
@@ -93,9 +97,10 @@ class Monitor:
         if self.chief:
             tqdm.write(words, file=sys.stderr)
 
-    def fault(self, step: int, faults: Iterable) -> None:
+    def data(self, step: int, batch: Batch) -> None:
         """Names each unusable image once; every process writes its own to `out`/faults.jsonl."""
-        for fault in faults:
+        self.refused += batch.refused
+        for fault in batch.faults:
             if fault.key not in self.faults:
                 self.faults[fault.key] = fault.reason
                 if self.folder:
@@ -129,4 +134,4 @@ def _read(line: str) -> dict | None:
 
 
 def _lasting(entry: dict) -> dict:
-    return {name: value for name, value in entry.items() if name != "images_per_s"}
+    return {name: value for name, value in entry.items() if name not in ("images_per_s", "gpu_refused")}

@@ -31,7 +31,7 @@ def describe(session: Session, seconds: float | None = None) -> list[str]:
         f"data      {config.data.name}: {_count(stream.images, 'image')}, {batches.num_classes} classes; "
         f"an epoch is {_count(stream.steps, 'step')}, {stream.steps * stream.batch:,} samples of "
         f"{_count(stream.distinct, 'distinct image')}",
-        f"batch     {stream.batch} = {world.size} processes x {batches.parts} micro-batches x "
+        f"batch     {stream.batch} = {_count(world.size, 'process')} x {_count(batches.parts, 'micro-batch')} x "
         f"{share // batches.parts}" + (f", mixed in groups of {stream.group}" if stream.group > 1 else ""),
         f"augment   {_augmentation(config)}",
         f"rate      {_rates(config, stream.steps)}",
@@ -109,7 +109,8 @@ def _rates(config: TrainConfig, epoch_steps: int) -> str:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
+    ending = "es" if what.endswith(("s", "ch")) else "s"
+    return f"{number:,} {what}" + ("" if number == 1 else ending)
 
 
 def _duration(seconds: float) -> str:
