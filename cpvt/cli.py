@@ -74,14 +74,16 @@ def _about_training() -> str:
         [
             "Train a model.",
             "",
-            "--model NAME    deit_ or cpvt_, then tiny, small or base, then _5peg, _gap or _distilled where wanted",
+            "--model NAME    deit_ or cpvt_, then tiny, small or base, then _5peg, _gap or _distilled if wanted",
             "--data NAME     where, arrangement, what (drawn); tiny-imagenet, cifar10, fashion-mnist; or a folder:",
             "                FOLDER/train/CLASS/*.JPEG and FOLDER/val/..., or what `cpvt pack` made of it",
             "--recipe NAME   what the options below are by default:",
             *recipes,
             "",
             "With a folder to keep things in (--run.out), the same command goes on where it was stopped or killed.",
-            "One GPU: cpvt train ...    All GPUs of a node: torchrun --nproc-per-node gpu -m cpvt train ...",
+            "",
+            "One GPU:             cpvt train ...",
+            "All GPUs of a node:  torchrun --nproc-per-node gpu -m cpvt train ...",
         ]
     )
 
