@@ -1,0 +1,213 @@
+"""timm's side of each comparison: its loader with the same recipe, and its model in the mode that suits it best.
+
+Letters: B images of a batch, K classes, S side of an image in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from io import BytesIO
+
+import numpy
+import timm
+import torch
+from PIL import Image
+from timm.data import FastCollateMixup, ImageDataset, Mixup, create_loader
+from timm.data.auto_augment import posterize
+from torch import Tensor, distributed, nn
+
+from cpvt.config import AugmentConfig, ConfigError, ModelConfig
+from cpvt.data.datasets import ImageDataset as ImageFiles
+from cpvt.data.decode import Source
+from cpvt.data.loader import Batch, Images
+
+# What torch.compile is asked for, by name. Graphs are replayed without Python; autotuning tries many kernels.
+MODES: dict[str, dict] = {
+    "default": {},
+    "reduce-overhead": {"mode": "reduce-overhead"},
+    "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
+}
+
+# --------------------------------------------------------------------------- its loader
+
+
+def timm_loader(
+    source: Source,
+    batch: int,
+    image_size: int,
+    classes: int,
+    augment: AugmentConfig,
+    smoothing: float,
+    device: str,
+    workers: int,
+    mix_in_workers: bool = False,
+):
+    """timm's training loader over the same files; an epoch of (B, 3, S, S) normalised images and their targets.
+
+    Pillow decodes and augments in `workers` processes; the device normalises and erases (timm's prefetcher).
+    `mix_in_workers`: mixup and CutMix are done while a batch is put together, before normalisation and erasing,
+    as timm's own training script does. Else the images come unmixed, and `mixer` mixes them as the recipe's
+    order wants it. Raises ConfigError for what timm's loader cannot do.
+    """
+    if augment.randaugment and not augment.crop:
+        raise ConfigError("augment.crop=False: timm's training loader always crops; use augment.crop=True")
+    mixes = mix_in_workers and (augment.mixup or augment.cutmix)
+    repeats = augment.repeats if augment.repeats > 1 else 0
+    dataset = ImageDataset("", reader=_Encoded(source))
+    with _lone_world() if repeats else nullcontext():  # timm repeats for several processes only; one will do
+        loader = create_loader(
+            dataset,
+            (3, image_size, image_size),
+            batch,
+            is_training=True,
+            no_aug=not augment.crop,
+            re_prob=augment.erase,
+            re_mode="pixel",
+            scale=augment.crop_scale,
+            ratio=augment.crop_ratio,
+            hflip=augment.flip,
+            color_jitter=None,
+            auto_augment=augment.randaugment or None,
+            num_aug_repeats=repeats,
+            distributed=bool(repeats),
+            interpolation="bicubic",
+            num_workers=workers,
+            collate_fn=_mixup(FastCollateMixup, augment, smoothing, classes) if mixes else None,
+            pin_memory="cuda" in device,
+            device=torch.device(device),
+        )
+    for step in dataset.transform.transforms:
+        for operation in getattr(step, "ops", ()):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+    return loader
+
+
+def _posterize(image: Image.Image, bits: int, **options) -> Image.Image:
+    """timm's, black where no bit is kept: magnitude 10 asks for that, and Pillow refuses it from version 13 on."""
+    return posterize(image, bits, **options) if bits else image.point(lambda level: 0)
+
+
+def mixer(augment: AugmentConfig, smoothing: float, classes: int) -> Callable[[Tensor, Tensor], tuple]:
+    """timm's Mixup on groups of `mix_group` images: (B, 3, S, S), (B,) -> the same mixed, (B, K).
+
+    Where nothing is mixed, both come back as they are.
+    """
+    if not (augment.mixup or augment.cutmix):
+        return lambda images, labels: (images, labels)
+    mix = _mixup(Mixup, augment, smoothing, classes)
+
+    def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        size = augment.mix_group
+        pairs = [mix(*pair) for pair in zip(images.split(size), labels.split(size), strict=True)]
+        return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+
+    return mixed
+
+
+def _mixup(kind: type, augment: AugmentConfig, smoothing: float, classes: int):
+    switch = {"switch_prob": augment.mix_switch, "label_smoothing": smoothing, "num_classes": classes}
+    return kind(augment.mixup, augment.cutmix, **switch)
+
+
+class _Encoded:
+    """A source of encoded images in the shape of one of timm's readers: (open file, label) by number."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[BytesIO, int]:
+        return BytesIO(self.source.read(i)), int(self.source.labels[i])
+
+
+@contextmanager
+def _lone_world() -> Iterator[None]:
+    """One process that is a group of its own, unless there is a group already."""
+    lone = not distributed.is_initialized()
+    if lone:
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if lone:
+            distributed.destroy_process_group()
+
+
+# --------------------------------------------------------------------------- its batches in our loop
+
+
+def selected(dataset: ImageFiles, classes: int) -> ImageFiles:
+    """The images of the first `classes` classes alone, in the order of their names (0: of all)."""
+    if not classes:
+        return dataset
+    chosen = dataset.select(i for i, label in enumerate(dataset.labels) if label < classes)
+    return dataclasses.replace(chosen, classes=chosen.classes[:classes])
+
+
+class Selected(Images):
+    """`Images` of the first `classes` classes alone (0: of all)."""
+
+    def __init__(self, *args, classes: int = 0, **options):
+        self.first = classes
+        super().__init__(*args, **options)
+
+    def _open(self, split: str):
+        return selected(super()._open(split), self.first)
+
+
+class TimmBatches(Selected):
+    """The same images and the same recipe through timm's loader; for `train(config, open_data=TimmBatches)`.
+
+    Its chances come from the three global generators, seeded when the batches are first asked for: the same
+    seed gives the same batches for the same number of workers, in a process that draws nothing besides. A run
+    that goes on begins with a new epoch of the loader. Held-out images are those of `Images`.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.data.store != "files" or self.share.world > 1:
+            raise ConfigError(
+                f"data.store={self.data.store!r}, {self.share.world} processes: timm's loader is compared on "
+                "files in one process; use data.store='files' without torchrun"
+            )
+
+    def micro_batches(self, start: int = 0) -> Iterator[Batch]:
+        size = self.stream.batch // self.parts
+        augment, smoothing, classes = self.recipe.config, self.recipe.smoothing, self.num_classes
+        for seeded in (random.seed, numpy.random.seed, torch.manual_seed):
+            seeded(self.seed + start)
+        workers, side = self.train.workers, self.image_size[0]
+        loader = timm_loader(self.train.source, size, side, classes, augment, smoothing, self.device, workers)
+        mix, places = mixer(augment, smoothing, classes), self._places(start)
+        while True:
+            epoch = self.stream.position(start)[0]
+            if augment.repeats > 1:
+                loader.sampler.set_epoch(epoch)
+            for i, (images, labels) in enumerate(loader, start=1):
+                epoch, positions, _ = next(places)
+                yield Batch(*mix(images, labels), epoch, positions)
+                start += i % self.parts == 0
+
+
+# --------------------------------------------------------------------------- its model
+
+
+def timm_model(config: ModelConfig, name: str = "deit_tiny_patch16_224") -> nn.Module:
+    """timm's DeiT of the given sizes, with new weights under the names that cpvt.model.zoo understands."""
+    return timm.create_model(
+        name,
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        num_classes=config.num_classes,
+        drop_path_rate=config.drop_path,
+    )
