@@ -1,17 +1,20 @@
 """Drawings of training: what becomes of a picture on its way to a step, and who handles which place of a batch.
 
-Every function returns the matplotlib Figure; none shows it.
+Functions named _picture return the matplotlib Figure; none shows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from torch import Tensor
 
 from cpvt.data.stream import Share, Stream
+from cpvt.randomness import normal, uniform
 from cpvt.views.styles import BLUE, GREEN, GREY, ORANGE, PALE, SKY, VERMILLION, figure
 
 BYTES, UINT8, FLOAT = PALE, "#CBE6F7", "#F8DFA8"  # paler than the lines, so that black reads on them
@@ -120,3 +123,36 @@ def _around(axes: Axes, first: int, last: int, wide: int, gap: float, width: flo
     axes.add_patch(
         Rectangle(place, wide + 0.24 - 2 * gap, high, fill=False, linewidth=width, edgecolor="black")
     )
+
+
+def scene(seed: int = 0, height: int = 240, width: int = 320) -> Tensor:
+    """A house in front of hills, drawn by formula: (3, height, width) uint8. Another seed, another house.
+
+    It stands in for a photograph where a figure shows what is done to one.
+    """
+    y = torch.linspace(0, 1, height, dtype=torch.float64)[:, None]
+    x = torch.linspace(0, width / height, width, dtype=torch.float64)[None, :]
+    u = uniform("scene", seed, torch.arange(7)).tolist()
+    low, high = torch.tensor([[0.9, 0.75, 0.6], [0.3, 0.55, 0.9]], dtype=torch.float64)[..., None, None]
+    picture = (low * y + high * (1 - y)).expand(3, height, width).clone()
+
+    def paint(where: Tensor, *colour: float) -> None:
+        picture[:, where] = torch.tensor(colour, dtype=torch.float64)[:, None]
+
+    paint((x - 0.25 - 0.8 * u[0]) ** 2 + (y - 0.22) ** 2 < 0.008, 1.0, 0.9, 0.4)  # the sun
+    for level, colour in ((0.5, (0.35, 0.5, 0.55)), (0.65, (0.3, 0.55, 0.25))):
+        ridge = level + 0.07 * torch.sin(5 * x + 6 * u[1] + 9 * level) + 0.02 * torch.sin(17 * x + u[2])
+        paint(y > ridge, *colour)
+    x = x - 0.2 - 0.6 * u[3]
+    paint(
+        (abs(x - 0.15) < 0.15) & (abs(y - 0.72) < 0.13),
+        0.55 + 0.4 * u[4],
+        0.3 + 0.4 * u[5],
+        0.25 + 0.3 * u[6],
+    )
+    paint((abs(x - 0.15) + 0.9 * abs(y - 0.59) < 0.2) & (y < 0.6), 0.5, 0.15, 0.12)  # the roof
+    paint((abs(x - 0.08) < 0.035) & (abs(y - 0.77) < 0.08), 0.25, 0.15, 0.1)
+    paint((abs(x - 0.21) < 0.04) & (abs(y - 0.69) < 0.045), 0.95, 0.9, 0.6)
+    channel, row = torch.arange(3)[:, None, None], torch.arange(height)[:, None]
+    grain = normal("grain", seed, channel, row, torch.arange(width))
+    return (255 * picture + 7 * grain).round().clamp(0, 255).to(torch.uint8)
