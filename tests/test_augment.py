@@ -84,6 +84,8 @@ def test_flips():
     mirrored = (seen == plain.flip(3)).flatten(1).all(1)
     assert (mirrored | (seen == plain).flatten(1).all(1)).all()
     assert abs(mirrored.double().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
+    cropped, mirrored = (run(AugmentConfig(crop=True, flip=p), images[:20], size=6)[0] for p in (0.0, 1.0))
+    assert torch.equal(cropped.flip(3), mirrored)
 
 
 # --------------------------------------------------------------------------- erase
@@ -94,7 +96,11 @@ def test_erased_boxes_are_timms():
     boxes = erase_boxes(0.25, 5, 0, torch.arange(count), size)
     erased = boxes[:, 2] > 0
     assert abs(erased.double().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / count)
+    large = erase_boxes(1.0, 5, 0, torch.arange(count), (400, 400))
+    share = large[:, 2:].prod(1) / 400**2  # even in 2 % to a third, up to the rounding of the sides
+    assert 0.0195 < share.min() < 0.0205 and 0.332 < share.max() < 0.335
     boxes = erase_boxes(1.0, 5, 0, torch.arange(count), size)
+    assert (boxes[:, 2:] < torch.tensor(size)).all()  # never the whole of a side
     state = random.getstate()
     random.seed(0)
     erasing, expected = RandomErasing(1.0, mode="pixel", device="cpu"), []
