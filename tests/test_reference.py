@@ -1,0 +1,197 @@
+"""timm's loader in our loop: the same images, recipe, steps and evaluation; and the experiment built on it."""
+
+import dataclasses
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+from PIL import Image
+from pictures import EVERYTHING, draw_pictures, small_run
+from torch import distributed
+
+from cpvt.config import AugmentConfig, ConfigError, DataConfig, replace
+from cpvt.data.datasets import open_dataset
+from cpvt.data.loader import MEAN, STD, Share
+from cpvt.lab import experiments
+from cpvt.lab.experiments import measure, pipelines, score_pipeline
+from cpvt.lab.reference import Selected, TimmBatches, _posterize, mixer, selected, timm_loader
+from cpvt.training.loop import train
+
+CLASSES, EACH = 3, 24  # of the small folder
+ONCE = replace(EVERYTHING, repeats=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def opened(folder):
+    """Batches of eight 16-pixel images by either side, with options."""
+    data = DataConfig(name=str(folder), image_size=16, store="files", workers=0, test_crop=0.875)
+    return lambda kind=TimmBatches, augment=ONCE, seed=0, **more: kind(
+        data, 8, seed, augment=augment, smoothing=0.1, **more
+    )
+
+
+def taken(batches, count, start=0):
+    return list(islice(batches.micro_batches(start), count))
+
+
+def test_an_epoch_holds_every_image_once(opened):
+    """No image is mixed here, so the labels tell: each class comes as often as it has images."""
+    batches = opened(augment=AugmentConfig(crop=True))
+    assert batches.stream.steps == CLASSES * EACH // 8
+    epochs = [taken(batches, batches.stream.steps, start) for start in (0, batches.stream.steps)]
+    for number, epoch in enumerate(epochs):
+        labels = torch.cat([batch.targets for batch in epoch])
+        assert labels.bincount().tolist() == [EACH] * CLASSES
+        assert {batch.epoch for batch in epoch} == {number}
+    assert not torch.equal(epochs[0][0].images, epochs[1][0].images)
+
+
+def test_steps_and_places_are_those_of_our_own_batches(opened):
+    ours, theirs = (taken(opened(kind), 20) for kind in (Selected, TimmBatches))
+    for own, other in zip(ours, theirs, strict=True):
+        assert own.images.shape == other.images.shape and own.images.dtype == other.images.dtype
+        assert own.targets.shape == other.targets.shape and own.targets.dtype == other.targets.dtype
+        assert own.epoch == other.epoch and torch.equal(own.positions, other.positions)
+
+
+def test_images_and_targets_are_distributed_as_ours(opened):
+    """Pixels and labels of 90 batches: their means agree within five standard errors of means over batches."""
+    ours, theirs = (taken(opened(kind), 90) for kind in (Selected, TimmBatches))
+    measures = {
+        "brightness": lambda batch: batch.images.mean(),
+        "contrast": lambda batch: batch.images.var(),
+        "own share": lambda batch: batch.targets.amax(1).mean(),
+        "classes of a target": lambda batch: (batch.targets > 0.1).sum(1).float().mean(),
+    }
+    for name, measured in measures.items():
+        a, b = (torch.stack([measured(batch) for batch in side]) for side in (ours, theirs))
+        error = ((a.var() + b.var()) / len(a)).sqrt()
+        assert (a.mean() - b.mean()).abs() < 5 * error, name
+        assert error < 0.1 * a.mean().abs().clamp(min=0.5), f"{name}: this test would notice nothing"
+
+
+def test_a_group_shares_one_draw(opened):
+    """Both images of a mixed pair have the same two labels, in shares that are each other's mirror."""
+    for batch in taken(opened(), 10):
+        assert torch.allclose(batch.targets.sum(1), torch.ones(8))
+        for group in batch.targets.split(ONCE.mix_group):
+            own = group.amax(1)
+            mixed = own < own.max() - 1e-6  # partners of one class stay as they are
+            assert torch.equal(mixed, mixed.flip(0))
+
+
+def test_the_seed_decides(opened):
+    first, again, other = (taken(opened(seed=seed), 3) for seed in (0, 0, 1))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets)
+        assert not torch.equal(a.images, c.images)
+
+
+def test_held_out_images_are_the_same_bit_for_bit(opened):
+    for (own, labels), (other, others) in zip(opened(Selected).test(), opened().test(), strict=True):
+        assert torch.equal(own, other) and torch.equal(labels, others)
+
+
+def test_repeats_follow_each_other_and_leave_no_process_group(folder):
+    source = open_dataset(folder, "train")
+    augment = replace(EVERYTHING, repeats=3)
+    loader = timm_loader(source, 8, 16, CLASSES, augment, 0.1, "cpu", 0)
+    order = list(loader.sampler)
+    assert not distributed.is_initialized()
+    assert order[0::3] == order[1::3] == order[2::3] and len(set(order)) == len(order) // 3
+
+
+@pytest.mark.parametrize("mix_in_workers", [False, True])
+def test_the_loader_alone(folder, mix_in_workers):
+    source = open_dataset(folder, "train")
+    loader = timm_loader(source, 8, 16, CLASSES, ONCE, 0.1, "cpu", 0, mix_in_workers)
+    images, targets = (
+        mixer(ONCE, 0.1, CLASSES)(*next(iter(loader))) if not mix_in_workers else next(iter(loader))
+    )
+    assert images.shape == (8, 3, 16, 16) and targets.shape == (8, CLASSES)
+
+
+def test_magnitude_ten_is_not_an_error(folder):
+    """Ten keeps no bit: black. Pillow 13 refuses it, and one image in a hundred would end an epoch."""
+    source = open_dataset(folder, "train")
+    assert not any(_posterize(source[0][0], 0).convert("L").tobytes())
+    assert _posterize(source[0][0], 8).tobytes() == source[0][0].tobytes()
+    strongest = AugmentConfig(crop=True, randaugment="rand-m10-mstd0-n4-inc1")
+    loader = timm_loader(source, 8, 16, CLASSES, strongest, 0.1, "cpu", 0)
+    assert sum(len(images) for _ in range(3) for images, _ in loader) == 3 * CLASSES * EACH
+
+
+def test_normalised_as_ours(tmp_path):
+    """Plain grey through either side, without chance: the same number a channel."""
+    for split in ("train", "val"):
+        (tmp_path / split / "n0").mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (20, 20), (128, 128, 128)).save(tmp_path / split / "n0" / f"{i}.png")
+    data = DataConfig(name=str(tmp_path), image_size=16, store="files", workers=0)
+    expected = (128 / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    for kind in (Selected, TimmBatches):
+        images = taken(kind(data, 8, 0, augment=AugmentConfig(crop=True)), 1)[0].images
+        assert (images - expected[:, None, None]).abs().max() < 1e-5
+
+
+def test_only_files_in_one_process(folder, opened):
+    held = DataConfig(name=str(folder), image_size=16, store="memory")
+    with pytest.raises(ConfigError, match="store='memory'.*files"):
+        TimmBatches(held, 8, 0, augment=ONCE)
+    with pytest.raises(ConfigError, match="2 processes"):
+        opened(share=Share(0, 2))
+    with pytest.raises(ConfigError, match="always crops"):
+        timm_loader(open_dataset(folder), 8, 16, CLASSES, replace(ONCE, crop=False), 0.1, "cpu", 0)
+
+
+def test_our_loop_trains_through_either(folder):
+    config = small_run(folder)
+    config = replace(config, augment=ONCE)
+    for kind in (Selected, TimmBatches):
+        run = train(config, open_data=partial(kind, classes=2))
+        assert run.steps == 12 and run.metrics["images"] == 2 * 7
+        assert run.model.num_classes == 2
+        assert all(entry["loss"] < 5 for entry in run.history if "loss" in entry)
+
+
+# --------------------------------------------------------------------------- the experiment
+
+
+def test_first_classes(folder):
+    dataset = open_dataset(folder, "train")
+    two = selected(dataset, 2)
+    assert two.classes == dataset.classes[:2] and two.labels == dataset.labels[: 2 * EACH]
+    assert selected(dataset, 0) is dataset
+
+
+def test_rows_differ_in_the_pipeline_alone():
+    planned = list(pipelines())
+    assert len({(plan.row, plan.config.run.seed) for plan in planned}) == len(planned) == 6
+    for ours, theirs in zip(planned[::2], planned[1::2], strict=True):
+        assert ours.config == theirs.config and ours.row != theirs.row
+        assert (ours.open_data.func, theirs.open_data.func) == (Selected, TimmBatches)
+
+
+def test_a_row_of_the_experiment(folder, tmp_path, monkeypatch):
+    """In small: named data, what was evaluated on, and scores; the same digest for either pipeline."""
+    monkeypatch.setattr(experiments, "CLASSES", 2)
+    rows = []
+    for plan, kind in zip(pipelines((0,)), (Selected, TimmBatches), strict=True):
+        small = replace(small_run(folder), augment=ONCE)
+        plan = dataclasses.replace(plan, config=small, open_data=partial(kind, classes=2), score=two_of_three)
+        rows.append(measure(plan))
+    assert rows[0].dataset_sha256 == rows[1].dataset_sha256
+    assert all(row.dataset.endswith("its first 2 classes") and row.metrics["images"] == 14 for row in rows)
+    assert {row.row for row in rows} == {"this package", "timm"}
+
+
+def two_of_three(run):
+    """Two classes have no top-5."""
+    run.metrics["top5"] = 100.0
+    return score_pipeline(run)
