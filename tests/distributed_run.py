@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from pictures import small_run
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from cpvt.config import replace
 from cpvt.data.loader import Share, open_batches
-from cpvt.training.distributed import join_world
+from cpvt.training.distributed import World, join_world
 from cpvt.training.loop import train
 
 
@@ -29,7 +30,7 @@ def batches(config, rank: int, world: int, micro: int, steps: int = 4) -> torch.
 
 def precise(pictures: str, **changes):
     """Twenty steps in float64 on seven held-out images a class, 21 in all: an odd number."""
-    config = small_run(Path(pictures), precision="fp64", steps=20, **changes)
+    config = small_run(Path(pictures), **{"precision": "fp64", "steps": 20, **changes})
     return replace(config, optim=replace(config.optim, ema=0.0))
 
 
@@ -37,6 +38,25 @@ def trained(pictures: str, **changes) -> dict:
     run = train(precise(pictures, **changes))
     weights = torch.cat([p.detach().flatten() for p in run.model.parameters()])
     return {"weights": weights, "losses": torch.tensor([e["loss"] for e in run.history]), **run.metrics}
+
+
+def exchanges(pictures: str) -> int:
+    """How often gradients are sent in five steps of two micro-batches."""
+    sent, own = [], World.wrap
+
+    def counted(world: World, model):
+        def hook(_, bucket):
+            sent.append(bucket.index())
+            return allreduce_hook(None, bucket)
+
+        wrapped = own(world, model)
+        wrapped.register_comm_hook(None, hook)
+        return wrapped
+
+    World.wrap = counted
+    train(precise(pictures, batch=16, micro_batch=4, steps=5))
+    World.wrap = own
+    return sent.count(0)
 
 
 if __name__ == "__main__":
@@ -48,6 +68,7 @@ if __name__ == "__main__":
     }
     for micro in (8, 4):  # batch 16, so 8 images a process: one micro-batch, and two
         found[f"trained micro {micro}"] = trained(pictures, batch=16, micro_batch=micro)
+    found["exchanges"] = exchanges(pictures)
     with join_world("cpu") as here:
         found["sum"] = here.sum(torch.tensor([rank + 1]))
         found["any"] = here.any(rank == 1), here.any(False)

@@ -70,6 +70,10 @@ def test_training_in_float64_ends_at_the_same_weights(pictures, two, micro):
     assert torch.equal(*(here[f"trained micro {micro}"]["weights"] for here in two))
 
 
+def test_gradients_are_sent_once_a_step_and_not_once_a_micro_batch(two):
+    assert [found["exchanges"] for found in two] == [5, 5]
+
+
 def test_sums_and_agreements(two):
     for found in two:
         assert found["sum"].tolist() == [3] and found["any"] == (True, False)
