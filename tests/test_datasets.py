@@ -5,6 +5,7 @@ import hashlib
 import pickle
 import struct
 import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -573,3 +574,12 @@ def test_a_download_is_moved_in_whole(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(datasets, "download_and_extract_archive", bring)
     assert len(open_dataset("tiny-imagenet", root=tmp_path / "images")) == 6
     assert [p.name for p in (tmp_path / "images").iterdir()] == ["tiny-imagenet-200"]
+
+
+def test_paths_are_held_in_one_block(tmp_path):
+    names = [tmp_path / "a", tmp_path / "b c" / "\u00fc.jpg", Path("odd\udcff.png"), Path("x")]
+    paths = datasets.Paths(names)
+    assert list(paths) == names and len(paths) == 4 and paths[-1] == names[-1] and names[1] in paths
+    with pytest.raises(IndexError):
+        paths[4]
+    assert list(pickle.loads(pickle.dumps(paths))) == names

@@ -5,12 +5,15 @@ Letters: n images, S side of an image in pixels.
 
 import gzip
 import hashlib
+import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy
 import torch
 from PIL import Image
 from torch import Tensor
@@ -45,6 +48,22 @@ FASHION_MNIST_DEBIAN = Path(
 )  # where the package dataset-fashion-mnist puts it
 
 
+class Paths(Sequence):
+    """Paths as one block of bytes. A million Python objects would be copied, page by page, into every process that
+    reads: looking at an object counts as writing to it."""
+
+    def __init__(self, paths: Iterable[Path]):
+        names = [os.fsencode(path) for path in paths]
+        self.block, self.ends = b"".join(names), numpy.cumsum([0, *map(len, names)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int) -> Path:
+        i = range(len(self))[i]
+        return Path(os.fsdecode(self.block[self.ends[i] : self.ends[i + 1]]))
+
+
 @dataclass(frozen=True)
 class ImageDataset(Dataset):
     """Pairs (PIL image in RGB, label), each image decoded when it is asked for.
@@ -57,7 +76,7 @@ class ImageDataset(Dataset):
     name: str
     split: str
     classes: tuple[str, ...] = field(repr=False)
-    items: list = field(repr=False)
+    items: Sequence = field(repr=False)
     labels: list[int] = field(repr=False)
 
     def __len__(self) -> int:
@@ -203,7 +222,7 @@ def _read_folder(path: Path, split: str, name: str | None = None) -> ImageDatase
             )
         items += images
         labels += [label] * len(images)
-    return ImageDataset(name, split, classes, items, labels)
+    return ImageDataset(name, split, classes, Paths(items), labels)
 
 
 def _read_annotations(here: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
