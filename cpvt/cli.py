@@ -23,6 +23,7 @@ from cpvt.config import ConfigError, TrainConfig, nearest, to_json
 from cpvt.data.datasets import DataError
 from cpvt.data.loader import open_batches
 from cpvt.data.pack import Expected, Shrink, pack
+from cpvt.lab.benchmark import Benchmark
 from cpvt.lab.experiments import EXPERIMENTS, run_missing
 from cpvt.lab.results import ResultsError
 from cpvt.model.export import export_onnx
@@ -196,6 +197,7 @@ COMMANDS: dict[str, Callable | type] = {
     "evaluate": Evaluate,
     "export": Export,
     "pack": Pack,
+    "benchmark": Benchmark,
     "experiments": Experiments,
 }
 

@@ -6,8 +6,8 @@ from itertools import islice
 
 import pytest
 import torch
-from PIL import Image
 from pictures import EVERYTHING, draw_pictures, small_run
+from PIL import Image
 from torch import distributed
 
 from cpvt.config import AugmentConfig, ConfigError, DataConfig, replace
