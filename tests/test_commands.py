@@ -1,0 +1,66 @@
+"""The commands that the README and the chapters print are understood by the program, word for word."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cpvt import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("book/*.md")), *sorted(ROOT.glob("book/*.ipynb"))]
+
+
+def text(page: Path) -> str:
+    if page.suffix == ".md":
+        return page.read_text(encoding="utf-8")
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words behind `cpvt` in every fenced block; what stands before it, such as torchrun, is left out."""
+    found = []
+    for language, block in re.findall(r"^```(.*)\n((?:(?!```).*\n)*?)```$", text(page), flags=re.M):
+        for line in block.replace("\\\n", " ").splitlines() if not language else []:
+            if call := re.search(r"(?:^|-m )cpvt (\w+ .*?)(?: &)?$", line):
+                found.append(shlex.split(call[1], comments=True))
+    return found
+
+
+PRINTED = [
+    pytest.param(words, id=f"{p.stem}: {' '.join(words)[:60]}") for p in PAGES for words in commands(p)
+]
+
+
+class Understood(Exception):
+    pass
+
+
+def understood(*_, **__):
+    raise Understood
+
+
+def test_every_command_is_shown():
+    shown = {words.values[0][0] for words in PRINTED}
+    assert len(PRINTED) > 12 and shown == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("words", PRINTED)
+def test_a_printed_command_is_understood(words, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "train", understood)
+    command = cli.COMMANDS[words[0]]
+    if isinstance(command, type):
+        monkeypatch.setattr(command, "__call__", understood)
+    with pytest.raises((Understood, SystemExit)) as end:
+        cli.main(words)
+    if end.type is SystemExit:
+        assert not end.value.code and "--help" in words, capsys.readouterr().err
+
+
+def test_a_wrong_word_is_not_understood(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["pack", "DOWNLOADS", "imagenet", "--short-sides", "256"])
+    assert stop.value.code == 2 and "--short-side" in capsys.readouterr().err
