@@ -1,7 +1,7 @@
 """`cpvt benchmark`: its stop-watches, its files, its refusal of unequal gradients, and a whole run in small."""
 
 import dataclasses
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from cpvt.data import decode
 from cpvt.data.datasets import DataError, open_dataset
 from cpvt.lab import benchmark, steps, timing
 from cpvt.lab.benchmark import Benchmark, our_batches, table, timm_batches
-from cpvt.lab.jpegs import Repeated, draw_jpeg, prepare
+from cpvt.lab.jpegs import Repeated, decoding, draw_jpeg, prepare
 from cpvt.lab.reference import timm_model
 from cpvt.lab.results import read_rows
 from cpvt.lab.steps import AGREE, CPU, ENCODINGS, GPU, TIMM, Bench, Step, each_compiled, gradient_error, race
@@ -80,11 +80,7 @@ def test_a_part_of_the_budget_can_be_held_back(clock):
 def test_ratios_are_taken_round_by_round():
     """The clock halves in the second round: the rates' spread is wide, that of their ratio is nothing."""
     ours, theirs = [30.0, 15.0, 30.0], [20.0, 10.0, 20.0]
-    assert spread("images_per_s", ours) == {
-        "images_per_s": 30.0,
-        "images_per_s/min": 15.0,
-        "images_per_s/max": 30.0,
-    }
+    assert spread("rate", ours) == {"rate": 30.0, "rate/min": 15.0, "rate/max": 30.0}
     assert set(spread("ratio", ratios(ours, theirs)).values()) == {1.5}
 
 
@@ -349,19 +345,24 @@ def test_both_loaders_give_a_step_its_batch(tmp_path):
     desk = bench()
     desk.sources = prepare("", tmp_path, 4, (40, 50), 20, 64, 10)
     for loader, source in zip((our_batches, timm_batches), desk.sources["shrunk"], strict=True):
-        images, targets = next(stream := loader(desk, source))
-        stream.close()
-        assert images.shape == desk.noise()[0].shape and images.dtype == torch.float32
-        assert targets.shape == desk.noise()[1].shape
-        assert torch.allclose(targets.sum(1), torch.ones(len(targets)))
+        with closing(loader(desk, source)) as stream:
+            batch = next(stream)
+        assert [part.shape for part in batch] == [part.shape for part in desk.noise()]
+        assert torch.allclose(batch[1].sum(1), torch.ones(CPU.batch))
 
 
-def test_without_torchcodec_rows_say_so(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:The image decoding")
+@pytest.mark.parametrize("gpu, stands_in", [(False, "Pillow, CPU"), (True, "torchvision, GPU")])
+def test_without_torchcodec_rows_say_so(tmp_path, monkeypatch, gpu, stands_in):
+    """And what stands in for it decodes the same picture, within a few grey levels."""
+    expected = decode.decode_cpu(draw_jpeg(0, 40, 50)).int()
     monkeypatch.setattr(decode, "decode_jpeg", None)
-    desk = bench(tmp_path / "out")
-    desk.sources = prepare("", tmp_path, 4, (40, 50), 20, 64, 10)
-    benchmark._parts(desk)
-    assert desk.rows[0].config["decoder"].endswith("torchcodec is missing")
+    desk = bench(tmp_path)
+    with decoding(gpu) as desk.decoder:
+        found = decode.decode_cpu(draw_jpeg(0, 40, 50)).int()
+    assert decode.decode_jpeg is None and (found - expected).abs().max() <= 3
+    benchmark._memory(desk)
+    assert desk.rows[0].config["decoder"] == f"{stands_in}: torchcodec is missing"
 
 
 def test_what_does_not_fit_is_named(tmp_path, monkeypatch, capsys):

@@ -39,8 +39,7 @@ import torch
 from torch import Tensor
 
 from cpvt.config import ConfigError, nearest, replace
-from cpvt.data import decode
-from cpvt.lab.jpegs import Filled, Repeated, pieces, prepare
+from cpvt.lab.jpegs import Filled, Repeated, decoding, pieces, prepare
 from cpvt.lab.reference import timm_loader
 from cpvt.lab.results import Row
 from cpvt.lab.steps import (
@@ -135,8 +134,6 @@ def _jpeg_row(bench: Bench, name: str, metrics: dict, source: Repeated, **more) 
 def our_batches(bench: Bench, source: Repeated) -> Iterator[tuple[Tensor, Tensor]]:
     recipe = bench.recipe
     data = replace(recipe.data, image_size=bench.side, workers=bench.workers)
-    if decode.decode_jpeg is None:  # without torchcodec there is no decoder on the GPU: Pillow decodes
-        data = replace(data, decode="cpu")
     options = {"augment": recipe.augment, "smoothing": recipe.optim.smoothing, "source": source}
     with closing(Filled(data, bench.size.batch, 0, bench.device, **options).micro_batches()) as batches:
         for batch in batches:
@@ -256,7 +253,7 @@ class Benchmark:
                 drawn = size.images, size.jpeg, size.short_side
                 workers = bench.workers if bench.cuda else 1
                 bench.sources = prepare(self.data, Path(folder), *drawn, length, classes, workers)
-            with each_compiled():
+            with each_compiled(), decoding(bench.cuda) as bench.decoder:
                 for name, (measure, until) in chosen.items():
                     bench.budget.until = 1.0 if self.only else until
                     if bench.budget.allows(size.least):

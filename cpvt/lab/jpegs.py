@@ -6,6 +6,8 @@ Letters: B images of a batch, S side of an image in pixels, K classes.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -15,8 +17,10 @@ import numpy
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from cpvt.config import TrainConfig
+from cpvt.data import decode
 from cpvt.data.augment import Recipe
 from cpvt.data.datasets import DataError, ImageDataset, Shards, open_dataset
 from cpvt.data.decode import Decoder, Reader
@@ -147,6 +151,34 @@ def draw_jpeg(number: int, height: int, width: int) -> bytes:
     file = BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(numpy.uint8)).save(file, "JPEG", quality=QUALITY)
     return file.getvalue()
+
+
+# --------------------------------------------------------------------------- who decodes
+
+
+@contextmanager
+def decoding(cuda: bool) -> Iterator[str]:
+    """-> what decodes JPEGs, in words. On a GPU without torchcodec torchvision stands in, for a measurement only:
+
+    its hardware path may write into memory that is still read (its pull request 9606).
+    """
+    own, place = decode.decode_jpeg, "GPU" if cuda else "CPU"
+    if own or not cuda:
+        yield f"torchcodec, {place}" if own else f"Pillow, {place}: torchcodec is missing"
+        return
+    decode.decode_jpeg = _by_torchvision
+    try:
+        yield f"torchvision, {place}: torchcodec is missing"
+    finally:
+        decode.decode_jpeg = None
+
+
+def _by_torchvision(
+    source: list[Tensor] | bytes, device: str | torch.device = "cpu"
+) -> list[Tensor] | Tensor:
+    if isinstance(source, bytes | bytearray):
+        source = torch.frombuffer(bytearray(source), dtype=torch.uint8)
+    return decode_jpeg(source, ImageReadMode.RGB, device)
 
 
 # --------------------------------------------------------------------------- one batch, piece by piece

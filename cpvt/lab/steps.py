@@ -21,7 +21,6 @@ import torchvision
 from torch import Tensor, nn
 
 from cpvt.config import ModelConfig, TrainConfig, replace
-from cpvt.data import decode
 from cpvt.lab.jpegs import Repeated
 from cpvt.lab.reference import MODES, timm_model
 from cpvt.lab.results import Row, append_row, commit, fingerprint
@@ -84,6 +83,7 @@ class Bench:
     trained  cpvt_tiny's step, once built
     rows     what was measured, in order
     origin   name of the folder of JPEGs; empty: they are drawn
+    decoder  what decodes them, in words
     sources  what our loader and timm's read: "files" as they are, "shrunk" beforehand
     """
 
@@ -92,6 +92,7 @@ class Bench:
     budget: Budget
     out: Path
     origin: str = ""
+    decoder: str = ""
     sources: dict[str, tuple[Repeated, Repeated]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     idle: float | None = None
@@ -156,16 +157,13 @@ class Bench:
     def row(self, name: str, metrics: dict, config: dict, *data: Tensor, dataset: str = "noise") -> None:
         """Appends a row; one of an earlier benchmark is superseded."""
         now = time.monotonic()
-        decoder = "GPU" if self.cuda else "CPU"
         facts = {
             "batch": self.size.batch,
             "image_size": self.side,
             "precision": "bf16" if self.cuda else "fp32",
             "rounds": self.size.rounds,
             "steps_a_round": self.size.steps,
-            "decoder": f"torchcodec, {decoder}"
-            if decode.decode_jpeg
-            else "Pillow, CPU: torchcodec is missing",
+            "decoder": self.decoder,
             "timm": timm.__version__,
             "torchvision": torchvision.__version__,
             "cores": len(os.sched_getaffinity(0)),
