@@ -87,7 +87,9 @@ class Peg:
     skip: bool = True  # add the input; must be off without padding, where the grid shrinks
     bias: bool = True
     frozen: bool = False  # random and never trained
-    on: Literal["tokens", "queries_keys"] = "tokens"
+    on: Literal["tokens", "queries_keys", "constant"] = (
+        "tokens"  # constant: of an image of ones, not of the tokens
+    )
     repeat: int = 1  # how many, one behind the other, at each position
     shared: bool = False  # the same weights at all positions
     init: Literal["pytorch", "twins"] = "pytorch"
@@ -102,6 +104,8 @@ class Peg:
             )
         if self.repeat < 1:
             raise ConfigError(f"peg: repeat={self.repeat}; expected 1 or more")
+        if self.on == "constant" and self.convolution != "depthwise":
+            raise ConfigError("peg: on='constant' is the border's part of a depthwise convolution")
         if self.padding == "none" and (self.skip or self.on != "tokens"):
             raise ConfigError(
                 "peg: padding='none' shrinks the grid, so there is nothing of its size to add to; "
@@ -183,10 +187,17 @@ class ModelConfig:
     depth: int = 12
     heads: int = 3
     mlp_ratio: float = 4.0
+    stem: Literal["patch", "conv"] = (
+        "patch"  # conv: two 3x3 convolutions that see no border, before the patches
+    )
     encoding: str = "learned"
     readout: Literal["class", "gap"] = "class"  # class token, or mean over the normed patch tokens
     distilled: bool = False  # a distillation token with a head of its own
     drop_path: float = 0.0  # at the last block; rises linearly from 0 at the first
+    bare_blocks: int = 0  # so many first blocks have an MLP and no attention
+    log_attention: bool = (
+        False  # logits grow with log N beside that of training, N tokens, when the grid does
+    )
     init_std: float = 0.02  # of the linear layers' first weights; DeiT's, too small for widths far below 192
 
     def __post_init__(self):
@@ -207,6 +218,8 @@ class ModelConfig:
             raise ConfigError(f"width={self.width} cannot be split among heads={self.heads}")
         if self.num_classes < 0:
             raise ConfigError(f"num_classes={self.num_classes}; expected 0 (no head) or more")
+        if not 0 <= self.bare_blocks <= self.depth:
+            raise ConfigError(f"bare_blocks={self.bare_blocks}; expected 0 to depth={self.depth}")
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"drop_path={self.drop_path}; expected 0 or more, below 1")
         if self.distilled and self.readout == "gap":

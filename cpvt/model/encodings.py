@@ -249,7 +249,8 @@ class PEG(nn.Module):
             # Behind a class token the slice strides over it; a convolution would copy it in any case. Contiguous
             # tokens seen as (B, D, H, W) already are channels-last, the layout of the fast depthwise kernels.
             x = x.contiguous()
-            out = self.proj(x.transpose(1, 2).unflatten(2, grid))
+            source = torch.ones_like(x[:1]) if self.config.on == "constant" else x
+            out = self.proj(source.transpose(1, 2).unflatten(2, grid))
             if self.config.convolution == "separable":
                 out = self.mix(out)
             out = out.flatten(2).transpose(1, 2)
@@ -257,7 +258,7 @@ class PEG(nn.Module):
 
     def covers(self, grid: Grid) -> bool:
         """Whether to compute the convolution as a matrix: asked for, and every pair of tokens within reach."""
-        if self.config.compute != "matrix" or torch.compiler.is_exporting():
+        if self.config.compute != "matrix" or self.config.on == "constant" or torch.compiler.is_exporting():
             return False
         return self.config.kernel >= 2 * max(grid) - 1
 

@@ -44,6 +44,7 @@ def fast(x: Tensor) -> bool:
 def fuses(config: Peg, x: Tensor) -> bool:
     """Whether `peg` computes this PEG; the convolution does elsewhere."""
     plain = config.convolution == "depthwise" and config.padding == "zero" and config.skip
+    plain = plain and config.on != "constant"
     small = config.kernel <= LARGEST_KERNEL and config.compute == "convolution"
     return plain and small and triton is not None and fast(x)
 

@@ -7,6 +7,7 @@ D width, h heads, d = D/h head width, (H, W) grid of tokens. State-dict keys are
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +15,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cpvt.config import ConfigError, ModelConfig
+from cpvt.model.conventions import TimmConventions
 from cpvt.model.encodings import Grid, PositionEncoding, build_encoding
 
 
 class PatchEmbed(nn.Module):
     """(B, C, H*p, W*p) -> (B, N, D) and the grid (H, W): one linear map of every p x p patch."""
 
-    def __init__(self, in_channels: int, width: int, patch_size: int):
+    def __init__(self, in_channels: int, width: int, patch_size: int, stem: str = "patch"):
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.in_channels = patch_size, in_channels
+        if (
+            stem == "conv"
+        ):  # around the image's edge, or the zeros beyond it would tell every encoding its place
+            hidden, around = width // 4, {"padding": 1, "padding_mode": "circular"}
+            layers = nn.Conv2d(in_channels, hidden, 3, **around), nn.Conv2d(hidden, hidden, 3, **around)
+            self.stem = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU())
+            in_channels = hidden
         self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
-        p, channels = self.patch_size, self.proj.in_channels
+        p, channels = self.patch_size, self.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(
                 f"images of shape {tuple(images.shape)}; expected (batch, {channels}, height, width)"
@@ -36,7 +45,7 @@ class PatchEmbed(nn.Module):
             raise ValueError(
                 f"images of {height}x{width} pixels with patch size {p}: resize or crop them to multiples of {p}"
             )
-        image = self.proj(images)
+        image = self.proj(self.stem(images) if hasattr(self, "stem") else images)
         # Under autocast the convolution gives bfloat16. The stream of tokens that blocks add to keeps the
         # parameters' precision, whatever the encoding adds first (a learned table would have widened it).
         patches = image.flatten(2).transpose(1, 2).to(self.proj.weight.dtype)
@@ -46,9 +55,10 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """(B, T, D) -> (B, T, D): every token reads from all tokens."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, trained: Grid | None = None):
+        """`trained`: the grid beside which logits grow as log N does; None: they do not grow."""
         super().__init__()
-        self.heads = heads
+        self.heads, self.trained = heads, trained
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -63,6 +73,8 @@ class Attention(nn.Module):
             q, k = F.linear(asking, weight[: 2 * D], bias[: 2 * D]).chunk(2, -1)
             v = F.linear(x, weight[2 * D :], bias[2 * D :])
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, T, d)
+        if self.trained and grid != self.trained:
+            q = q * (math.log(grid[0] * grid[1]) / math.log(self.trained[0] * self.trained[1]))
         q, k = encoding.rotate(block, q, k, grid)
         logits, scale = encoding.logits(block, q, grid), q.shape[-1] ** -0.5
         q, k = encoding.lengthen(block, q, k, grid)
@@ -90,10 +102,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """(B, T, D) -> (B, T, D): attention, then MLP, each on normed tokens and added to the stream."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, mlp_ratio: float, attention: Attention | None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
+        if attention is not None:
+            self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = attention
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
@@ -101,6 +114,8 @@ class Block(nn.Module):
         self, x: Tensor, encoding: PositionEncoding, block: int, grid: Grid, keep: Tensor | None = None
     ) -> Tensor:
         """`keep` (2, B): what the two branches are multiplied by, 0 where one is left out; None: all kept."""
+        if self.attn is None:
+            return x + self.mlp(self.norm2(x)) * (1 if keep is None else keep[1, :, None, None])
         normed = asking = self.norm1(x)
         if block in encoding.query_key_blocks:
             prefix, patches = x.split([x.shape[1] - grid[0] * grid[1], grid[0] * grid[1]], 1)
@@ -112,7 +127,7 @@ class Block(nn.Module):
         return x + keep[1, :, None, None] * self.mlp(self.norm2(x))
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(TimmConventions, nn.Module):
     """(B, C, height, width) -> (B, num_classes): a DeiT with whatever encoding its configuration says.
 
     Height and width may be any multiples of the patch size. With `distilled`, training gives the pair
@@ -126,7 +141,7 @@ class VisionTransformer(nn.Module):
         self.num_classes, self.num_prefix_tokens = config.num_classes, P
         self.num_features = self.embed_dim = self.head_hidden_size = D
         self.grad_checkpointing = False
-        self.patch_embed = PatchEmbed(config.in_channels, D, config.patch_size)
+        self.patch_embed = PatchEmbed(config.in_channels, D, config.patch_size, config.stem)
         if P:
             self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         if config.distilled:
@@ -139,10 +154,15 @@ class VisionTransformer(nn.Module):
             grid=config.grid,
             prefix_tokens=P,
         )
-        self.blocks = nn.ModuleList(Block(D, config.heads, config.mlp_ratio) for _ in range(config.depth))
-        drop_rates = torch.linspace(
-            0, config.drop_path, config.depth
-        )  # of either branch of a block, for an image
+        trained = config.grid if config.log_attention else None
+        self.blocks = nn.ModuleList(
+            Block(
+                D, config.mlp_ratio, Attention(D, config.heads, trained) if i >= config.bare_blocks else None
+            )
+            for i in range(config.depth)
+        )
+        # Of either branch of a block, for an image.
+        drop_rates = torch.linspace(0, config.drop_path, config.depth)
         self.register_buffer("drop_rates", drop_rates, persistent=False)
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.feature_info = [
@@ -227,60 +247,7 @@ class VisionTransformer(nn.Module):
             return x, grid
         return self.encoding.encode(place, x, self.num_prefix_tokens, grid)
 
-    # ----------------------------------------------------------------- timm's conventions
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ):
-        """Tokens after chosen blocks, encoding included: what the next block sees.
-
-        `indices`: which blocks (negative from the end), or how many of the last ones; None is all.
-        Gives (B, D, H, W) or, for output_fmt="NLC", (B, N, D); with prefixes, pairs (that, (B, P, D)).
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r}; expected 'NCHW' or 'NLC'")
-        depth = len(self.blocks)
-        if indices is None or isinstance(indices, int):
-            indices = range(depth - (depth if indices is None else indices), depth)
-        if any(not -depth <= i < depth for i in indices):
-            raise ValueError(
-                f"indices={list(indices)} in a model of {depth} blocks; expected -{depth} to {depth - 1}"
-            )
-        take = sorted(i % depth for i in indices)
-        tokens, grid = self._tokens(x)
-        keep = self.draw_keep(x.shape[0], x.device)
-        found, P = [], self.num_prefix_tokens
-        for i in range(max(take) + 1 if stop_early and take else depth):
-            tokens, grid = self._block(i, tokens, grid, keep)
-            if i in take:
-                shown = self.norm(tokens) if norm else tokens
-                patches, prefix = shown[:, P:], shown[:, :P]
-                if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-                found.append((patches, prefix) if return_prefix_tokens and P else patches)
-        return found if intermediates_only else (self.norm(tokens), found)
-
-    def prune_intermediate_layers(
-        self, indices=1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drops the blocks behind the last one asked for; gives the indices kept. For feature extraction."""
-        depth = len(self.blocks)
-        take = (
-            list(range(depth - indices, depth)) if isinstance(indices, int) else [i % depth for i in indices]
-        )
-        self.blocks = self.blocks[: max(take) + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return take
+    # ----------------------------------------------------------------- heads
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
         return (self.head, self.head_dist) if self.config.distilled else self.head
@@ -303,18 +270,6 @@ class VisionTransformer(nn.Module):
                     self.norm.weight if isinstance(self.norm, nn.LayerNorm) else self.patch_embed.proj.weight
                 )
             setattr(self, name, head)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        return {"cls_token", "dist_token"} | {f"encoding.{own}" for own in self.encoding.public_names}
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        return {
-            "stem": r"^cls_token|^dist_token|^patch_embed|^encoding|^pos_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
 
 
 def _to_public_names(model: VisionTransformer, state: dict, prefix: str, _) -> None:
