@@ -1,0 +1,235 @@
+"""Every table of the paper at 1:8: the rows as configurations, and how a trained row is scored.
+
+The scale model sees ImageNet images at an eighth of their size (Tiny-ImageNet, 64 pixels) in tokens of 2 x 2
+pixels: sizes of 20, 28, 48, 56 and 64 pixels give the grids of 160, 224, 384, 448 and 512 at 16 pixels a token.
+Tests at larger sizes show real detail, never blur.
+
+A row is a name and a configuration; the same name in another table is the same run, and is trained once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from cpvt.config import (
+    AugmentConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    parse_encoding,
+    replace,
+)
+from cpvt.data.loader import open_batches
+from cpvt.lab.probes import control_images, equivariance_error, patch_tokens, position_probe
+from cpvt.lab.results import fingerprint
+from cpvt.model.vit import VisionTransformer
+from cpvt.training.evaluate import accuracy
+from cpvt.training.loop import Run
+
+PIXELS = 2  # a token, each way
+SIZES = (20, 28, 48, 56, 64)  # of test images, in pixels; the second is trained
+SEEDS = {"claim": (0, 1, 2, 3, 4), "core": (0, 1, 2), "extended": (0,)}
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One line of a table.
+
+    rank     "claim": behind a claim written down beforehand, five seeds; "core": three; "extended": one
+    changes  of the scale model's configuration, by section: {"model": {...}, "augment": {...}}
+    """
+
+    table: str
+    name: str
+    encoding: str
+    rank: str = "core"
+    changes: dict[str, dict] = field(default_factory=dict)
+
+    def config(self, seed: int = 0) -> TrainConfig:
+        return changed(scale_model(self.encoding, seed), self.changes)
+
+
+def scale_model(encoding: str, seed: int = 0) -> TrainConfig:
+    """The 1:8 model that all rows share: six blocks of width 192, 14 x 14 tokens, 60 epochs.
+
+    A recipe to begin with: its rate, length and augmentation are to be tuned on a held-out tenth of the training
+    images, with the same grid for every encoding, before any row is recorded.
+    """
+    return TrainConfig(
+        model=ModelConfig(
+            image_size=(28, 28),
+            patch_size=PIXELS,
+            width=192,
+            depth=6,
+            heads=3,
+            encoding=encoding,
+            drop_path=0.1,
+        ),
+        data=DataConfig(name="tiny-imagenet", image_size=28, stored_size=64, test_crop=1.0),
+        augment=AugmentConfig(crop=True, crop_scale=(0.25, 1.0), flip=0.5),
+        optim=OptimConfig(
+            batch=1024, epochs=60, rate=1.5e-3, warmup_epochs=5, final_rate=1e-5, smoothing=0.1, clip=1.0
+        ),
+        run=RunConfig(seed=seed, precision="bf16", compile=True, log_every=100),
+    )
+
+
+def changed(config: TrainConfig, changes: dict[str, dict]) -> TrainConfig:
+    """The configuration with fields of its sections changed; names and types are checked."""
+    sections = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
+    return replace(config, **sections)
+
+
+# --------------------------------------------------------------------------- the rows
+
+FIVE = "peg(positions=(0, 1, 2, 3, 4))"
+ENCODINGS = {
+    "none": ("none", "claim"),
+    "learned": ("learned", "claim"),
+    "sine": ("sine", "core"),
+    "relative": ("relative", "claim"),
+    "relative, keys and values": ("relative(on='keys_values')", "extended"),
+    "relative, bias": ("relative(on='bias')", "extended"),
+    "relative, wrapped": ("relative(wrap=True)", "claim"),
+    "one PEG": ("peg", "claim"),
+    "five PEGs": (FIVE, "claim"),
+    "four PEGs at one place": ("peg(repeat=4)", "core"),
+    "learned + one PEG": ("learned + peg", "core"),
+    "relative + one PEG": ("relative + peg", "extended"),
+    "rotary": ("rotary", "core"),
+}
+STEM, GAP = {"model": {"stem": "conv"}}, {"model": {"readout": "gap"}}
+BARE = {"model": {"bare_blocks": 1}}
+NO_JITTER = {"augment": {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}}
+LOG = {"model": {"log_attention": True}}
+
+
+def rows() -> Iterator[TableRow]:
+    """All rows, table by table. A name stands for one configuration, whatever table it is in."""
+    for name, (encoding, rank) in ENCODINGS.items():
+        yield TableRow("encodings", name, encoding, rank)
+    for name, (encoding, _) in ENCODINGS.items():
+        yield TableRow("encodings", f"{name}, with stem", encoding, "extended", STEM)
+
+    yield TableRow("placement", "one PEG", "peg", "claim")
+    for place in (-1, 3, 4):
+        yield TableRow("placement", f"one PEG at {place}", f"peg(positions=({place},))", "core")
+    at_once = "peg(positions=(-1,), kernel=27, compute='matrix')"
+    yield TableRow("placement", "kernel 27 at -1", at_once, "claim")
+    yield TableRow("placement", "thirteen PEGs at -1", "peg(positions=(-1,), repeat=13)", "core")
+    for name, encoding in (("none", "none"), ("one PEG at -1", "peg(positions=(-1,))"), ("one PEG", "peg")):
+        yield TableRow("placement", f"{name}, block 0 without attention", encoding, "core", BARE)
+    for count in (2, 3):
+        places = tuple(range(count))
+        yield TableRow("placement", f"{count} PEGs", f"peg(positions={places})", "core")
+    yield TableRow("placement", "five PEGs", FIVE, "claim")
+    yield TableRow("placement", "one PEG shared by five places", FIVE[:-1] + ", shared=True)", "extended")
+
+    for name in ("none", "one PEG"):
+        yield TableRow("parameters", name, *ENCODINGS[name])
+    yield TableRow("parameters", "queries and keys only", "peg(on='queries_keys')", "core")
+    yield TableRow("parameters", "random and frozen", "peg(frozen=True)", "claim")
+    dense = "peg(positions=(0, 1, 2, 3, 4, 5), kernel=1, convolution='dense')"
+    yield TableRow("parameters", "dense 1x1 in every block", dense, "claim")
+    yield TableRow("parameters", "separable", "peg(convolution='separable')", "core")
+    yield TableRow("parameters", "border without mixing", "peg(on='constant')", "claim")
+
+    for padding in ("circular", "replicate", "reflect"):
+        yield TableRow("padding", f"{padding} padding", f"peg(padding={padding!r})", "claim")
+    yield TableRow("padding", "no padding", "peg(padding='none', skip=False)", "core")
+    for name in ("none", "one PEG"):
+        yield TableRow("padding", name, *ENCODINGS[name])
+
+    for name in ("none", "learned", "sine", "relative", "rotary", "one PEG", "five PEGs"):
+        yield TableRow("resolution", name, *ENCODINGS[name])
+    for name in ("none", "learned", "one PEG", "five PEGs"):
+        encoding, _ = ENCODINGS[name]
+        yield TableRow("resolution", f"{name}, without scale jitter", encoding, "core", NO_JITTER)
+        yield TableRow("resolution", f"{name}, log-N attention", encoding, "extended", LOG)
+
+    for name in ("none", "learned", "one PEG", "five PEGs"):
+        encoding, rank = ENCODINGS[name]
+        yield TableRow("readout", name, encoding, rank)
+        yield TableRow("readout", f"{name}, GAP", encoding, "claim" if name == "five PEGs" else "core", GAP)
+
+    for name in ("none", "learned", "one PEG"):
+        encoding, _ = ENCODINGS[name]
+        for epochs in (15, 30, 120):
+            length = {"optim": {"epochs": epochs}}
+            yield TableRow("length", f"{name}, {epochs} epochs", encoding, "extended", length)
+        for share in (10, 30):
+            # So many images of Tiny-ImageNet's 100,000; as many steps as the whole set gives.
+            part = {"data": {"limit": 1000 * share}, "optim": {"epochs": 60 * 100 // share}}
+            yield TableRow("length", f"{name}, {share} % of the images", encoding, "extended", part)
+
+
+TABLES = tuple(dict.fromkeys(row.table for row in rows()))
+
+
+# --------------------------------------------------------------------------- scoring
+
+
+def score_scale(run: Run, images: int = 256) -> tuple[dict[str, float], str, str]:
+    """-> metrics, the name of the data, and the SHA-256 of the held-out images.
+
+    top1@10 ... top1@32          at the five sizes, by tokens a side, whole images; a table follows as its
+                                 configuration says, and `/raw`, `/resample`, `/rescale` as it could
+    position_r2/images ...       how well a linear probe reads a token's row and column off the last block, on
+                                 images, and on images that say nothing of place (see `probes.control_images`)
+    shift_error/circular ...     how much the tokens' map differs from the shifted map when the image moves by two
+                                 tokens, interior, relative to its size
+    """
+    config, device = run.config, str(next(run.model.parameters()).device)
+    metrics: dict[str, float] = {}
+    for size in SIZES:
+        for suffix, model in _variants(run.model, size):
+            batches = open_batches(replace(config.data, image_size=size), 1, config.run.seed, device)
+            metrics[f"top1@{size // PIXELS}{suffix}"] = accuracy(model, batches.test())["top1"]
+    held_out = open_batches(config.data, 1, config.run.seed, device)
+    sample = torch.cat([part for part, _ in islice(held_out.test(), -(-images // 256))])[:images]
+    metrics |= _place(run.model, sample)
+    return (
+        metrics,
+        config.data.name,
+        fingerprint(held_out.held_out.images.cpu(), held_out.held_out.labels.cpu()),
+    )
+
+
+def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, VisionTransformer]]:
+    """The model, and the same weights with every other rule for a fixed table at another grid."""
+    yield "", model
+    text = model.config.encoding
+    if size == model.config.image_size[0] or text not in ("sine", "rotary"):
+        return
+    (part,) = parse_encoding(text)
+    (rules,) = (f for f in fields(part) if f.name == "resize")
+    for rule in ("raw", "resample", "rescale"):
+        if rule in rules.type and rule != part.resize:
+            other = VisionTransformer(replace(model.config, encoding=f"{text}(resize={rule!r})"))
+            other.load_state_dict(model.state_dict())
+            yield f"/{rule}", other.to(next(model.parameters()).device).eval()
+
+
+@torch.no_grad()
+def _place(model: VisionTransformer, images: Tensor) -> dict[str, float]:
+    grid, metrics = model.config.grid, {}
+    for name, pictures in control_images(images, PIXELS).items():
+        probe = position_probe(patch_tokens(model, pictures.to(images.device)), grid)
+        metrics[f"position_r2/{name}"] = (probe.row + probe.column) / 2
+        metrics[f"position_r2/{name}/interior"] = (probe.row_interior + probe.column_interior) / 2
+
+    def maps(pictures: Tensor) -> Tensor:
+        return patch_tokens(model, pictures).transpose(1, 2).unflatten(2, (-1, grid[1]))
+
+    for kind in ("circular", "zero"):
+        error = equivariance_error(maps, images[:64], (0, 2), kind, border=3, stride=PIXELS)
+        metrics[f"shift_error/{kind}"] = error.interior
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

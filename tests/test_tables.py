@@ -1,0 +1,111 @@
+"""Every row of every table is a configuration that trains; the same name is the same run."""
+
+import dataclasses
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from cpvt.config import TrainConfig, replace
+from cpvt.data.loader import open_batches
+from cpvt.lab.tables import PIXELS, SEEDS, SIZES, TABLES, changed, rows, scale_model, score_scale
+from cpvt.model.vit import VisionTransformer
+from cpvt.training.loop import train
+
+ROWS = {row.name: row for row in rows()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Tiny-ImageNet in miniature: two classes, eight and four images of 64 pixels."""
+    root = tmp_path_factory.mktemp("images")
+    rng = numpy.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for label in range(2):
+            folder = root / "tiny-imagenet-200" / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 255, (64, 64, 3)).astype("uint8")
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def short(config: TrainConfig, root) -> TrainConfig:
+    """Two steps on a CPU, at a sixth of the width; everything that makes the row stays."""
+    config = changed(
+        config,
+        {
+            "model": {"width": 32, "heads": 2},
+            "data": {"root": str(root)},
+            "optim": {"batch": 4, "epochs": 0, "steps": 2, "warmup_steps": 1, "warmup_epochs": 0},
+            "run": {"device": "cpu", "precision": "fp32", "compile": False},
+        },
+    )
+    return replace(config, data=replace(config.data, limit=min(config.data.limit, 8)))
+
+
+def test_a_name_is_one_configuration():
+    for row in rows():
+        assert row.config() == ROWS[row.name].config(), row.name
+        assert row.rank in SEEDS
+    assert len({row.config() for row in ROWS.values()}) == len(ROWS)
+    assert len({(row.table, row.name) for row in rows()}) == len(list(rows()))
+    for row in rows():  # a row that a claim rests on is not measured less often for another table
+        assert ROWS[row.name].rank == row.rank, row.name
+
+
+def test_the_grids_are_those_of_the_paper():
+    assert [size // PIXELS for size in SIZES] == [160 // 16, 224 // 16, 384 // 16, 448 // 16, 512 // 16]
+    assert scale_model("peg").model.grid == (14, 14)
+    assert set(TABLES) == {
+        "encodings",
+        "placement",
+        "parameters",
+        "padding",
+        "resolution",
+        "readout",
+        "length",
+    }
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_trains(name, root):
+    run = train(short(ROWS[name].config(), root))
+    assert run.steps == 2 and numpy.isfinite(run.history[-1]["loss"]) and run.metrics["images"] == 8
+
+
+def test_parts_of_the_images_keep_the_number_of_steps():
+    whole = ROWS["learned"].config()
+    for share in (10, 30):
+        part = ROWS[f"learned, {share} % of the images"].config()
+        assert part.data.limit * part.optim.epochs == pytest.approx(100_000 * whole.optim.epochs, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["sine", "rotary", "five PEGs", "learned"])
+def test_scores_of_a_row(name, root):
+    run = train(short(ROWS[name].config(), root))
+    metrics, dataset, digest = score_scale(run, images=8)
+    assert dataset == "tiny-imagenet" and len(digest) == 64
+    sizes = {f"top1@{tokens}" for tokens in (10, 14, 24, 28, 32)}
+    assert sizes <= metrics.keys() and metrics["top1@14"] == run.metrics["top1"]
+    others = {key.partition("/")[2] for key in metrics if key.startswith("top1@") and "/" in key}
+    assert others == {"sine": {"resample", "rescale"}, "rotary": {"rescale"}}.get(name, set())
+    assert {"position_r2/images", "position_r2/noise/interior", "shift_error/circular"} <= metrics.keys()
+    assert all(value <= 1 + 1e-9 for key, value in metrics.items() if key.startswith("position_r2"))
+
+
+def test_larger_tests_show_detail_and_not_blur(root):
+    """A picture of 64 pixels is shown whole at 64: the very pixels that lie on the disk."""
+    config = short(ROWS["none"].config(), root)
+    batches = open_batches(replace(config.data, image_size=64), 1, 0)
+    images, _ = next(iter(batches.test()))
+    from cpvt.data.loader import normalise
+
+    assert torch.equal(images, normalise(batches.held_out.images.float() / 255))
+
+
+def test_rows_are_plain_data():
+    for row in ROWS.values():
+        assert dataclasses.asdict(row)["changes"] == row.changes
+        VisionTransformer(replace(row.config().model, width=24, heads=3))
