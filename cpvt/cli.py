@@ -169,27 +169,35 @@ class Pack:
 class Experiments:
     """Measure what is missing of an experiment, a row at a time."""
 
-    name: Annotated[str, tyro.conf.Positional] = "diagnostics"
+    name: Annotated[str, tyro.conf.Positional] = ""  # diagnostics (default), pipelines, tables
+    scale: Literal["", "tiny-imagenet"] = ""  # tiny-imagenet: the paper's tables at 1:8, as the name tables
+    root: str = ""  # tables: folder that holds Tiny-ImageNet (default: data/images)
     out: Path = field(default_factory=lambda: Path("data/results"))  # folder of NAME.jsonl
     budget_minutes: float = 0.0  # start no row after this; 0: run all
     list: bool = False  # only say what the experiment consists of
 
     def __call__(self) -> None:
+        name = self.name or ("tables" if self.scale else "diagnostics")
+        if self.scale and name != "tables":
+            raise ConfigError(
+                f"--scale {self.scale} is for the experiment 'tables', not {name!r}: leave one out"
+            )
+        options = {"root": self.root} if name == "tables" else {}
         if self.list:
-            if self.name not in EXPERIMENTS:
-                raise ConfigError(f"no experiment {self.name!r}; {nearest(self.name, EXPERIMENTS)}")
-            for planned in EXPERIMENTS[self.name]():
+            if name not in EXPERIMENTS:
+                raise ConfigError(f"no experiment {name!r}; {nearest(name, EXPERIMENTS)}")
+            for planned in EXPERIMENTS[name](**options):
                 print(planned.row, f"seed {planned.config.run.seed}", to_json(planned.config), sep="\t")
             return
         left = run_missing(
-            self.name,
+            name,
             self.out,
             self.budget_minutes,
             report=lambda row, left: print(
                 f"{row.row}, seed {row.seed}: {row.seconds} s, {left} to go", flush=True
             ),
         )
-        print(f"{self.out / self.name}.jsonl: {left} rows missing" if left else "nothing is missing")
+        print(f"{self.out / name}.jsonl: {left} rows missing" if left else "nothing is missing")
 
 
 COMMANDS: dict[str, Callable | type] = {

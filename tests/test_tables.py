@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from cpvt.config import TrainConfig, replace
-from cpvt.data.loader import open_batches
+from cpvt.data.loader import normalise, open_batches
+from cpvt.lab.experiments import EXPERIMENTS, run_missing, tables
+from cpvt.lab.results import read_rows
 from cpvt.lab.tables import PIXELS, SEEDS, SIZES, TABLES, changed, rows, scale_model, score_scale
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.loop import train
@@ -100,8 +102,6 @@ def test_larger_tests_show_detail_and_not_blur(root):
     config = short(ROWS["none"].config(), root)
     batches = open_batches(replace(config.data, image_size=64), 1, 0)
     images, _ = next(iter(batches.test()))
-    from cpvt.data.loader import normalise
-
     assert torch.equal(images, normalise(batches.held_out.images.float() / 255))
 
 
@@ -109,3 +109,22 @@ def test_rows_are_plain_data():
     for row in ROWS.values():
         assert dataclasses.asdict(row)["changes"] == row.changes
         VisionTransformer(replace(row.config().model, width=24, heads=3))
+
+
+def test_the_rows_behind_claims_come_first_and_each_run_once():
+    planned = list(tables())
+    assert len({(p.row, p.config.run.seed) for p in planned}) == len(planned)
+    ranks = [ROWS[p.row].rank for p in planned]
+    assert ranks == sorted(ranks, key=list(SEEDS).index)
+    claims = [p.config.run.seed for p in planned if ROWS[p.row].rank == "claim"]
+    assert claims == sorted(claims) and set(claims) == set(range(5))
+
+
+def test_rows_are_measured_in_order_and_resumed(root, tmp_path, monkeypatch):
+    few = [dataclasses.replace(p, config=short(p.config, root)) for p in list(tables())[:2]]
+    monkeypatch.setitem(EXPERIMENTS, "tables", lambda root: iter(few))
+    assert run_missing("tables", tmp_path, budget_minutes=1e-9, root="") >= 1
+    assert run_missing("tables", tmp_path, root="") == 0
+    found = read_rows("tables", tmp_path)
+    assert [row.row for row in found] == [p.row for p in few] and found[0].device == "cpu"
+    assert found[0].config["model"]["width"] == 32 and "top1@32" in found[0].metrics

@@ -2,7 +2,8 @@
 
 `diagnostics`: every encoding on the synthetic *where*, *arrangement* and *what*, with class token and with
 pooling, three seeds, minutes on a CPU core a row at most. `pipelines`: one configuration trained on real images
-through this package's data pipeline and through timm's, three seeds each, minutes a row on a core.
+through this package's data pipeline and through timm's, three seeds each, minutes a row on a core. `tables`:
+every row of the paper's tables on the 1:8 scale model, minutes a row on a GPU.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from cpvt.data.diagnostics import draw
 from cpvt.data.loader import normalise, open_batches
 from cpvt.lab.reference import Selected, TimmBatches, selected
 from cpvt.lab.results import Row, append_row, commit, fingerprint, read_rows
+from cpvt.lab.tables import SEEDS as TABLE_SEEDS
+from cpvt.lab.tables import rows, score_scale
 from cpvt.training.evaluate import correct
 from cpvt.training.loop import Run, train
 
@@ -233,7 +236,28 @@ def score_pipeline(run: Run) -> tuple[dict[str, float], str, str]:
 
 # --------------------------------------------------------------------------- measuring
 
-EXPERIMENTS: dict[str, Callable[[], Iterator[Planned]]] = {"diagnostics": diagnostics, "pipelines": pipelines}
+
+def tables(root: str = "") -> Iterator[Planned]:
+    """Every row of every table at 1:8 (see `tables.py`), the rows behind claims first, seed by seed.
+
+    `root`: the folder that holds Tiny-ImageNet; its usual place where empty.
+    """
+    unique = {row.name: row for row in rows()}
+    for rank, seeds in TABLE_SEEDS.items():
+        for seed in seeds:
+            for name, row in unique.items():
+                if row.rank == rank:
+                    config = row.config(seed)
+                    data = replace(config.data, root=root or config.data.root)
+                    config = replace(config, data=data)
+                    yield Planned("tables", name, "minutes", config, score=score_scale)
+
+
+EXPERIMENTS: dict[str, Callable[..., Iterator[Planned]]] = {
+    "diagnostics": diagnostics,
+    "pipelines": pipelines,
+    "tables": tables,
+}
 
 
 def measure(planned: Planned) -> Row:
@@ -257,19 +281,29 @@ def measure(planned: Planned) -> Row:
         },
         weights="raw",
         seconds=round(time.perf_counter() - started, 1),
-        device="cpu",
+        device=_device_name(run),
         torch=torch.__version__,
         cpvt_commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
+def _device_name(run: Run) -> str:
+    device = next(run.model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def run_missing(
-    name: str, out: str | Path, budget_minutes: float = 0.0, report: Callable[[Row, int], None] | None = None
+    name: str,
+    out: str | Path,
+    budget_minutes: float = 0.0,
+    report: Callable[[Row, int], None] | None = None,
+    **options,
 ) -> int:
     """Measures the rows of experiment `name` that `out`/NAME.jsonl lacks, until the budget is spent (0: all).
 
-    Every row is on disk before the next one starts. -> how many rows are still missing.
+    Every row is on disk before the next one starts. `options` go to the experiment: `root` for "tables".
+    -> how many rows are still missing.
     """
     if name not in EXPERIMENTS:
         raise ConfigError(f"no experiment {name!r}; {nearest(name, EXPERIMENTS)}")
@@ -277,7 +311,7 @@ def run_missing(
     done = {row.key for row in read_rows(name, out)} if path.exists() else set()
     missing = [
         plan
-        for plan in EXPERIMENTS[name]()
+        for plan in EXPERIMENTS[name](**options)
         if (plan.experiment, plan.row, plan.scale, plan.config.run.seed) not in done
     ]
     started = time.monotonic()
