@@ -247,23 +247,28 @@ class Benchmark:
         chosen = {name: part for name, part in PARTS.items() if name in self.only or not self.only}
         size = GPU if device == "cuda" else CPU
         bench = Bench(size, device, Budget(self.budget_minutes), self.out, origin=Path(self.data).name)
-        with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder:
-            if chosen.keys() & {"pipeline", "parts"}:
-                length, classes = LENGTH * size.batch, bench.model("none").num_classes
-                drawn = size.images, size.jpeg, size.short_side
-                workers = bench.workers if bench.cuda else 1
-                bench.sources = prepare(self.data, Path(folder), *drawn, length, classes, workers)
-            with each_compiled(), decoding(bench.cuda) as bench.decoder:
-                for name, (measure, until) in chosen.items():
-                    bench.budget.until = 1.0 if self.only else until
-                    if bench.budget.allows(size.least):
-                        print(f"{name} ...", flush=True)
-                        measure(bench)
-                    else:
-                        bench.skip(name)
-        print(
-            "\n".join(["", *table(bench.rows), "", f"{len(bench.rows)} rows in {self.out}/benchmark.jsonl"])
-        )
+        try:
+            with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder:
+                self._measure(bench, chosen, Path(folder))
+        finally:  # whatever went wrong, there may be rows already
+            lines = "\n".join(table(bench.rows))
+            print(f"\n{lines}\n\n{len(bench.rows)} rows in {self.out}/benchmark.jsonl")
+
+    def _measure(self, bench: Bench, chosen: dict, folder: Path) -> None:
+        size = bench.size
+        if chosen.keys() & {"pipeline", "parts"}:
+            length, classes = LENGTH * size.batch, bench.model("none").num_classes
+            workers = bench.workers if bench.cuda else 1
+            drawn = size.images, size.jpeg, size.short_side
+            bench.sources = prepare(self.data, folder, *drawn, length, classes, workers)
+        with each_compiled(), decoding(bench.cuda) as bench.decoder:
+            for name, (measure, until) in chosen.items():
+                bench.budget.until = 1.0 if self.only else until
+                if bench.budget.allows(size.least):
+                    print(f"{name} ...", flush=True)
+                    measure(bench)
+                else:
+                    bench.skip(name)
 
 
 COLUMNS = {"images_per_s": "images/s", "ratio": "to timm", "cost_percent": "cost %", "idle_percent": "idle %"}
@@ -272,14 +277,14 @@ COLUMNS |= {"share_percent": "share %", "gigabytes": "GB"}
 
 def table(rows: list[Row]) -> list[str]:
     """Lines: a row each, medians over rounds, and the extremes of the ratio."""
-    lines = [f"{'':46}" + "".join(f"{title:>10}" for title in COLUMNS.values()) + "   ratios"]
+    lines = [f"{'':52}" + "".join(f"{title:>10}" for title in COLUMNS.values()) + "   ratios"]
     for row in rows:
         values = row.metrics
         cells = [_cell(values.get(name)) for name in COLUMNS]
         extremes = f"   {values['ratio/min']:.3f} - {values['ratio/max']:.3f}" if "ratio" in values else ""
-        lines.append(f"{row.row:46}" + "".join(f"{cell:>10}" for cell in cells) + extremes)
+        lines.append(f"{row.row:52}" + "".join(f"{cell:>10}" for cell in cells) + extremes)
         if row.row.startswith(("parts", "memory")):
-            lines += [f"    {name:40}{value:12.5g}" for name, value in values.items()]
+            lines += [f"    {name:46}{value:12.5g}" for name, value in values.items()]
     return lines
 
 

@@ -151,8 +151,8 @@ class Bench:
             self.trained(*self.noise())
         return self.trained
 
-    def skip(self, what: str) -> None:
-        print(f"not measured: budget: {what}", flush=True)
+    def skip(self, what: str, reason: str = "budget") -> None:
+        print(f"not measured: {reason}: {what}", flush=True)
 
     def row(self, name: str, metrics: dict, config: dict, *data: Tensor, dataset: str = "noise") -> None:
         """Appends a row; one of an earlier benchmark is superseded."""
@@ -289,8 +289,13 @@ def race(bench: Bench, part: str, training: bool, names: Iterable[str], more: di
             continue
         config, before = bench.model(ENCODINGS.get(name, "learned")), bench.memory()
         model = VisionTransformer(config) if name in ENCODINGS else timm_model(config)
-        step = steps[label] = Step(bench, model, mode, training)
-        facts[label] = {"first_s": seconds_of(partial(step, images, targets), bench.device)}
+        step = Step(bench, model, mode, training)
+        try:
+            first = seconds_of(partial(step, images, targets), bench.device)
+        except RuntimeError as error:  # one way to compile that fails here must not cost the others
+            bench.skip(f"{part}: {label}", " ".join(str(error).split())[:200])
+            continue
+        steps[label], facts[label] = step, {"first_s": first}
         step(images, targets)
         if bench.cuda:
             facts[label]["gigabytes"] = (torch.cuda.max_memory_allocated() - before) / 1e9
