@@ -1,0 +1,91 @@
+"""Many views of one thing: a sheet of equal frames for the page, controls over the same drawing for the notebook.
+
+On the page a small script (book/_static/frames.js) turns a sheet into a slider that shows one frame at a time;
+where no script runs, the whole sheet is there. With a kernel, `explore` draws any frame anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ipywidgets
+import matplotlib as mpl
+from IPython.display import display
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from cpvt.views.styles import PALE, RC, WIDTH
+
+PAD = 0.1  # inches that a notebook leaves around a saved figure; frames.js takes them off again
+
+
+def sheet(
+    draw: Callable[[Axes, Any], None],
+    values: Sequence,
+    titles: Sequence[str],
+    columns: int = 4,
+    aspect: float = 1.0,
+) -> Figure:
+    """One frame for each value, `draw(axes, value)` in it, row by row; frames are equal in size.
+
+    Tag the cell `frames-RxC`, with the rows and columns of the sheet. `aspect`: height / width of a frame's
+    axes. Raises ValueError where the frames do not fill their rows, or a title is missing.
+    """
+    if len(values) != len(titles) or not values or len(values) % columns:
+        raise ValueError(
+            f"{len(values)} frames, {len(titles)} titles, {columns} columns: give a title a frame, and full rows"
+        )
+    rows = len(values) // columns
+    wide, title, margin = WIDTH / columns, 0.34, 0.12
+    high = (wide - 2 * margin) * aspect + title + margin
+    with mpl.rc_context(RC):
+        figure = plt.figure(figsize=(WIDTH, rows * high))
+        # The whole sheet counts as drawn on, or a notebook would cut off what is empty at its edges.
+        figure.add_artist(Rectangle((0, 0), 1, 1, fill=False, edgecolor=PALE, linewidth=0.5))
+        for i, (value, words) in enumerate(zip(values, titles, strict=True)):
+            row, column = divmod(i, columns)
+            axes = figure.add_axes(
+                (
+                    (column * wide + margin) / WIDTH,
+                    1 - ((row + 1) * high - margin) / (rows * high),
+                    (wide - 2 * margin) / WIDTH,
+                    (high - title - margin) / (rows * high),
+                )
+            )
+            draw(axes, value)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_title(words, fontsize=10)
+        figure.draw_without_rendering()
+        plt.close(figure)
+    return figure
+
+
+def explore(draw: Callable[..., Figure], **choices: Sequence | tuple[int, int]) -> ipywidgets.Widget:
+    """Controls over `draw(**values) -> Figure`: a pair of whole numbers is a slider between them, any other
+    sequence a list to choose from. For a notebook with a kernel; tag the cell `remove-output`.
+
+    >>> explore(lambda encoding, shift: picture(encoding, shift), encoding=["learned", "peg"], shift=(-3, 3))
+    """
+    controls = {name: _control(name, choice) for name, choice in choices.items()}
+    out = ipywidgets.Output()
+
+    def redraw(*_) -> None:
+        with out:
+            out.clear_output(wait=True)
+            display(draw(**{name: control.value for name, control in controls.items()}))
+
+    for control in controls.values():
+        control.observe(redraw, "value")
+    redraw()
+    return ipywidgets.VBox([*controls.values(), out])
+
+
+def _control(name: str, choice: Sequence | tuple[int, int]) -> ipywidgets.Widget:
+    words = name.replace("_", " ")
+    if isinstance(choice, tuple) and len(choice) == 2 and all(type(end) is int for end in choice):
+        return ipywidgets.IntSlider(min=choice[0], max=choice[1], value=choice[0], description=words)
+    return ipywidgets.Dropdown(options=list(choice), description=words)

@@ -1,0 +1,69 @@
+"""Sheets of frames and the controls over them."""
+
+import io
+import re
+from pathlib import Path
+
+import ipywidgets
+import numpy
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from cpvt.views import frames
+from cpvt.views.frames import explore, sheet
+
+SCRIPT = Path(__file__).parent.parent / "book" / "_static" / "frames.js"
+
+
+def shade(axes, value):
+    axes.imshow(numpy.full((4, 4), value), cmap="gray", vmin=0, vmax=1)
+
+
+def saved(figure) -> numpy.ndarray:
+    """The pixels as a notebook saves them: cut to what is drawn, with its margin."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100, bbox_inches="tight")
+    return numpy.asarray(Image.open(file).convert("L"))
+
+
+@pytest.mark.parametrize(("count", "columns"), [(4, 4), (6, 3), (8, 4), (2, 1)])
+def test_frames_are_where_the_script_cuts_them(count, columns):
+    """The script's arithmetic on the saved picture: in the middle of frame i stands the shade of value i."""
+    values = [(i + 1) / (count + 2) for i in range(count)]
+    pixels = saved(sheet(shade, values, [f"frame {i}" for i in range(count)], columns))
+    inch = pixels.shape[1] / (frames.WIDTH + 2 * frames.PAD)
+    pad, rows = frames.PAD * inch, count // columns
+    wide, high = (pixels.shape[1] - 2 * pad) / columns, (pixels.shape[0] - 2 * pad) / rows
+    for i, value in enumerate(values):
+        x, y = pad + (i % columns + 0.5) * wide, pad + (i // columns + 0.55) * high
+        assert abs(pixels[int(y), int(x)] - 255 * value) < 3
+        edge = pixels[int(pad + (i // columns) * high + 3), int(pad + (i % columns) * wide + 3)]
+        assert edge == 255  # the corner of a frame is empty
+
+
+def test_the_script_knows_the_sizes_of_the_sheet():
+    width, pad = re.search(r"WIDTH = ([\d.]+), PAD = ([\d.]+)", SCRIPT.read_text()).groups()
+    assert (float(width), float(pad)) == (frames.WIDTH, frames.PAD)
+
+
+def test_sheets_that_do_not_fill_their_rows_are_refused():
+    with pytest.raises(ValueError, match="3 frames, 3 titles, 2 columns"):
+        sheet(shade, [0, 1, 2], ["a", "b", "c"], 2)
+
+
+def test_controls_draw_what_they_say():
+    drawn = []
+
+    def draw(encoding, shift):
+        drawn.append((encoding, shift))
+        figure = plt.figure()
+        plt.close(figure)
+        return figure
+
+    box = explore(draw, encoding=["learned", "peg"], shift=(-3, 3))
+    choice, slider, _ = box.children
+    assert isinstance(choice, ipywidgets.Dropdown) and isinstance(slider, ipywidgets.IntSlider)
+    choice.value = "peg"
+    slider.value = 2
+    assert drawn == [("learned", -3), ("peg", -3), ("peg", 2)]
