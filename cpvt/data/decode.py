@@ -27,6 +27,7 @@ try:
 except (ImportError, OSError, RuntimeError):  # no build of it for this machine: Pillow decodes everything
     decode_jpeg = None
 
+GPU_DECODES = decode_jpeg is not None  # where there is a GPU
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: a quarter of a GB in RGB
 MAX_SIDE = 16_384  # of an image for the GPU
 GPU_SUBSAMPLING = ("4:0:0", "4:4:4", "4:2:2", "4:2:0", "4:4:0")
@@ -283,12 +284,10 @@ class Decoder:
     def __init__(self, device: str):
         self.device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0", as images will say
         self.cuda = self.device.type == "cuda"
-        if self.cuda and decode_jpeg is None:
-            raise DataError(
-                f"{device} was to decode, but torchcodec cannot be loaded: install it or use 'cpu'"
-            )
         self.stream = torch.cuda.Stream(self.device) if self.cuda else None
-        self.decode = partial(decode_jpeg, device=self.device) if self.cuda else _decode_all
+        # Without torchcodec nothing is handed on encoded (see `Reader`), and there is nothing to decode here.
+        by_gpu = self.cuda and decode_jpeg is not None
+        self.decode = partial(decode_jpeg, device=self.device) if by_gpu else _decode_all
 
     def __call__(self, fetched: Fetched, source: Source) -> Decoded:
         if not self.cuda:

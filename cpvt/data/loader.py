@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from cpvt.checked import ConfigError
 from cpvt.config import AugmentConfig, DataConfig
+from cpvt.data import decode
 from cpvt.data.augment import MEAN, STD, Recipe, normalise
 from cpvt.data.datasets import ImageDataset, load_tensors, open_dataset
 from cpvt.data.decode import Decoded, Decoder, Fault, Reader
@@ -230,7 +231,9 @@ class _Filed:
         if data.decode == "gpu" and "cuda" not in device:
             raise ConfigError(f"data.decode='gpu' with device {device!r}: use 'cpu' or 'auto'")
         self.source, self.device, self.classes = source, device, source.classes
-        self.on_gpu = "cuda" in device and data.decode != "cpu"
+        if data.decode == "gpu" and not decode.GPU_DECODES:
+            raise ConfigError("data.decode='gpu', but torchcodec cannot be loaded: install it, or use 'auto'")
+        self.on_gpu = "cuda" in device and data.decode != "cpu" and decode.GPU_DECODES
         self.workers = min(len(os.sched_getaffinity(0)), 16) if data.workers < 0 else data.workers
 
     def __len__(self) -> int:
