@@ -169,7 +169,7 @@ class Pack:
 class Experiments:
     """Measure what is missing of an experiment, a row at a time."""
 
-    name: Annotated[str, tyro.conf.Positional] = ""  # diagnostics (default), pipelines, tables
+    name: Annotated[str, tyro.conf.Positional] = ""  # diagnostics (default), paddings, pipelines, tables
     scale: Literal["", "tiny-imagenet"] = ""  # tiny-imagenet: the paper's tables at 1:8, as the name tables
     root: str = ""  # tables: folder that holds Tiny-ImageNet (default: data/images)
     out: Path = field(default_factory=lambda: Path("data/results"))  # folder of NAME.jsonl

@@ -19,7 +19,7 @@ from cpvt.config import (
     TrainConfig,
 )
 from cpvt.data.loader import open_batches
-from cpvt.lab.experiments import ENCODINGS, diagnostic, diagnostics, run_missing
+from cpvt.lab.experiments import ENCODINGS, PADDINGS, diagnostic, diagnostics, paddings, run_missing
 from cpvt.lab.results import read_rows
 from cpvt.model.vit import VisionTransformer
 from cpvt.training import checkpoint, loop
@@ -203,6 +203,16 @@ def test_the_diagnostics_matrix_is_whole():
     assert len({(p.row, p.config.run.seed) for p in planned}) == len(planned)
     for plan in planned[: 3 * len(ENCODINGS)]:  # every configuration builds
         VisionTransformer(plan.config.model)
+
+
+def test_every_padding_is_planned_and_differs_from_zero_padding_in_the_encoding_alone():
+    (zero,) = diagnostics(["where"], ["peg"], ["class"], [0])
+    for plan in (planned := list(paddings())):
+        VisionTransformer(plan.config.model)
+        model = dataclasses.replace(plan.config.model, encoding="peg")
+        same = dataclasses.replace(plan.config, model=model, run=zero.config.run)
+        assert same == zero.config and plan.experiment == "paddings"
+    assert len({(p.row, p.config.run.seed) for p in planned}) == len(planned) == 3 * len(PADDINGS)
 
 
 def test_experiments_run_what_is_missing_and_stop_at_their_budget(tmp_path, monkeypatch):
