@@ -62,8 +62,9 @@ def test_controls_draw_what_they_say():
         return figure
 
     box = explore(draw, encoding=["learned", "peg"], shift=(-3, 3))
-    choice, slider, _ = box.children
+    choice, slider, picture = box.children
     assert isinstance(choice, ipywidgets.Dropdown) and isinstance(slider, ipywidgets.IntSlider)
     choice.value = "peg"
     slider.value = 2
+    assert numpy.asarray(Image.open(io.BytesIO(picture.value))).size and "PNG" not in repr(box)
     assert drawn == [("learned", -3), ("peg", -3), ("peg", 2)]

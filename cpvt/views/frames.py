@@ -6,12 +6,12 @@ where no script runs, the whole sheet is there. With a kernel, `explore` draws a
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipywidgets
 import matplotlib as mpl
-from IPython.display import display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -71,17 +71,24 @@ def explore(draw: Callable[..., Figure], **choices: Sequence | tuple[int, int]) 
     >>> explore(lambda encoding, shift: picture(encoding, shift), encoding=["learned", "peg"], shift=(-3, 3))
     """
     controls = {name: _control(name, choice) for name, choice in choices.items()}
-    out = ipywidgets.Output()
+    picture = _Picture(format="png")
 
     def redraw(*_) -> None:
-        with out:
-            out.clear_output(wait=True)
-            display(draw(**{name: control.value for name, control in controls.items()}))
+        file, figure = io.BytesIO(), draw(**{name: control.value for name, control in controls.items()})
+        figure.savefig(file, format="png", bbox_inches="tight", pad_inches=PAD)
+        picture.value = file.getvalue()
 
     for control in controls.values():
         control.observe(redraw, "value")
     redraw()
-    return ipywidgets.VBox([*controls.values(), out])
+    return ipywidgets.VBox([*controls.values(), picture])
+
+
+class _Picture(ipywidgets.Image):
+    """An image as a widget: an output widget's would count as the cell's own where no front end collects it."""
+
+    def __repr__(self) -> str:  # else its bytes would stand in the notebook
+        return "Picture()"
 
 
 def _control(name: str, choice: Sequence | tuple[int, int]) -> ipywidgets.Widget:
