@@ -29,10 +29,11 @@ from cpvt.lab.results import ResultsError
 from cpvt.model.export import export_onnx
 from cpvt.model.zoo import create_model, load_weights
 from cpvt.training.checkpoint import load_model
+from cpvt.training.distributed import World
 from cpvt.training.evaluate import accuracy
 from cpvt.training.loop import train
 from cpvt.training.recipes import RECIPES
-from cpvt.training.setup import pick_device
+from cpvt.training.setup import PRECISIONS, pick_device
 
 INTERRUPTED = 75  # exit status of a run that was stopped and can go on: the sysexits' "try again"
 
@@ -90,7 +91,11 @@ def _about_training() -> str:
 
 
 def _print_entry(entry: dict) -> None:
-    tqdm.write("  ".join(f"{k} {v:.5g}" for k, v in entry.items()), file=sys.stdout)
+    words = (
+        f"{name} {value}" if type(value) is not float else f"{name} {value:.5g}"
+        for name, value in entry.items()
+    )
+    tqdm.write("  ".join(words), file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -110,17 +115,23 @@ class Evaluate:
         device = pick_device(self.device)
         model.to(device)
         own = config.data
-        data = replace(own, name=self.data or own.name, root=self.root)
+        data = replace(own, name=self.data or own.name, root=self.root, limit=0)
         for size in self.sizes or (None,):
             here = data if size is None else replace(data, image_size=size, grid=(size, size))
-            batches = open_batches(here, 1, config.run.seed, device)
+            batches = open_batches(here, 1, config.run.seed, device, train=False)
+            if batches.num_classes != model.num_classes:
+                raise ConfigError(
+                    f"{here.name} has {batches.num_classes} classes and the model {model.num_classes}: "
+                    "evaluate it on data with the classes that it was trained on"
+                )
             share = batches.upsampled(self.allow_upsampling)
-            scores = accuracy(model, batches.test())
+            scores = accuracy(model, batches.test(), World(device=device), PRECISIONS[config.run.precision])
             height, width = batches.image_size
             print(
                 f"{here.name} {height}x{width}  " + "  ".join(f"{n} {v:g}" for n, v in scores.items()), end=""
             )
-            print(f"  enlarged {100 * share:.1f} % of the images" if share else "")
+            print(f"  enlarged {100 * share:.1f} % of the images" if share else "", end="")
+            print(f"  {len(batches.unread)} unreadable images counted as wrong" if batches.unread else "")
 
 
 @dataclass(frozen=True)
@@ -234,6 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ) from None
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        raise _refused(
+            name, f"{error.filename or 'writing'}: {error.strerror}; see to the disk or give another path"
+        ) from None
 
 
 def _refused(name: str, reason: str) -> SystemExit:

@@ -1,6 +1,7 @@
 """The training side of the recipe: rates, groups, average, skips, losses, teachers, precision, plan."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,10 +15,14 @@ from timm.utils import ModelEmaV3
 
 from cpvt.config import ConfigError, DistillConfig, ModelConfig, OptimConfig, Quirks, TrainConfig
 from cpvt.data.datasets import DataError
+from cpvt.data.loader import Share, open_batches
+from cpvt.data.pack import pack
 from cpvt.model.vit import VisionTransformer
 from cpvt.training import objective
+from cpvt.training.checkpoint import load_model
 from cpvt.training.distributed import World
 from cpvt.training.loop import train
+from cpvt.training.monitor import Monitor
 from cpvt.training.objective import Objective, cross_entropy
 from cpvt.training.optim import Average, Skips, learning_rate, parameter_groups, rate_of, resolved
 from cpvt.training.plan import describe
@@ -277,8 +282,6 @@ def test_every_precision_trains(pictures, precision):
 
 def test_memory_and_files_hold_the_same_images(pictures):
     """Lossless pictures of the stored size: then both ways must give the same batches."""
-    from cpvt.data.loader import open_batches
-
     config = small_run(pictures)
     root = pictures.parent / "squares"
     for path in pictures.glob("*/*/*.jpg"):
@@ -357,6 +360,66 @@ def test_bad_images_are_named_counted_and_never_fatal(pictures, tmp_path):
         )
 
 
+def test_held_out_images_that_cannot_be_read_count_as_wrong(tmp_path):
+    root = draw_pictures(tmp_path / "data")
+    config = small_run(root, str(tmp_path / "out"), steps=2)
+    fine = train(replace(config, run=replace(config.run, out="")))
+    for path in (root / "val").rglob("*.jpg"):
+        path.write_bytes(b"")
+    run = train(config)
+    assert run.metrics["images"] == fine.metrics["images"] == 21
+    assert run.metrics["top1"] == 0 < fine.metrics["top1"] and run.faults == 21
+    assert (tmp_path / "out" / "faults.jsonl").read_text().count("/val/") == 21
+
+
+def test_splits_with_other_classes_are_refused(tmp_path):
+    root = draw_pictures(tmp_path / "data", train=8, val=2)
+    packed = tmp_path / "packed"
+    for split in ("train", "val"):
+        source = tmp_path / split
+        shutil.copytree(root / split, source / split)
+        if split == "val":
+            (source / "val" / "n00000002").rename(source / "val" / "n00000009")
+        pack(source, packed, (split,), report=lambda text: None)
+    config = small_run(packed, steps=2)
+    with pytest.raises(DataError, match="3 classes to train on, 3 held out, or other ones"):
+        train(config)
+
+
+def test_an_average_begins_at_the_weights_to_start_from(pictures, tmp_path):
+    first = train(small_run(pictures, str(tmp_path / "first"), steps=2, store="memory"))
+    config = small_run(pictures, str(tmp_path / "second"), steps=1, store="memory", rate=0.0, final_rate=0.0)
+    config = replace(config, run=replace(config.run, init=str(tmp_path / "first" / "model.safetensors")))
+    train(config)
+    for name in ("model", "model_ema"):
+        saved, _ = load_model(tmp_path / "second" / f"{name}.safetensors")
+        for a, b in zip(saved.parameters(), first.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+def test_fewer_held_out_images_than_processes(pictures):
+    config = small_run(pictures)
+    for rank in range(30):
+        batches = open_batches(config.data, 8, 0, share=Share(rank, 30), train=False)
+        assert sum(len(labels) for _, labels in batches.test()) == (1 if rank < 21 else 0)
+
+
+def test_a_full_disk_costs_the_log_and_not_the_run(pictures, tmp_path, monkeypatch, capsys):
+    whole = train(small_run(pictures))
+
+    def full(self, name, entry, own=Monitor._append):
+        monkeypatch.setattr("builtins.open", no_room)
+        own(self, name, entry)
+        monkeypatch.undo()
+
+    def no_room(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Monitor, "_append", full)
+    run = train(small_run(pictures, str(tmp_path)))
+    assert run.metrics == whole.metrics and capsys.readouterr().err.count("the run goes on") >= 1
+
+
 def test_tensorboard_gets_the_log(pictures, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -371,6 +434,6 @@ def test_tensorboard_gets_the_log(pictures, tmp_path):
 def test_the_recipes_are_what_the_facts_say():
     deit = RECIPES["deit"]("cpvt_tiny_5peg")
     assert deit.model.encoding == "peg(positions=(0, 1, 2, 3, 4))" and deit.model.drop_path == 0.1
-    assert RECIPES["deit-distilled"]("deit_tiny_distilled").distill.teacher == "regnety_160"
+    assert RECIPES["deit-distilled"]("deit_tiny_distilled").distill.teacher == "regnety_160.deit_in1k"
     for name, build in RECIPES.items():
         assert build.__doc__.strip() and isinstance(build("deit_small_distilled"), TrainConfig), name

@@ -16,6 +16,7 @@ import torch
 from pictures import draw_pictures, small_run
 
 from cpvt.config import ConfigError, replace
+from cpvt.data.loader import Images
 from cpvt.training import checkpoint
 from cpvt.training.checkpoint import Checkpoints
 from cpvt.training.loop import train
@@ -83,6 +84,84 @@ def test_a_signal_ends_the_step_saves_and_the_same_call_goes_on(pictures, whole,
     assert stops == [(5, signal.Signals(number).name), (9, signal.Signals(number).name)]  # the step in hand
     assert run.metrics == reference.metrics and run.history == reference.history
     assert_same(config.run.out, reference.config.run.out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_spares_the_reading_processes(pictures, whole, tmp_path, number):
+    """torchrun, SLURM and systemd signal every process; the readers must live until the main one has saved."""
+    config = small_run(pictures, str(tmp_path), save_every=100)
+    config = replace(config, data=replace(config.data, workers=2))
+    process = WORLD.Process(target=in_a_group, args=(config, number))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert Checkpoints(tmp_path / "checkpoints").latest()[0] == 5
+    assert train(config).metrics == whole.metrics
+    assert_same(tmp_path, whole.config.run.out)
+
+
+def in_a_group(config, number) -> None:
+    """Trains at the head of a process group of its own, which is signalled after the fourth step."""
+    torch.set_num_threads(1)
+    os.setpgrp()
+    run = train(config, report=lambda entry: entry["step"] == 4 and os.killpg(0, number))
+    assert run.interrupted == signal.Signals(number).name and run.steps == 5
+
+
+def test_a_signal_during_an_evaluation_cuts_it_short_and_it_is_made_again(pictures, tmp_path):
+    config = small_run(pictures, str(tmp_path / "cut"), evaluate_every=1)
+    reference = train(small_run(pictures, str(tmp_path / "whole"), evaluate_every=1))
+    struck = []
+
+    def strike(self, split="val"):
+        for batch in own(self, split):
+            if not struck:
+                struck.append(os.kill(os.getpid(), signal.SIGTERM))
+            yield batch
+
+    own, Images.test = Images.test, strike
+    try:
+        first = train(config)
+    finally:
+        Images.test = own
+    assert (first.steps, first.interrupted, first.metrics) == (9, "SIGTERM", {})
+    assert "top1" not in (tmp_path / "cut" / "log.jsonl").read_text()
+    second = train(config)
+    assert second.metrics == reference.metrics
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_run_that_stopped_early_is_over(pictures, tmp_path):
+    config = small_run(pictures, str(tmp_path), steps=60, stop_loss=100.0)
+    assert train(config).steps == 20
+    assert train(config).steps == 20
+
+
+def test_two_runs_in_one_folder_are_refused(pictures, tmp_path):
+    config = small_run(pictures, str(tmp_path))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.lock()
+    process = WORLD.Process(target=refused, args=(config,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def refused(config) -> None:
+    with pytest.raises(ConfigError, match="is being written by another run"):
+        train(config)
+
+
+def test_data_that_changed_is_another_run_and_data_that_moved_is_not(pictures, whole, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(pictures, moved)
+    out = tmp_path / "out"
+    shutil.copytree(whole.config.run.out, out)
+    config = small_run(moved, str(out), save_every=1)
+    assert train(config).metrics == whole.metrics
+    next((moved / "train").rglob("*.jpg")).unlink()
+    with pytest.raises(ConfigError, match="other training images there than here"):
+        train(config)
 
 
 def test_between_two_logged_steps_too(pictures, whole, tmp_path):
@@ -198,6 +277,14 @@ def test_a_spoiled_checkpoint_is_passed_over_and_named(pictures, whole, tmp_path
     assert steps == 11 and before.name.startswith("step-000000011")
     assert train(config).metrics == whole.metrics
     assert newest.name in (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_spoiled_checkpoint_does_not_push_out_what_is_saved_later(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(6, {"x": torch.tensor(6)}).write_bytes(b"spoiled")
+    assert checkpoints.latest() is None
+    path = checkpoints.save(5, {"x": torch.tensor(5)})
+    assert path.exists() and checkpoints.latest()[0] == 5
 
 
 def test_only_the_last_ones_are_kept(tmp_path):

@@ -6,33 +6,29 @@ Letters: B images of a micro-batch, S side of an image in pixels.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cpvt.checked import ConfigError
 from cpvt.config import AugmentConfig, DataConfig
-from cpvt.data import decode
 from cpvt.data.augment import MEAN, STD, Recipe, normalise
 from cpvt.data.datasets import ImageDataset, load_tensors, open_dataset
-from cpvt.data.decode import Decoded, Decoder, Fault, Reader
+from cpvt.data.decode import Fault
 from cpvt.data.diagnostics import CLASSES, DataError, draw
+from cpvt.data.reading import Filed, Held, refuse_ruins
 from cpvt.data.resize import centre_box, crop_resize
 from cpvt.data.shards import check_resolution
 from cpvt.data.stream import Share, Stream
 
 __all__ = ["MEAN", "STD", "Batch", "Diagnostics", "Images", "Share", "normalise", "open_batches"]
 
-CHUNK = 128  # images that one reading process handles at a time
 AHEAD = 3  # micro-batches that are ready before the model asks for them
 
 
@@ -63,6 +59,7 @@ class _Batches:
 
     def __init__(self, data: DataConfig, seed: int, device: str, share: Share):
         self.data, self.seed, self.device, self.share = data, seed, device, share
+        self.unread: dict[str, Fault] = {}  # held-out images that could not be used
 
     @property
     def parts(self) -> int:
@@ -126,7 +123,7 @@ class Diagnostics(_Batches):
             step += 1
 
     def test(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
-        for index in torch.arange(self.share.rank, self.data.test_size, self.share.world).split(256):
+        for index in _every(self.share, self.data.test_size):
             sample = self.draw(index, split)
             yield normalise(sample.images), sample.labels
 
@@ -144,15 +141,22 @@ class Images(_Batches):
         augment: AugmentConfig = AugmentConfig(),
         smoothing: float = 0.0,
         fixed_order: bool = False,
+        train: bool = True,
     ):
+        """`train`: whether there is anything to train on; without it only `test` gives batches."""
         super().__init__(data, seed, device, share)
-        sets = (self._open(split) for split in ("train", "val"))
-        if data.store == "memory":
-            self.train, self.held_out = (_Held(load_tensors(part, self._side), device) for part in sets)
-        else:
-            self.train, self.held_out = (_Filed(part, data, device) for part in sets)
-        self.num_classes, self.fingerprint = len(self.train.classes), self.train.fingerprint
+        self.held_out = self._source("val")
+        self.num_classes = len(self.held_out.classes)
         self.image_size = data.image_size, data.image_size
+        if not train:
+            return
+        self.train = self._source("train")
+        if self.train.classes != self.held_out.classes:
+            raise DataError(
+                f"{data.name}: {len(self.train.classes)} classes to train on, {len(self.held_out.classes)} "
+                "held out, or other ones: labels would mean different things; give both splits the same classes"
+            )
+        self.fingerprint = self.train.fingerprint
         self.recipe = Recipe(augment, data.image_size, self.num_classes, smoothing, seed)
         group = augment.mix_group if augment.mixup or augment.cutmix else 1
         order = 0 if fixed_order and augment.repeats > 1 else seed
@@ -162,6 +166,12 @@ class Images(_Batches):
     @property
     def _side(self) -> int:
         return self.data.stored_size or self.data.image_size
+
+    def _source(self, split: str) -> Held | Filed:
+        dataset = self._open(split)
+        if self.data.store == "memory":
+            return Held(load_tensors(dataset, self._side), self.device)
+        return Filed(dataset, self.data, self.device)
 
     def _open(self, split: str) -> ImageDataset:
         dataset, limit = open_dataset(self.data.name, split, root=self.data.root), self.data.limit
@@ -177,12 +187,14 @@ class Images(_Batches):
                 waiting.append(place)
                 yield self.stream.indices(*place[:2])
 
-        decoded = self.train.read(indices())  # starts the reading processes, before any thread runs
+        # All reading processes start here, before a thread runs: what a thread holds is lost to a fork.
+        self.held_out.start()
+        decoded = self.train.read(indices())
 
         def finished() -> Iterator[Batch]:
             for images in decoded:
                 epoch, positions, groups = waiting.popleft()
-                _refuse_ruins(images.faults, len(positions))
+                refuse_ruins(images.faults, len(positions))
                 pixels, targets = self.recipe(images.images, images.labels, epoch, positions, groups)
                 yield Batch(pixels, targets, epoch, positions, images.faults, images.refused)
 
@@ -195,113 +207,24 @@ class Images(_Batches):
 
     def test(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
         size = self.data.image_size
-        index = torch.arange(self.share.rank, len(self.held_out), self.share.world)
-        for found in self.held_out.read(iter(index.split(256))):
-            images, same = found.images, isinstance(found.images, Tensor)
+        lists = _every(self.share, len(self.held_out))
+        for index, found in zip(lists, self.held_out.read(lists), strict=True):
+            images, same, labels = found.images, isinstance(found.images, Tensor), found.labels
+            # What cannot be read counts as wrong, whatever stands in for it: no guess is -1.
+            spoiled = {fault.index: fault for fault in found.faults}
+            self.unread |= {fault.key: fault for fault in spoiled.values()}
+            labels[[i for i, sample in enumerate(index.tolist()) if sample in spoiled]] = -1
             if not (same and images.shape[-2:] == (size, size) and self.data.test_crop == 1):
                 boxes = [centre_box(*image.shape[1:], size, self.data.test_crop) for image in images]
                 boxes = torch.tensor(boxes, dtype=torch.float64)
                 images = crop_resize(images, boxes, (size, size), bound="image")
-            yield normalise(images.float() / 255), found.labels
+            yield normalise(images.float() / 255), labels
 
 
-# --------------------------------------------------------------------------- where images come from
-
-
-class _Held:
-    """Images in memory, on the device."""
-
-    def __init__(self, tensors, device: str):
-        self.classes, self.fingerprint = tensors.classes, tensors.fingerprint
-        self.images, self.labels = tensors.images.to(device), tensors.labels.to(device)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, lists: Iterable[Tensor]) -> Iterator[Decoded]:
-        for index in lists:
-            index = index.to(self.images.device)
-            yield Decoded(self.images[index], self.labels[index], [])
-
-
-class _Filed:
-    """Images in files or shards: bytes are read by processes of their own and decoded on the device."""
-
-    def __init__(self, source, data: DataConfig, device: str):
-        if data.decode == "gpu" and "cuda" not in device:
-            raise ConfigError(f"data.decode='gpu' with device {device!r}: use 'cpu' or 'auto'")
-        self.source, self.device, self.classes = source, device, source.classes
-        if data.decode == "gpu" and not decode.GPU_DECODES:
-            raise ConfigError("data.decode='gpu', but torchcodec cannot be loaded: install it, or use 'auto'")
-        self.on_gpu = "cuda" in device and data.decode != "cpu" and decode.GPU_DECODES
-        self.workers = min(len(os.sched_getaffinity(0)), 16) if data.workers < 0 else data.workers
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of what the shards hold; of a folder, of its file names and labels."""
-        own = getattr(self.source, "fingerprint", None)
-        if own:
-            return own
-        digest = hashlib.sha256(repr(self.classes).encode())
-        for i, label in enumerate(self.source.labels):
-            digest.update(f"{self.source.key(i)}\t{int(label)}\n".encode())
-        return digest.hexdigest()
-
-    def read(self, lists: Iterable[Tensor]) -> Iterator[Decoded]:
-        pieces: deque[int] = deque()
-
-        def chunks() -> Iterator[list[int]]:
-            for index in lists:
-                split = index.split(CHUNK)
-                pieces.append(len(split))
-                yield from (part.tolist() for part in split)
-
-        options = {"prefetch_factor": 2, "multiprocessing_context": "fork"} if self.workers else {}
-        reader = Reader(self.source, self.on_gpu)
-        fetched = iter(
-            DataLoader(reader, batch_size=None, sampler=_Once(chunks()), num_workers=self.workers, **options)
-        )
-
-        def decoded() -> Iterator[Decoded]:
-            decoder = Decoder(self.device)
-            for first in fetched:
-                rest = islice(fetched, pieces.popleft() - 1)
-                yield _joined([decoder(part, self.source) for part in (first, *rest)], self.device)
-
-        return decoded()
-
-
-def _refuse_ruins(faults: list[Fault], count: int) -> None:
-    """A few unusable images are replaced and named; when most are, it is the disk."""
-    spoiled = {fault.index for fault in faults}
-    if len(spoiled) > max(count // 2, 8):
-        first = faults[0]
-        raise DataError(
-            f"{len(spoiled)} of {count} images of a micro-batch cannot be used (the first: {first.key}, "
-            f"{first.reason}): see to the disk, then give the same command again"
-        )
-
-
-class _Once:
-    """A sampler over an iterator: DataLoader asks for an iterable."""
-
-    def __init__(self, lists: Iterator):
-        self.lists = lists
-
-    def __iter__(self) -> Iterator:
-        return self.lists
-
-
-def _joined(parts: list[Decoded], device: str) -> Decoded:
-    return Decoded(
-        [image for part in parts for image in part.images],
-        torch.cat([part.labels for part in parts]).to(device),
-        [fault for part in parts for fault in part.faults],
-        sum(part.refused for part in parts),
-    )
+def _every(share: Share, count: int) -> tuple[Tensor, ...]:
+    """This process's part of `count` samples, in lists; none where there are fewer samples than processes."""
+    own = torch.arange(count)[share.rank :: share.world]
+    return own.split(256) if len(own) else ()
 
 
 def _ahead(batches: Iterator[Batch], device: str) -> Iterator[Batch]:

@@ -43,6 +43,12 @@ class Stream:
                 f"optim.batch={self.batch} with augment.mix_group={self.group}: "
                 "a step holds whole groups; choose a divisor"
             )
+        if self.group > 1 and self.batch // self.group < self.repeats:
+            raise ConfigError(
+                f"optim.batch={self.batch} with augment.mix_group={self.group} makes {self.batch // self.group} "
+                f"groups, fewer than augment.repeats={self.repeats}: an image would be mixed with its own copy; "
+                "choose smaller groups"
+            )
         if self.samples < self.batch:
             raise ConfigError(
                 f"{self.images} training images, {self.samples} samples an epoch, optim.batch={self.batch}: "

@@ -6,6 +6,7 @@ there before. A checkpoint carries the hash of its bytes in its name; one that d
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import os
@@ -104,20 +105,49 @@ class Checkpoints:
             left.unlink(missing_ok=True)
         with _aside(path) as aside:
             write(data, aside)
-        for old in self._found()[self.keep :]:
+        for old in [found for found in self._found() if found != path][self.keep - 1 :]:
             old.unlink(missing_ok=True)
         return path
 
     def latest(self, spoiled: Callable[[Path], None] | None = None) -> tuple[int, dict] | None:
-        """-> (steps taken, state) of the newest one whose bytes match its name; `spoiled` hears of the others."""
+        """-> (steps taken, state) of the newest one whose bytes match its name; None where there is none.
+
+        The others are renamed, out of the way of what is saved from now on; `spoiled` hears of them.
+        """
         for path in self._found():
-            step, digest = _NAME.fullmatch(path.name).groups()
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest()[:16] == digest:
-                return int(step), torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            if found := self.read(path.name):
+                return found
+            path.rename(path.with_name(f"spoiled-{path.name}"))
             if spoiled:
                 spoiled(path)
         return None
+
+    def read(self, name: str) -> tuple[int, dict] | None:
+        """-> (steps taken, state) of the checkpoint of that name; None where it is not there, or not whole."""
+        step, digest = _NAME.fullmatch(name).groups()
+        try:
+            data = (self.folder / name).read_bytes()
+        except OSError:
+            return None
+        if hashlib.sha256(data).hexdigest()[:16] != digest:
+            return None
+        return int(step), torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+    def name_of(self, steps: int) -> str:
+        """The file name of the newest checkpoint after so many steps."""
+        return next(path.name for path in self._found() if int(_NAME.fullmatch(path.name)[1]) == steps)
+
+    def lock(self) -> None:
+        """Keeps the run to one writer, for as long as this process lives. Raises ConfigError for a second one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"run.out={str(self.folder.parent)!r} is being written by another run: wait for it, or give "
+                "another folder"
+            ) from None
 
     def _found(self) -> list[Path]:
         """The newest first."""
@@ -126,10 +156,15 @@ class Checkpoints:
         return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def differences(own: TrainConfig, saved: TrainConfig) -> list[str]:
-    """The fields, as text, in which a saved run is another run than `own`: what changes no step may differ."""
+def differences(own: TrainConfig, saved: TrainConfig, drawn: str = "") -> list[str]:
+    """The fields, as text, in which a saved run is another run than `own`: what changes no step may differ.
+
+    `drawn`: the fingerprint of the data; "drawn" for diagnostics, which are known by their configuration.
+    """
     free = {"out", "log_every", "save_every", "keep", "evaluate_every", "tensorboard", "device", "compile"}
-    free |= {"workers", "decode", "root", "micro_batch", "skip_limit"}
+    free |= {"workers", "decode", "root", "micro_batch", "skip_limit", "init", "weights"}
+    if drawn != "drawn":
+        free |= {"name"}  # wherever the images lie: they are known by their fingerprint
     found = []
     for group in ("model", "data", "augment", "optim", "distill", "quirks", "run"):
         one, other = vars(getattr(own, group)), vars(getattr(saved, group))

@@ -6,18 +6,21 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from itertools import count
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from cpvt.checked import ConfigError
+from cpvt.data.diagnostics import DataError
 
+T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM announces the end of a job with SIGUSR1
 
 
@@ -49,13 +52,25 @@ class World:
         dist.all_reduce(flag, dist.ReduceOp.MAX, self.control)
         return bool(flag)
 
-    def told(self, what):
+    def told(self, what: str) -> str:
         """What the chief says, in all processes."""
         if self.size == 1:
             return what
         told = [what]
         dist.broadcast_object_list(told, 0, self.control)
         return told[0]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """`work()`, by the chief before the others: they find what it downloads, and its refusal is theirs."""
+        done, refusal = None, ""
+        if self.chief:
+            try:
+                done = work()
+            except (ConfigError, DataError) as error:
+                refusal, raised = str(error), error
+        if refusal := self.told(refusal):
+            raise raised if self.chief else ConfigError(refusal)
+        return done if self.chief else work()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over the processes."""

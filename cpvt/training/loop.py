@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -21,7 +23,7 @@ from cpvt.training.evaluate import accuracy
 from cpvt.training.monitor import Monitor
 from cpvt.training.optim import rate_of
 from cpvt.training.plan import describe, time_step
-from cpvt.training.setup import Session, pick_device, set_up
+from cpvt.training.setup import PRECISIONS, Session, pick_device, set_up
 
 
 @dataclass
@@ -62,25 +64,42 @@ def train(
                 announce("\n".join(describe(session, seconds)))
         bar = bool(announce)
         with closing(Monitor(session.config, session.first, world.chief, report, bar)) as monitor:
+            world.any(False)  # the logs are in order before anybody adds to them
             for note in session.notes:
                 monitor.note(session.first, note)
-            return _run(session, monitor, interruption, started)
+            try:
+                return _run(session, monitor, interruption, started)
+            except Exception as error:
+                if (
+                    not world.chief
+                ):  # what the chief raises, the caller sees; of another, only this line tells
+                    print(f"process {world.rank}: {error}", file=sys.stderr)
+                raise
 
 
 def _run(session: Session, monitor: Monitor, interruption: Interruption, started: float) -> Run:
     config, world, batches, state = session.config, session.world, session.batches, session.state
     optim, run, epoch_steps = config.optim, config.run, batches.stream.steps
     model, forward, parts = state.model, session.forward, batches.parts
-    last = state.steps >= optim.steps
     result = Run(model, config, monitor.history, fingerprint=batches.fingerprint)
+    last = state.steps >= optim.steps or _good_enough(session)
+    stopped = world.any(bool(interruption.name))
 
     model.train()
     with closing(batches.micro_batches(state.steps)) as micro_batches:
-        while not last:
+        while not (last or stopped):
+            # The checkpoint of this step is written: a run that goes on from it begins with this evaluation.
+            if run.evaluate_every and state.steps and state.steps % (epoch_steps * run.evaluate_every) == 0:
+                scores = _evaluate(session, monitor, interruption)
+                if stopped := world.any(bool(interruption.name)):
+                    break
+                state.best = max(state.best, scores["top1"])
+                monitor.entry({"step": state.steps, **scores, "best": round(state.best, 3)})
+
             rate = rate_of(state.steps, optim, config.quirks, epoch_steps, session.first)
             loss = torch.zeros((), device=world.device, dtype=state.parameters[0].dtype)
             for i, batch in enumerate(islice(micro_batches, parts), start=1):
-                monitor.data(state.steps, batch)
+                monitor.data(state.steps, batch.faults, batch.refused)
                 with forward.no_sync() if world.size > 1 and i < parts else nullcontext():
                     loss += session.backward(batch, 1 / parts)
             norm = state.update(world.sum(loss) / world.size, rate)
@@ -90,27 +109,26 @@ def _run(session: Session, monitor: Monitor, interruption: Interruption, started
             stopped = world.any(bool(interruption.name))
             if state.steps % run.log_every == 0 or last:
                 _log(session, monitor, rate, norm)
-            epochs, rest = divmod(state.steps, epoch_steps)
-            if run.evaluate_every and not rest and epochs % run.evaluate_every == 0 and not last:
-                monitor.entry({"step": state.steps, **_evaluate(session), "best": round(state.best, 3)})
             if last or stopped or state.steps % (run.save_every or epoch_steps) == 0:
                 _save(session, monitor)
-            if stopped and not last:
-                result.interrupted = interruption.name or "a signal to another process"
-                break
 
     model.eval()
-    result.steps, result.faults = state.steps, int(world.sum(torch.tensor(len(monitor.faults))))
-    if not result.interrupted:
-        result.metrics = _evaluate(session)
-        result.seconds = time.perf_counter() - started
-        entry = {"step": state.steps, **result.metrics, "faults": result.faults}
-        monitor.entry({**entry, "seconds": round(result.seconds, 1)})
-        if run.out and world.chief:
-            save_model(Path(run.out) / "model.safetensors", model, config)
-            if state.average:
-                with state.average.in_place():
-                    save_model(Path(run.out) / "model_ema.safetensors", model, config)
+    result.steps = state.steps
+    if not stopped:
+        result.metrics = _evaluate(session, monitor, interruption)
+        stopped = world.any(bool(interruption.name))
+    result.faults = monitor.count_faults(world)
+    if stopped:
+        result.metrics, result.interrupted = {}, interruption.name or "a signal to another process"
+        return result
+    result.seconds = time.perf_counter() - started
+    entry = {"step": state.steps, **result.metrics, "faults": result.faults}
+    monitor.entry({**entry, "seconds": round(result.seconds, 1)})
+    if run.out and world.chief:
+        save_model(Path(run.out) / "model.safetensors", model, config)
+        if state.average:
+            with state.average.in_place():
+                save_model(Path(run.out) / "model_ema.safetensors", model, config)
     return result
 
 
@@ -123,14 +141,15 @@ def _log(session: Session, monitor: Monitor, rate: float, norm: Tensor) -> None:
     """The mean loss since the last entry. Here, and only here, the host waits for the device."""
     state, optim = session.state, session.config.optim
     losses, skips = torch.stack(state.losses), state.skips.read()
-    entry = {"step": state.steps, "loss": round(float(losses.nanmean()), 4), "rate": rate}
-    entry["grad_norm"] = float(f"{float(norm):.4g}")
+    loss = round(float(losses.nanmean()), 4)
+    entry = {"step": state.steps, "loss": loss if math.isfinite(loss) else None, "rate": rate}
+    entry["grad_norm"] = float(f"{float(norm):.4g}") if math.isfinite(norm) else None
     entry |= {name: count for name, count in skips.items() if count and name != "in_a_row"}
     state.losses.clear()
     if skips["in_a_row"] >= min(optim.skip_limit, optim.steps):
         raise FloatingPointError(
-            f"step {state.steps}: no finite loss or gradient in the last {skips['in_a_row']} steps; "
-            f"lower the rate ({optim.rate:g}), clip the gradient, or leave fp16"
+            f"step {state.steps}: no finite loss or gradient in the last {skips['in_a_row']} steps; begin "
+            f"anew, in another folder: with a lower rate ({optim.rate:g}), a clipped gradient or without fp16"
         )
     monitor.entry(entry)
 
@@ -145,13 +164,14 @@ def _save(session: Session, monitor: Monitor) -> None:
     session.world.any(False)  # nobody leaves, and is counted as lost, before it is written
 
 
-def _evaluate(session: Session) -> dict[str, float]:
-    """Top-1 and top-5 of the weights and, as `ema_top1`, of their average."""
-    state = session.state
-    scores = accuracy(state.model, session.batches.test(), session.world)
-    state.best = max(state.best, scores["top1"])
+def _evaluate(session: Session, monitor: Monitor, interruption: Interruption) -> dict[str, float]:
+    """Top-1 and top-5 of the weights and, as `ema_top1`, of their average; cut short by a signal."""
+    state, batches, world = session.state, session.batches, session.world
+    options = {"precision": PRECISIONS[session.config.run.precision], "stop": lambda: bool(interruption.name)}
+    scores = accuracy(state.model, batches.test(), world, **options)
     if state.average:
         with state.average.in_place():
-            average = accuracy(state.model, session.batches.test(), session.world)
+            average = accuracy(state.model, batches.test(), world, **options)
         scores |= {f"ema_{name}": value for name, value in average.items() if name != "images"}
+    monitor.data(state.steps, batches.unread.values())
     return scores

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from cpvt.config import TrainConfig, to_json
-from cpvt.data.loader import Batch
+from cpvt.data.decode import Fault
+from cpvt.training.distributed import World
 
 
 class Monitor:
@@ -33,8 +37,9 @@ class Monitor:
         self.config, self.report, self.chief = config, report if chief else None, chief
         self.folder = Path(config.run.out) if config.run.out else None
         self.history: list[dict] = []  # entries with a loss, as `report` heard them
-        self.faults: dict[str, str] = {}
+        self.faults: set[str] = set()  # names of images that could not be used, in this process
         self.refused = 0  # images that the GPU did not decode
+        self.mute = False  # whether the log could not be written, and a person was told
         self._board = None
         self._since = (time.perf_counter(), steps)
         if self.folder and chief:
@@ -45,25 +50,23 @@ class Monitor:
         )
 
     def _open(self, steps: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"config": json.loads(to_json(self.config))})]
-        if steps and self._log.exists():
-            entries = [entry for entry in map(_read, self._log.read_text().splitlines()[1:]) if entry]
-            # The result stands at the end alone, and is measured again.
-            kept = [entry for entry in entries if entry["step"] <= steps and "seconds" not in entry]
-            self.history = [_lasting(entry) for entry in kept if "loss" in entry]
-            lines += map(json.dumps, kept)
-        aside = self._log.with_name(f".log.{os.getpid()}")
-        aside.write_text("".join(f"{line}\n" for line in lines))
-        aside.replace(self._log)
+        """Puts log and faults at the step that the run begins with, or goes on from."""
+        config = {"config": json.loads(to_json(self.config))}
+        # What was evaluated at this very step is evaluated again.
+        kept = [
+            entry
+            for entry in self._entries("log.jsonl")
+            if entry["step"] < steps or (entry["step"] == steps and "top1" not in entry)
+        ]
+        self.history = [_lasting(entry) for entry in kept if "loss" in entry] if steps else []
+        self._replace("log.jsonl", [config, *(kept if steps else [])])
+        faults = [entry for entry in self._entries("faults.jsonl") if steps and entry["step"] <= steps]
+        self.faults = {entry["image"] for entry in faults}
+        self._replace("faults.jsonl", faults)
         if self.config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # half a second that only this option costs
 
             self._board = SummaryWriter(self.folder / "tensorboard", purge_step=steps + 1)
-
-    @property
-    def _log(self) -> Path:
-        return self.folder / "log.jsonl"
 
     def step(self) -> None:
         """A step is done."""
@@ -81,13 +84,15 @@ class Monitor:
                 timed["gpu_refused"] = self.refused
             self.history.append(entry)
             self._bar.set_postfix_str(
-                f"{speed:,.0f} images/s, loss {entry['loss']:.3f}, rate {entry['rate']:.2g}", refresh=False
+                f"{speed:,.0f} images/s, loss {entry['loss'] or math.nan:.3f}, rate {entry['rate']:.2g}",
+                refresh=False,
             )
         self._write(timed)
         if self._board:
-            for name, value in timed.items():
-                if name not in ("step", "epoch"):
-                    self._board.add_scalar(name, value, entry["step"])
+            with contextlib.suppress(OSError):
+                for name in timed.keys() - {"step"}:
+                    if timed[name] is not None:
+                        self._board.add_scalar(name, timed[name], entry["step"])
         if self.report:
             self.report(timed if "loss" in entry else entry)
 
@@ -97,22 +102,24 @@ class Monitor:
         if self.chief:
             tqdm.write(words, file=sys.stderr)
 
-    def data(self, step: int, batch: Batch) -> None:
+    def data(self, step: int, faults: Iterable[Fault], refused: int = 0) -> None:
         """Names each unusable image once; every process writes its own to `out`/faults.jsonl."""
-        self.refused += batch.refused
-        for fault in batch.faults:
+        self.refused += refused
+        for fault in faults:
             if fault.key not in self.faults:
-                self.faults[fault.key] = fault.reason
-                if self.folder:
-                    line = {
-                        "step": step,
-                        "image": fault.key,
-                        "reason": fault.reason,
-                        "instead": fault.replaced_by,
-                    }
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    with open(self.folder / "faults.jsonl", "a") as file:
-                        file.write(json.dumps(line) + "\n")
+                self.faults.add(fault.key)
+                line = {
+                    "step": step,
+                    "image": fault.key,
+                    "reason": fault.reason,
+                    "instead": fault.replaced_by,
+                }
+                self._append("faults.jsonl", line)
+
+    def count_faults(self, world: World) -> int:
+        """Unusable images so far, those of an earlier part of the run and of other processes included."""
+        mine = int(world.sum(torch.tensor(len(self.faults), device=world.device)))
+        return len({entry["image"] for entry in self._entries("faults.jsonl")}) if self.folder else mine
 
     def close(self) -> None:
         self._bar.close()
@@ -120,9 +127,32 @@ class Monitor:
             self._board.close()
 
     def _write(self, entry: dict) -> None:
-        if self.folder and self.chief:
-            with open(self._log, "a") as file:
+        if self.chief:
+            self._append("log.jsonl", entry)
+
+    def _append(self, name: str, entry: dict) -> None:
+        """A line more, if there is room for it: a full disk costs the log, and not the run."""
+        if not self.folder:
+            return
+        try:
+            with open(self.folder / name, "a") as file:
                 file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            if not self.mute:
+                tqdm.write(
+                    f"{self.folder / name} cannot be written ({error}); the run goes on", file=sys.stderr
+                )
+            self.mute = True
+
+    def _entries(self, name: str) -> list[dict]:
+        path = self.folder / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [entry for entry in map(_read, lines) if entry and "config" not in entry]
+
+    def _replace(self, name: str, entries: list[dict]) -> None:
+        aside = self.folder / f".{name}.{os.getpid()}"
+        aside.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        aside.replace(self.folder / name)
 
 
 def _read(line: str) -> dict | None:

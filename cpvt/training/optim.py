@@ -61,8 +61,8 @@ def resolved(config: TrainConfig, epoch_steps: int) -> TrainConfig:
     optim = config.optim
     changes = {}
     if optim.epochs:
-        changes["steps"] = optim.epochs * epoch_steps
-        changes["warmup_steps"] = optim.warmup_epochs * epoch_steps
+        changes = {"steps": optim.epochs * epoch_steps, "warmup_steps": optim.warmup_epochs * epoch_steps}
+        changes |= {"epochs": 0, "warmup_epochs": 0}
     if optim.scale_rate:
         changes["rate"], changes["scale_rate"] = optim.rate * optim.batch / 512, False
     if optim.ema_half_life:

@@ -64,15 +64,15 @@ def deit(model: str) -> TrainConfig:
 
 
 def deit_distilled(model: str) -> TrainConfig:
-    """`deit`, taught by timm's regnety_160 through its best guess (hard distillation), as in DeiT.
+    """`deit`, taught by timm's regnety_160.deit_in1k through its best guess (hard distillation), as in DeiT.
 
     cpvt train --recipe deit-distilled --model deit_tiny_distilled --data PATH --distill.weights FILE
     """
-    return replace(deit(model), distill=DistillConfig(teacher="regnety_160"))
+    return replace(deit(model), distill=DistillConfig(teacher="regnety_160.deit_in1k"))
 
 
 def deit_384(model: str) -> TrainConfig:
-    """30 epochs at 384 pixels, from weights of 224, at a constant small rate, as in DeiT.
+    """30 epochs at 384 pixels, from weights of 224, at a constant small rate.
 
     cpvt train --recipe deit-384 --model cpvt_tiny --data PATH --run.init runs/cpvt_tiny/model.safetensors
     """

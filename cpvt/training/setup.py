@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cpvt.config import ConfigError, TrainConfig
+from cpvt.data.device import send
 from cpvt.data.loader import Batch, Diagnostics, Images, Share, open_batches
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import load_weights
@@ -51,8 +52,10 @@ class Session:
         images, model = batch.images.to(dtype), self.state.model
         keep = drop_path_factors(model, batch.epoch, batch.positions, self.config.run.seed)
         half = precision.itemsize == 2
+        if keep is not None:
+            keep = send(keep.to(dtype), images.device)
         with torch.autocast(images.device.type, precision if half else None, enabled=half):
-            logits = self.forward(images, None if keep is None else keep.to(images.device, dtype))
+            logits = self.forward(images, keep)
             loss = self.objective(logits, images, batch.targets) * share
         self.state.scaler.scale(loss).backward()
         return loss.detach()
@@ -70,34 +73,34 @@ def set_up(config: TrainConfig, world: World, open_data: Callable = open_batches
     torch.use_deterministic_algorithms(run.deterministic)
     if quirks.lone_no_repeats and world.size == 1:
         augment = replace(augment, repeats=1)
-    batches = open_data(
-        config.data,
-        config.optim.batch,
-        run.seed,
-        world.device,
-        Share(world.rank, world.size, config.optim.micro_batch),
-        augment=augment,
-        smoothing=config.optim.smoothing,
-        fixed_order=quirks.fixed_order,
+    checkpoints = Checkpoints(Path(run.out) / "checkpoints" if run.out else "", run.keep)
+    if run.out and world.chief:
+        checkpoints.lock()
+    batches = world.first(
+        lambda: open_data(
+            config.data,
+            config.optim.batch,
+            run.seed,
+            world.device,
+            Share(world.rank, world.size, config.optim.micro_batch),
+            augment=augment,
+            smoothing=config.optim.smoothing,
+            fixed_order=quirks.fixed_order,
+        )
     )
-    model = replace(config.model, num_classes=batches.num_classes, image_size=batches.image_size)
-    config = resolved(replace(config, model=model, augment=augment), batches.stream.steps)
+    config = _settled(replace(config, augment=augment), batches)
     torch.manual_seed(run.seed)
     model = VisionTransformer(config.model)
     model.to(world.device, torch.float64 if run.precision == "fp64" else torch.float32)
-    teacher = load_teacher(config.distill, config.model, world.device)
-    objective = Objective(config.optim.smoothing, config.distill, teacher, quirks.kl_by_elements)
-    state = State(model, config, world.device)
-    checkpoints, notes = Checkpoints(Path(run.out) / "checkpoints" if run.out else "", run.keep), []
-    saved = checkpoints.latest(
-        lambda path: notes.append(f"passed over {path.name}: it is not what was written")
-    )
-    if saved:
-        state.restore(*saved)
-        notes.append(f"going on after step {state.steps}")
-        state.best = 0.0 if quirks.forget_best else state.best
-    elif run.init:
+    if run.init:
         load_weights(model, run.init, resample=True)
+    teacher = world.first(lambda: load_teacher(config.distill, config.model, world.device))
+    objective = Objective(config.optim.smoothing, config.distill, teacher, quirks.kl_by_elements)
+    state = State(model, config, world.device, batches.fingerprint)
+    notes: list[str] = []
+    _take_up(state, checkpoints, world, notes)
+    if quirks.forget_best:
+        state.best = 0.0
     if run.compile:
         model.compile()  # in place: the parameters keep their names
         if teacher:
@@ -106,13 +109,42 @@ def set_up(config: TrainConfig, world: World, open_data: Callable = open_batches
     return Session(config, world, batches, state, objective, forward, checkpoints, state.steps, notes)
 
 
+def _settled(config: TrainConfig, batches: Diagnostics | Images) -> TrainConfig:
+    """Classes, image size and length of the run, as the data has them."""
+    try:
+        model = replace(config.model, num_classes=batches.num_classes, image_size=batches.image_size)
+    except ConfigError as error:
+        drawn = "; drawn images have data.grid x data.pixels" if batches.fingerprint == "drawn" else ""
+        raise ConfigError(f"{error}{drawn}: change data or model.patch_size") from None
+    return resolved(replace(config, model=model), batches.stream.steps)
+
+
+def _take_up(state: State, checkpoints: Checkpoints, world: World, notes: list[str]) -> None:
+    """Puts the state at the newest whole checkpoint, the same in all processes; nothing where there is none."""
+    saved, name = None, ""
+    if world.chief:
+        spoiled = lambda path: notes.append(f"passed over {path.name}: it is not what was written")  # noqa: E731
+        if saved := checkpoints.latest(spoiled):
+            name = checkpoints.name_of(saved[0])
+    if not (name := world.told(name)):
+        return
+    saved = saved or checkpoints.read(name)
+    if world.any(saved is None):
+        raise ConfigError(
+            f"checkpoint {name} cannot be read in every process: run.out={state.config.run.out!r} "
+            "must be a folder that all nodes share"
+        )
+    state.restore(*saved)
+    notes.append(f"going on after step {state.steps}")
+
+
 def drop_path_factors(model: VisionTransformer, epoch: int, positions: Tensor, seed: int) -> Tensor | None:
     """What the branches are multiplied by for these samples: (depth, 2, B) float64; None where nothing drops."""
     if not model.config.drop_path:
         return None
     branch = torch.arange(2 * len(model.blocks)).view(-1, 2, 1)
     draws = uniform("drop path", seed, epoch, positions[None, None], branch)
-    rates = model.drop_rates.cpu().double()[:, None, None]
+    rates = torch.linspace(0, model.config.drop_path, model.config.depth, dtype=torch.float64)[:, None, None]
     return (draws >= rates) / (1 - rates)
 
 

@@ -17,9 +17,10 @@ from cpvt.training.optim import Average, Skips, parameter_groups
 class State:
     """The state of a run between two steps. Order and rate are functions of the step and need no state."""
 
-    def __init__(self, model: VisionTransformer, config: TrainConfig, device: str):
+    def __init__(self, model: VisionTransformer, config: TrainConfig, device: str, fingerprint: str = ""):
+        """`fingerprint`: of the data that the run is on."""
         optim = config.optim
-        self.model, self.config, self.steps = model, config, 0
+        self.model, self.config, self.steps, self.fingerprint = model, config, 0, fingerprint
         groups = parameter_groups(model, optim.weight_decay, optim.decay_pegs)
         self.optimiser = torch.optim.AdamW(groups, lr=optim.rate, fused=True)
         self.parameters = [p for group in groups for p in group["params"]]
@@ -38,19 +39,20 @@ class State:
         `loss`: the mean over all processes, so that all of them skip the same steps.
         """
         fp16 = self.scaler.is_enabled()
-        self.scaler.unscale_(self.optimiser) if fp16 else None
+        if fp16:
+            self.scaler.unscale_(self.optimiser)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         taken = self.skips.see(loss, norm, scaled=fp16)
         if clip := self.config.optim.clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
+        # The fused optimiser leaves everything as it is where `found_inf` is 1: nobody has to wait for it. The
+        # scaler only learns whether its scale was too large; what is skipped is one decision, made above.
+        self.optimiser.grad_scale, self.optimiser.found_inf = None, 1 - taken
+        self.optimiser.step()
         if fp16:
-            self.scaler.step(self.optimiser)
             self.scaler.update()
-        else:  # the fused optimiser leaves everything as it is where `found_inf` is 1: nobody has to wait for it
-            self.optimiser.grad_scale, self.optimiser.found_inf = None, 1 - taken
-            self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         if self.average:
             self.average.update(taken)
@@ -63,6 +65,7 @@ class State:
         """-> tensors, numbers and text alone, which `torch.load(weights_only=True)` reads back."""
         return {
             "config": to_json(self.config),
+            "fingerprint": self.fingerprint,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "average": self.average.average if self.average else [],
@@ -75,7 +78,10 @@ class State:
 
     def restore(self, steps: int, saved: dict) -> None:
         """Raises ConfigError, before anything is changed, where `saved` belongs to another run."""
-        if found := differences(self.config, from_json(TrainConfig, saved["config"])):
+        found = differences(self.config, from_json(TrainConfig, saved["config"]), self.fingerprint)
+        if saved["fingerprint"] != self.fingerprint:
+            found.append("data: other training images there than here")
+        if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise ConfigError(
                 f"run.out={self.config.run.out!r} holds another run ({'; '.join(found[:3])}{more}): "

@@ -1,0 +1,148 @@
+"""Where the images of a run come from: memory, or files that processes of their own read.
+
+Letters: B images of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cpvt.checked import ConfigError
+from cpvt.config import DataConfig
+from cpvt.data import decode
+from cpvt.data.datasets import ImageTensors
+from cpvt.data.decode import Decoded, Decoder, Fault, Reader
+from cpvt.data.diagnostics import DataError
+
+CHUNK = 128  # images that one reading process handles at a time
+
+
+class Held:
+    """Images in memory, on the device."""
+
+    def __init__(self, tensors: ImageTensors, device: str):
+        self.classes, self.fingerprint = tensors.classes, tensors.fingerprint
+        self.images, self.labels = tensors.images.to(device), tensors.labels.to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def start(self) -> None: ...
+
+    def read(self, lists: Iterable[Tensor]) -> Iterator[Decoded]:
+        for index in lists:
+            index = index.to(self.images.device)
+            yield Decoded(self.images[index], self.labels[index], [])
+
+
+class Filed:
+    """Images in files or shards: bytes are read by processes of their own and decoded on the device."""
+
+    def __init__(self, source, data: DataConfig, device: str):
+        if data.decode == "gpu" and "cuda" not in device:
+            raise ConfigError(f"data.decode='gpu' with device {device!r}: use 'cpu' or 'auto'")
+        self.source, self.device, self.classes = source, device, source.classes
+        if data.decode == "gpu" and not decode.GPU_DECODES:
+            raise ConfigError("data.decode='gpu', but torchcodec cannot be loaded: install it, or use 'auto'")
+        self.on_gpu = "cuda" in device and data.decode != "cpu" and decode.GPU_DECODES
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run on this machine
+        own = max(1, min(len(os.sched_getaffinity(0)) // beside, 16))
+        self.workers = own if data.workers < 0 else data.workers
+        self._lists, self._loader, self._decoder = _Next(), None, None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the shards hold; of a folder, of its file names and labels."""
+        own = getattr(self.source, "fingerprint", None)
+        if own:
+            return own
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for i, label in enumerate(self.source.labels):
+            name = "/".join(self.source.key(i).split("/")[-2:])  # wherever the folder lies
+            digest.update(f"{name}\t{int(label)}\n".encode())
+        return digest.hexdigest()
+
+    def read(self, lists: Iterable[Tensor]) -> Iterator[Decoded]:
+        pieces: deque[int] = deque()
+
+        def chunks() -> Iterator[list[int]]:
+            for index in lists:
+                split = index.split(CHUNK)
+                pieces.append(len(split))
+                yield from (part.tolist() for part in split)
+
+        self.start()
+        self._lists.now = chunks()
+        fetched = iter(self._loader)
+
+        def decoded() -> Iterator[Decoded]:
+            for first in fetched:
+                rest = islice(fetched, pieces.popleft() - 1)
+                yield _joined([self._decoder(part, self.source) for part in (first, *rest)], self.device)
+
+        return decoded()
+
+    def start(self) -> None:
+        """Starts the reading processes, which then wait for work."""
+        if self._loader is not None:
+            return
+        options = {}
+        if self.workers:
+            options = {"prefetch_factor": 2, "multiprocessing_context": "fork", "persistent_workers": True}
+            options["worker_init_fn"] = _heed_no_signal
+        reader = Reader(self.source, self.on_gpu)
+        self._loader = DataLoader(
+            reader, batch_size=None, sampler=self._lists, num_workers=self.workers, **options
+        )
+        self._decoder = Decoder(self.device)
+        for _ in self._loader:  # nothing to read yet
+            pass
+
+
+def refuse_ruins(faults: list[Fault], count: int) -> None:
+    """A few unusable images are replaced and named; when most are, it is the disk."""
+    spoiled = {fault.index for fault in faults}
+    if len(spoiled) > max(count // 2, 8):
+        first = faults[0]
+        raise DataError(
+            f"{len(spoiled)} of {count} images of a micro-batch cannot be used (the first: {first.key}, "
+            f"{first.reason}): see to the disk, then give the same command again"
+        )
+
+
+class _Next:
+    """A sampler that gives what `now` holds, once: DataLoader keeps its processes and is given new lists."""
+
+    def __init__(self):
+        self.now: Iterable[list[int]] = ()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        lists, self.now = self.now, ()
+        return iter(lists)
+
+
+def _heed_no_signal(worker: int) -> None:
+    """A signal to the whole process group is the main process's to answer; it still needs its readers."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _joined(parts: list[Decoded], device: str) -> Decoded:
+    return Decoded(
+        [image for part in parts for image in part.images],
+        torch.cat([part.labels for part in parts]).to(device),
+        [fault for part in parts for fault in part.faults],
+        sum(part.refused for part in parts),
+    )
