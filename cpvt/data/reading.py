@@ -101,7 +101,7 @@ class Filed:
         options = {}
         if self.workers:
             options = {"prefetch_factor": 2, "multiprocessing_context": "fork", "persistent_workers": True}
-            options["worker_init_fn"] = _heed_no_signal
+            options["worker_init_fn"] = _stand_apart
         reader = Reader(self.source, self.on_gpu)
         self._loader = DataLoader(
             reader, batch_size=None, sampler=self._lists, num_workers=self.workers, **options
@@ -133,10 +133,11 @@ class _Next:
         return iter(lists)
 
 
-def _heed_no_signal(worker: int) -> None:
-    """A signal to the whole process group is the main process's to answer; it still needs its readers."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _stand_apart(worker: int) -> None:
+    """Puts a reader into a process group of its own: a signal to the run's group, as torchrun and a terminal send
+    it, is the main process's to answer, and it still needs its readers. SLURM may send SIGUSR1 to all."""
+    os.setpgrp()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _joined(parts: list[Decoded], device: str) -> Decoded:
