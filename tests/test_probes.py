@@ -93,6 +93,14 @@ def test_other_paddings_show_a_border_only_once_the_object_is_copied(padding, la
     assert (reach(model(encoding)) > ROUNDING).tolist() == [d <= last for d in range(6)]
 
 
+@pytest.mark.parametrize("places", [(0,), (0, 1)])
+def test_without_padding_a_border_shows_as_far_as_with_zeros(places):
+    """It marks no token, but it cuts off part of what an object has spread to."""
+    encoding = f"peg(positions={places}, padding='none', skip=False)"
+    zeros = theory(f"peg(positions={places})")[0]
+    assert (reach(model(encoding)) > ROUNDING).tolist() == [d <= zeros for d in range(6)]
+
+
 def test_reach_leaves_the_model_as_it_was():
     one = model("peg").train()
     before = {name: value.clone() for name, value in one.state_dict().items()}
