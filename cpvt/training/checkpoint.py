@@ -140,7 +140,7 @@ class Checkpoints:
     def lock(self) -> None:
         """Keeps the run to one writer, for as long as this process lives. Raises ConfigError for a second one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115
+        self._lock = open(self.folder.parent / ".lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
