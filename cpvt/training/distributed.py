@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,6 +78,8 @@ class World:
         if self.size == 1:
             return model
         device_ids = [torch.device(self.device)] if "cuda" in self.device else None
+        # PyTorch counts the strides of a depthwise kernel's middle axis, which has one entry, as another layout.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # The weights are equal at the start (same seed) and stay so: nothing but gradients is ever sent.
         return nn.parallel.DistributedDataParallel(
             model, device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
