@@ -58,7 +58,7 @@ def scene(
                 f"an object at {(row, column)} on a grid of {grid[0]}x{grid[1]}; place it inside"
             )
         image[:, row, column] = torch.tensor(colour, dtype=torch.float64)
-    channels = model.patch_embed.proj.in_channels
+    channels = getattr(model.patch_embed, "in_channels", model.patch_embed.proj.in_channels)
     if channels not in (1, len(background)):
         raise ProbeError(f"a model of {channels} channels; scenes have colours of 3, or 1: the first")
     down, across = _patch(model)

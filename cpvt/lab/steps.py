@@ -121,7 +121,7 @@ class Bench:
     def recipe(self) -> TrainConfig:
         """DeiT's, mixed in groups that the batch allows."""
         recipe = deit("cpvt_tiny")
-        group = min(recipe.augment.mix_group, self.size.batch)
+        group = min(recipe.augment.mix_group, self.size.batch // 4)  # more groups than copies of an image
         return replace(recipe, augment=replace(recipe.augment, mix_group=group))
 
     def noise(self) -> tuple[Tensor, Tensor]:
