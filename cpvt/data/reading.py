@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -57,7 +58,11 @@ class Filed:
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run on this machine
         own = max(1, min(len(os.sched_getaffinity(0)) // beside, 16))
         self.workers = own if data.workers < 0 else data.workers
-        self._lists, self._loader, self._decoder = _Next(), None, None
+        self._lists, self._decoder = _Next(), None
+        # The loader is held from outside, so that it is never part of a cycle: the garbage collector would
+        # close its pipes in any order, some of them twice, and so perhaps a file of somebody else's.
+        self._held: dict[str, DataLoader] = {}
+        weakref.finalize(self, self._held.clear)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -85,7 +90,7 @@ class Filed:
 
         self.start()
         self._lists.now = chunks()
-        fetched = iter(self._loader)
+        fetched = iter(self._held["loader"])
 
         def decoded() -> Iterator[Decoded]:
             for first in fetched:
@@ -96,18 +101,18 @@ class Filed:
 
     def start(self) -> None:
         """Starts the reading processes, which then wait for work."""
-        if self._loader is not None:
+        if self._held:
             return
         options = {}
         if self.workers:
             options = {"prefetch_factor": 2, "multiprocessing_context": "fork", "persistent_workers": True}
             options["worker_init_fn"] = _stand_apart
         reader = Reader(self.source, self.on_gpu)
-        self._loader = DataLoader(
+        self._held["loader"] = DataLoader(
             reader, batch_size=None, sampler=self._lists, num_workers=self.workers, **options
         )
         self._decoder = Decoder(self.device)
-        for _ in self._loader:  # nothing to read yet
+        for _ in self._held["loader"]:  # nothing to read yet
             pass
 
 
