@@ -5,18 +5,10 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
-from cpvt.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from cpvt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, replace
+from cpvt.training.recipes import DEIT_AUGMENT
 
-EVERYTHING = AugmentConfig(
-    crop=True,
-    flip=0.5,
-    randaugment="rand-m9-mstd0.5-inc1",
-    erase=0.25,
-    mixup=0.8,
-    cutmix=1.0,
-    mix_group=4,
-    repeats=2,
-)
+EVERYTHING = replace(DEIT_AUGMENT, mix_group=4, repeats=2)
 
 
 def draw_pictures(root: Path, train: int = 24, val: int = 7, classes: int = 3) -> Path:

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from cpvt.config import (
-    AugmentConfig,
     ConfigError,
     DataConfig,
     ModelConfig,
@@ -39,6 +38,7 @@ from cpvt.lab.tables import SEEDS as TABLE_SEEDS
 from cpvt.lab.tables import rows, score_scale
 from cpvt.training.evaluate import correct
 from cpvt.training.loop import Run, train
+from cpvt.training.recipes import DEIT_AUGMENT
 
 # The grids are as small as the questions allow: distances 0-4 to the border, separations 2-9 with two rows and
 # columns of margin, and two places on either side for the bars of *what*.
@@ -215,15 +215,7 @@ def pipeline(seed: int = 0, epochs: int = 6) -> TrainConfig:
             init_std=0.1,  # see `diagnostic`
         ),
         data=DataConfig(name="tiny-imagenet", image_size=28, store="files", workers=0, test_crop=0.875),
-        augment=AugmentConfig(
-            crop=True,
-            flip=0.5,
-            randaugment="rand-m9-mstd0.5-inc1",
-            erase=0.25,
-            mixup=0.8,
-            cutmix=1.0,
-            mix_group=64,
-        ),
+        augment=replace(DEIT_AUGMENT, mix_group=64, repeats=1),
         optim=OptimConfig(batch=64, epochs=epochs, rate=2e-3, warmup_epochs=1, smoothing=0.1, clip=0.0),
         run=RunConfig(seed=seed, device="cpu", log_every=100),
     )

@@ -161,9 +161,6 @@ class VisionTransformer(TimmConventions, nn.Module):
             )
             for i in range(config.depth)
         )
-        # Of either branch of a block, for an image.
-        drop_rates = torch.linspace(0, config.drop_path, config.depth)
-        self.register_buffer("drop_rates", drop_rates, persistent=False)
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": D, "reduction": config.patch_size}
@@ -210,7 +207,10 @@ class VisionTransformer(TimmConventions, nn.Module):
 
     def keep_factors(self, draws: Tensor) -> Tensor:
         """(depth, 2, B), even in [0, 1) -> the factors: 0 with a block's probability, else 1 / (1 - it)."""
-        rates = self.drop_rates[: len(self.blocks), None, None].to(draws.dtype)
+        like = {"dtype": draws.dtype, "device": draws.device}
+        rates = torch.linspace(0, self.config.drop_path, self.config.depth, **like)[
+            : len(self.blocks), None, None
+        ]
         return (draws >= rates) / (1 - rates)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:

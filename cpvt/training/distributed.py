@@ -123,9 +123,8 @@ def _meeting_point() -> dist.Store:
 
 def _store() -> dist.Store:
     """Where the processes find each other: a room of its own each time, free of what an earlier run left there."""
-    attempt = os.environ.get(
-        "TORCHELASTIC_RESTART_COUNT", "0"
-    )  # the store outlives the processes of an attempt
+    # The store outlives the processes of an attempt.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"cpvt, attempt {attempt}, run {next(_joined)}", _meeting_point())
 
 

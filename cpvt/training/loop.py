@@ -70,9 +70,7 @@ def train(
             try:
                 return _run(session, monitor, interruption, started)
             except Exception as error:
-                if (
-                    not world.chief
-                ):  # what the chief raises, the caller sees; of another, only this line tells
+                if not world.chief:  # what the chief raises is seen; of another, only this line tells
                     print(f"process {world.rank}: {error}", file=sys.stderr)
                 raise
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -83,10 +82,8 @@ class Monitor:
             if self.refused:
                 timed["gpu_refused"] = self.refused
             self.history.append(entry)
-            self._bar.set_postfix_str(
-                f"{speed:,.0f} images/s, loss {entry['loss'] or math.nan:.3f}, rate {entry['rate']:.2g}",
-                refresh=False,
-            )
+            words = f"{speed:,.0f} images/s, loss {entry['loss']}, rate {entry['rate']:.2g}"
+            self._bar.set_postfix_str(words, refresh=False)
         self._write(timed)
         if self._board:
             with contextlib.suppress(OSError):

@@ -18,6 +18,17 @@ from cpvt.config import (
 )
 from cpvt.model.zoo import model_config
 
+DEIT_AUGMENT = AugmentConfig(
+    crop=True,
+    flip=0.5,
+    randaugment="rand-m9-mstd0.5-inc1",
+    erase=0.25,
+    mixup=0.8,
+    cutmix=1.0,
+    mix_group=128,
+    repeats=3,
+)
+
 
 def plain(model: str) -> TrainConfig:
     """A short run without augmentation, for the diagnostics and small data."""
@@ -35,16 +46,7 @@ def deit(model: str) -> TrainConfig:
     return TrainConfig(
         model=model_config(model, drop_path=0.1),
         data=DataConfig(image_size=224, store="files", test_crop=0.875),
-        augment=AugmentConfig(
-            crop=True,
-            flip=0.5,
-            randaugment="rand-m9-mstd0.5-inc1",
-            erase=0.25,
-            mixup=0.8,
-            cutmix=1.0,
-            mix_group=128,
-            repeats=3,
-        ),
+        augment=DEIT_AUGMENT,
         optim=OptimConfig(
             batch=2048,
             micro_batch=1024,

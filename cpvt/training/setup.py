@@ -143,9 +143,7 @@ def drop_path_factors(model: VisionTransformer, epoch: int, positions: Tensor, s
     if not model.config.drop_path:
         return None
     branch = torch.arange(2 * len(model.blocks)).view(-1, 2, 1)
-    draws = uniform("drop path", seed, epoch, positions[None, None], branch)
-    rates = torch.linspace(0, model.config.drop_path, model.config.depth, dtype=torch.float64)[:, None, None]
-    return (draws >= rates) / (1 - rates)
+    return model.keep_factors(uniform("drop path", seed, epoch, positions[None, None], branch))
 
 
 def pick_device(name: str) -> str:
