@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cpvt.config import ConfigError, ModelConfig, replace
+from cpvt.lab.probes import reach
 from cpvt.model.encodings import PEG
 from cpvt.model.vit import VisionTransformer
 
@@ -147,3 +148,11 @@ def test_log_attention_scales_relative_logits_too():
             block.attn.qkv.weight[:16] *= factor
             block.attn.qkv.bias[:16] *= factor
         torch.testing.assert_close(plain(images(24, 32)), sharp(images(24, 32)))
+
+
+def test_the_stem_tells_no_encoding_where_an_object_is():
+    """With a stem and no encoding the object may stand anywhere, the border included."""
+    assert reach(model(stem="conv"), range(4)).max() < 1e-12
+    assert (
+        reach(model(stem="conv", encoding="peg"), range(4)).max() > 1e-6
+    )  # a PEG behind it still sees the border
