@@ -5,8 +5,7 @@ pooling, three seeds, minutes on a CPU core a row at most. `paddings`: *where* w
 long a row. `readouts`: what the matrix hints at of class token and pooling, on fresh seeds, as long a row or four
 times that. `pipelines`: one configuration trained on real images through this package's data pipeline and through
 timm's, three seeds each, minutes a row on a core. `tables`: every row of the paper's tables on the 1:8 scale
-model, minutes a row on a GPU; `tuning` beforehand: its rate. `fashion`: the rows that a CPU can afford, on
-Fashion-MNIST; `fashion-tuning` beforehand.
+model, minutes a row on a GPU.
 """
 
 from __future__ import annotations
@@ -34,17 +33,10 @@ from cpvt.config import (
 from cpvt.data.datasets import open_dataset
 from cpvt.data.diagnostics import draw
 from cpvt.data.loader import normalise, open_batches
-from cpvt.lab.arrays import arrays_of, keep_arrays
-from cpvt.lab.fashion import SEEDS as FASHION_SEEDS
-from cpvt.lab.fashion import rows as fashion_rows
-from cpvt.lab.fashion import score_fashion, score_tuning
-from cpvt.lab.fashion import tuning as fashion_tuning_rows
 from cpvt.lab.reference import Selected, TimmBatches, selected
 from cpvt.lab.results import Row, append_row, commit, fingerprint, read_rows
 from cpvt.lab.tables import SEEDS as TABLE_SEEDS
 from cpvt.lab.tables import rows, score_scale
-from cpvt.lab.tables import tuning as tuning_rows
-from cpvt.lab.teacher import teach
 from cpvt.training.evaluate import correct
 from cpvt.training.loop import Run, train
 from cpvt.training.recipes import DEIT_AUGMENT
@@ -144,9 +136,6 @@ class Planned:
     """One row to come: its name in the table and the run; what gives its batches, and what scores the run.
 
     score    run -> metrics, the name of the data, and the SHA-256 of what was evaluated on
-    arrays   run -> small arrays that are kept beside the row (see `arrays.py`), or nothing
-
-    A teacher that the configuration names is trained first, where it has no weights.
     """
 
     experiment: str
@@ -155,7 +144,6 @@ class Planned:
     config: TrainConfig
     open_data: Callable = open_batches
     score: Callable[[Run], tuple[dict[str, float], str, str]] = score_diagnostic
-    arrays: Callable[[Run], dict[str, torch.Tensor]] = lambda run: {}
 
 
 def diagnostics(
@@ -293,47 +281,14 @@ def tables(root: str = "") -> Iterator[Planned]:
     `root`: the folder that holds Tiny-ImageNet; its usual place where empty.
     """
     unique = {row.name: row for row in rows()}
-    retrained = {row.name for row in rows() if row.table == "resolution"}
     for rank, seeds in TABLE_SEEDS.items():
         for seed in seeds:
             for name, row in unique.items():
                 if row.rank == rank:
-                    score = partial(score_scale, tune=name in retrained)
-                    config = _rooted(row.config(seed), root)
-                    yield Planned("tables", name, "minutes", config, score=score, arrays=arrays_of)
-
-
-def table_tuning(root: str = "") -> Iterator[Planned]:
-    """The encodings behind claims at each rate of a grid, a third of the length, on a held-out tenth of the training
-    images: what the scale model's rate is chosen from."""
-    for name, config in tuning_rows():
-        yield Planned("tuning", name, "minutes", _rooted(config, root), score=score_tuning)
-
-
-def fashion(root: str = "") -> Iterator[Planned]:
-    """Rows on Fashion-MNIST (see `fashion.py`), seed by seed.
-
-    Written before these rows, with the rate chosen (`fashion-tuning`): 1. learned > none. 2. one PEG > none.
-    3. one PEG > learned. 4. five PEGs > one PEG. 5. circular padding > none: mixing alone helps. 6. one PEG > circular
-    padding: the border adds to it. 7. border without mixing > none. 8. random and frozen > none. 9. one PEG > dense
-    1x1 in every block. 10. relative > relative, wrapped. 11. The answers of none, circular padding and relative,
-    wrapped change less than learned's when the picture moves by 4 pixels. 12. one PEG, GAP > one PEG. 13. The gain of
-    one PEG over learned is smaller with the teacher than without.
-    """
-    for seed in FASHION_SEEDS:
-        for row, config in fashion_rows():
-            config = _rooted(replace(config, run=replace(config.run, seed=seed)), root)
-            yield Planned("fashion", row.name, "minutes", config, score=score_fashion, arrays=arrays_of)
-
-
-def fashion_tuning(root: str = "") -> Iterator[Planned]:
-    """What the rate of `fashion` is chosen from."""
-    for name, config in fashion_tuning_rows():
-        yield Planned("fashion-tuning", name, "minutes", _rooted(config, root), score=score_tuning)
-
-
-def _rooted(config: TrainConfig, root: str) -> TrainConfig:
-    return replace(config, data=replace(config.data, root=root or config.data.root))
+                    config = row.config(seed)
+                    data = replace(config.data, root=root or config.data.root)
+                    config = replace(config, data=data)
+                    yield Planned("tables", name, "minutes", config, score=score_scale)
 
 
 EXPERIMENTS: dict[str, Callable[..., Iterator[Planned]]] = {
@@ -341,23 +296,16 @@ EXPERIMENTS: dict[str, Callable[..., Iterator[Planned]]] = {
     "paddings": paddings,
     "readouts": readouts,
     "pipelines": pipelines,
-    "tuning": table_tuning,
     "tables": tables,
-    "fashion-tuning": fashion_tuning,
-    "fashion": fashion,
 }
 
 
 def measure(planned: Planned) -> Row:
     """Trains and measures one planned row."""
-    return _measured(planned)[0]
-
-
-def _measured(planned: Planned) -> tuple[Row, dict[str, torch.Tensor]]:
     started = time.perf_counter()
-    run = train(teach(planned.config), open_data=planned.open_data)
+    run = train(planned.config, open_data=planned.open_data)
     metrics, dataset, digest = planned.score(run)
-    row = Row(
+    return Row(
         experiment=planned.experiment,
         row=planned.row,
         scale=planned.scale,
@@ -378,7 +326,6 @@ def _measured(planned: Planned) -> tuple[Row, dict[str, torch.Tensor]]:
         cpvt_commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return row, planned.arrays(run)
 
 
 def _device_name(run: Run) -> str:
@@ -409,9 +356,7 @@ def run_missing(
     ]
     started = time.monotonic()
     while missing and not (budget_minutes and time.monotonic() - started > 60 * budget_minutes):
-        row, arrays = _measured(missing.pop(0))
-        if arrays:  # first, so that no row stands without what it promises
-            keep_arrays(path.with_suffix(".safetensors"), row.row, row.seed, arrays)
+        row = measure(missing.pop(0))
         append_row(path, row)
         if report:
             report(row, len(missing))
