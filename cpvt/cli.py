@@ -24,6 +24,7 @@ from cpvt.data.datasets import DataError
 from cpvt.data.loader import open_batches
 from cpvt.data.pack import Expected, Shrink, pack
 from cpvt.lab.benchmark import Benchmark
+from cpvt.lab.costs import cost_config, cost_rows, measure_costs
 from cpvt.lab.experiments import EXPERIMENTS, run_missing
 from cpvt.lab.results import ResultsError
 from cpvt.model.export import export_onnx
@@ -180,11 +181,12 @@ class Pack:
 class Experiments:
     """Measure what is missing of an experiment, a row at a time."""
 
-    name: Annotated[str, tyro.conf.Positional] = ""  # diagnostics (default), paddings, pipelines, tables
+    name: Annotated[str, tyro.conf.Positional] = ""  # diagnostics (default), ..., tables; or costs
     scale: Literal["", "tiny-imagenet"] = ""  # tiny-imagenet: the paper's tables at 1:8, as the name tables
     root: str = ""  # tables: folder that holds Tiny-ImageNet (default: data/images)
     out: Path = field(default_factory=lambda: Path("data/results"))  # folder of NAME.jsonl
     budget_minutes: float = 0.0  # start no row after this; 0: run all
+    device: str = "auto"  # costs: cpu, cuda
     list: bool = False  # only say what the experiment consists of
 
     def __call__(self) -> None:
@@ -193,6 +195,8 @@ class Experiments:
             raise ConfigError(
                 f"--scale {self.scale} is for the experiment 'tables', not {name!r}: leave one out"
             )
+        if name == "costs":
+            return self._costs()
         options = {"root": self.root} if name == "tables" else {}
         if self.list:
             if name not in EXPERIMENTS:
@@ -209,6 +213,19 @@ class Experiments:
             ),
         )
         print(f"{self.out / name}.jsonl: {left} rows missing" if left else "nothing is missing")
+
+    def _costs(self) -> None:
+        """Nothing is trained to an end: steps of every model are timed beside those of one without encoding."""
+        if self.list:
+            print(*(f"{row.name}\t{to_json(cost_config(row))}" for row in cost_rows().values()), sep="\n")
+            return
+        left = measure_costs(
+            self.out,
+            pick_device(self.device),
+            self.budget_minutes,
+            report=lambda row, left: print(f"{row.row}: {row.seconds} s, {left} to go", flush=True),
+        )
+        print(f"{self.out / 'costs'}.jsonl: {left} rows missing" if left else "nothing is missing")
 
 
 COMMANDS: dict[str, Callable | type] = {
