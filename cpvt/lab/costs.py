@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cpvt.config import ModelConfig, replace
+from cpvt.config import ModelConfig
 from cpvt.lab import steps, timing
 from cpvt.lab.results import Row, append_row, commit, fingerprint, read_rows
 from cpvt.lab.steps import Bench, Size, Step, each_compiled
