@@ -114,6 +114,10 @@ class DataConfig:
     workers: int = -1  # files: processes that read; -1: one a core, 16 at most
     decode: Literal["auto", "gpu", "cpu"] = "auto"  # files: where JPEGs are decoded
     limit: int = 0  # real images: use only so many of each split (0: all)
+    hold_out: int = (
+        0  # real images: evaluate on every so-many-th training image, and train on the others; for
+    )
+    # choosing a recipe without a look at the validation images (0: train on all, evaluate on those)
     grid: tuple[int, int] = (14, 14)  # diagnostics: tokens down and across
     pixels: int = 1  # diagnostics: pixels a token, each way
     train_size: int = 20000  # diagnostics: images an epoch
@@ -121,7 +125,9 @@ class DataConfig:
 
     def __post_init__(self):
         _at_least(self, 1, "image_size", "pixels", "train_size", "test_size")
-        _at_least(self, 0, "stored_size", "limit")
+        _at_least(self, 0, "stored_size", "limit", "hold_out")
+        if self.hold_out == 1:
+            raise ConfigError("data.hold_out=1: nothing would be left to train on; use 10 for a tenth")
         if not 0 < self.test_crop <= 1:
             raise ConfigError(f"data.test_crop={self.test_crop}; expected above 0, 1 at most")
 

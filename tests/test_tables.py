@@ -12,6 +12,7 @@ from cpvt.data.loader import normalise, open_batches
 from cpvt.lab.experiments import EXPERIMENTS, run_missing, tables
 from cpvt.lab.results import read_rows
 from cpvt.lab.tables import PIXELS, SEEDS, SIZES, TABLES, changed, rows, scale_model, score_scale
+from cpvt.lab.teacher import teach
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.loop import train
 
@@ -73,7 +74,7 @@ def test_the_grids_are_those_of_the_paper():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_trains(name, root):
-    run = train(short(ROWS[name].config(), root))
+    run = train(teach(short(ROWS[name].config(), root)))
     assert run.steps == 2 and numpy.isfinite(run.history[-1]["loss"]) and run.metrics["images"] == 8
 
 

@@ -29,6 +29,7 @@ from cpvt.data.stream import Share, Stream
 
 __all__ = ["MEAN", "STD", "Batch", "Diagnostics", "Images", "Share", "normalise", "open_batches"]
 
+_kept: dict[tuple, Held] | None = None  # images that `keep_images` keeps
 AHEAD = 3  # micro-batches that are ready before the model asks for them
 
 
@@ -170,11 +171,21 @@ class Images(_Batches):
     def _source(self, split: str) -> Held | Filed:
         dataset = self._open(split)
         if self.data.store == "memory":
-            return Held(load_tensors(dataset, self._side), self.device)
+            if _kept is None:
+                return Held(load_tensors(dataset, self._side), self.device)
+            data, side = self.data, self._side
+            key = data.name, data.root, split, data.hold_out, data.limit, side, self.device
+            if key not in _kept:
+                _kept[key] = Held(load_tensors(dataset, side), self.device)
+            return _kept[key]
         return Filed(dataset, self.data, self.device)
 
     def _open(self, split: str) -> ImageDataset:
-        dataset, limit = open_dataset(self.data.name, split, root=self.data.root), self.data.limit
+        every, limit = self.data.hold_out, self.data.limit
+        dataset = open_dataset(self.data.name, "train" if every else split, root=self.data.root)
+        if every:
+            held_out = torch.arange(len(dataset)) % every == 0
+            dataset = dataset.select((held_out if split == "val" else ~held_out).nonzero().flatten())
         if 0 < limit < len(dataset):  # spread over the classes, which stand one after the other
             dataset = dataset.select(torch.linspace(0, len(dataset) - 1, limit).long())
         return dataset
@@ -219,6 +230,18 @@ class Images(_Batches):
                 boxes = torch.tensor(boxes, dtype=torch.float64)
                 images = crop_resize(images, boxes, (size, size), bound="image")
             yield normalise(images.float() / 255), labels
+
+
+@contextlib.contextmanager
+def keep_images() -> Iterator[None]:
+    """Within, images that are held in memory are decoded once, however many batches are opened on them; for runs
+    one after the other, while the files stay as they are."""
+    global _kept
+    before, _kept = _kept, {} if _kept is None else _kept
+    try:
+        yield
+    finally:
+        _kept = before
 
 
 def _every(share: Share, count: int) -> tuple[Tensor, ...]:

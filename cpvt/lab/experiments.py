@@ -5,13 +5,13 @@ pooling, three seeds, minutes on a CPU core a row at most. `paddings`: *where* w
 long a row. `readouts`: what the matrix hints at of class token and pooling, on fresh seeds, as long a row or four
 times that. `pipelines`: one configuration trained on real images through this package's data pipeline and through
 timm's, three seeds each, minutes a row on a core. `tables`: every row of the paper's tables on the 1:8 scale
-model, minutes a row on a GPU.
+model, minutes a row on a GPU; `tuning` beforehand: its rate. `fashion`: the rows that a CPU can afford, on
+Fashion-MNIST; `fashion-tuning` beforehand.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -30,16 +30,21 @@ from cpvt.config import (
     TrainConfig,
     nearest,
 )
-from cpvt.data.datasets import open_dataset
 from cpvt.data.diagnostics import draw
-from cpvt.data.loader import normalise, open_batches
-from cpvt.lab.reference import Selected, TimmBatches, selected
+from cpvt.data.loader import keep_images, normalise, open_batches
+from cpvt.lab.arrays import arrays_of, keep_arrays
+from cpvt.lab.fashion import rows as fashion_rows
+from cpvt.lab.fashion import score_fashion
+from cpvt.lab.fashion import tuning as fashion_tuning_rows
+from cpvt.lab.pipelines import PIPELINES, pipeline, score_pipeline
 from cpvt.lab.results import Row, append_row, commit, fingerprint, read_rows
+from cpvt.lab.scoring import score_tuning
 from cpvt.lab.tables import SEEDS as TABLE_SEEDS
 from cpvt.lab.tables import rows, score_scale
+from cpvt.lab.tables import tuning as tuning_rows
+from cpvt.lab.teacher import teach
 from cpvt.training.evaluate import correct
 from cpvt.training.loop import Run, train
-from cpvt.training.recipes import DEIT_AUGMENT
 
 # The grids are as small as the questions allow: distances 0-4 to the border, separations 2-9 with two rows and
 # columns of margin, and two places on either side for the bars of *what*.
@@ -136,6 +141,9 @@ class Planned:
     """One row to come: its name in the table and the run; what gives its batches, and what scores the run.
 
     score    run -> metrics, the name of the data, and the SHA-256 of what was evaluated on
+    arrays   run -> small arrays that are kept beside the row (see `arrays.py`), or nothing
+
+    A teacher that the configuration names is trained first, where it has no weights.
     """
 
     experiment: str
@@ -144,6 +152,7 @@ class Planned:
     config: TrainConfig
     open_data: Callable = open_batches
     score: Callable[[Run], tuple[dict[str, float], str, str]] = score_diagnostic
+    arrays: Callable[[Run], dict[str, torch.Tensor]] = lambda run: {}
 
 
 def diagnostics(
@@ -207,40 +216,7 @@ def readouts(seeds: Iterable[int] = range(3, 8), long: Iterable[int] = range(3, 
         yield Planned("readouts", f"where, {FIVE}, gap, 2000 steps", "seconds", config)
 
 
-# --------------------------------------------------------------------------- two data pipelines
-
-CLASSES = 20  # the first of Tiny-ImageNet's 200: 10,000 images to train on, 1,000 held out
-PIPELINES: dict[str, Callable] = {
-    "this package": partial(Selected, classes=CLASSES),
-    "timm": partial(TimmBatches, classes=CLASSES),
-}
-
-
-def pipeline(seed: int = 0, epochs: int = 6) -> TrainConfig:
-    """The configuration that is trained through either pipeline: DeiT's recipe on small images.
-
-    64-pixel images, crops resized to 28, 7 x 7 tokens, four blocks of width 64 with a PEG. One group of mixed
-    images is one batch, as it is for timm. No image is repeated, or six epochs would show each only
-    twice.
-    """
-    return TrainConfig(
-        model=ModelConfig(
-            image_size=(28, 28),
-            patch_size=4,
-            num_classes=CLASSES,
-            width=64,
-            depth=4,
-            heads=2,
-            mlp_ratio=2.0,
-            encoding="peg",
-            drop_path=0.1,
-            init_std=0.1,  # see `diagnostic`
-        ),
-        data=DataConfig(name="tiny-imagenet", image_size=28, store="files", workers=0, test_crop=0.875),
-        augment=replace(DEIT_AUGMENT, mix_group=64, repeats=1),
-        optim=OptimConfig(batch=64, epochs=epochs, rate=2e-3, warmup_epochs=1, smoothing=0.1, clip=0.0),
-        run=RunConfig(seed=seed, device="cpu", log_every=100),
-    )
+# --------------------------------------------------------------------------- real images
 
 
 def pipelines(seeds: Iterable[int] = SEEDS) -> Iterator[Planned]:
@@ -257,55 +233,73 @@ def pipelines(seeds: Iterable[int] = SEEDS) -> Iterator[Planned]:
             yield Planned("pipelines", name, "minutes", pipeline(seed), open_data, score_pipeline)
 
 
-def score_pipeline(run: Run) -> tuple[dict[str, float], str, str]:
-    """-> top-1 and top-5 on the held-out images of the chosen classes, and the SHA-256 of their files.
-
-    The digest is one over the sorted digests of (label, bytes), since copies of the data set order their files
-    differently.
-    """
-    data, tokens = run.config.data, run.config.model.grid[0]
-    held_out = selected(open_dataset(data.name, "val", data.root), CLASSES)
-    files = (b"%d\n" % label + held_out.read(i) for i, label in enumerate(held_out.labels))
-    digest = hashlib.sha256("".join(sorted(hashlib.sha256(file).hexdigest() for file in files)).encode())
-    metrics = {f"{name}@{tokens}": run.metrics[name] for name in ("top1", "top5")}
-    metrics |= {"images": run.metrics["images"], "unusable_images": run.faults}
-    return metrics, f"{data.name}, its first {CLASSES} classes", digest.hexdigest()
-
-
-# --------------------------------------------------------------------------- measuring
-
-
 def tables(root: str = "") -> Iterator[Planned]:
     """Every row of every table at 1:8 (see `tables.py`), the rows behind claims first, seed by seed.
 
     `root`: the folder that holds Tiny-ImageNet; its usual place where empty.
     """
     unique = {row.name: row for row in rows()}
+    retrained = {row.name for row in rows() if row.table == "resolution"}
     for rank, seeds in TABLE_SEEDS.items():
         for seed in seeds:
             for name, row in unique.items():
                 if row.rank == rank:
-                    config = row.config(seed)
-                    data = replace(config.data, root=root or config.data.root)
-                    config = replace(config, data=data)
-                    yield Planned("tables", name, "minutes", config, score=score_scale)
+                    score = partial(score_scale, tune=name in retrained)
+                    config = _rooted(row.config(seed), root)
+                    yield Planned("tables", name, "minutes", config, score=score, arrays=arrays_of)
 
+
+def table_tuning(root: str = "") -> Iterator[Planned]:
+    """The encodings behind claims at each rate of a grid, a third of the length, on a held-out tenth of the
+    training images: what the scale model's rate is chosen from."""
+    for name, config in tuning_rows():
+        yield Planned("tuning", name, "minutes", _rooted(config, root), score=score_tuning)
+
+
+def fashion(root: str = "") -> Iterator[Planned]:
+    """Rows on Fashion-MNIST (see `fashion.py`), seed by seed.
+
+    `fashion.CLAIMS` were written before these rows.
+    """
+    for name, config in fashion_rows():
+        config = _rooted(config, root)
+        yield Planned("fashion", name, "minutes", config, score=score_fashion, arrays=arrays_of)
+
+
+def fashion_tuning(root: str = "") -> Iterator[Planned]:
+    """What the rate of `fashion` is chosen from."""
+    for name, config in fashion_tuning_rows():
+        yield Planned("fashion-tuning", name, "minutes", _rooted(config, root), score=score_tuning)
+
+
+def _rooted(config: TrainConfig, root: str) -> TrainConfig:
+    return replace(config, data=replace(config.data, root=root or config.data.root))
+
+
+# --------------------------------------------------------------------------- measuring
 
 EXPERIMENTS: dict[str, Callable[..., Iterator[Planned]]] = {
     "diagnostics": diagnostics,
     "paddings": paddings,
     "readouts": readouts,
     "pipelines": pipelines,
+    "tuning": table_tuning,
     "tables": tables,
+    "fashion-tuning": fashion_tuning,
+    "fashion": fashion,
 }
 
 
 def measure(planned: Planned) -> Row:
     """Trains and measures one planned row."""
+    return _measured(planned)[0]
+
+
+def _measured(planned: Planned) -> tuple[Row, dict[str, torch.Tensor]]:
     started = time.perf_counter()
-    run = train(planned.config, open_data=planned.open_data)
+    run = train(teach(planned.config), open_data=planned.open_data)
     metrics, dataset, digest = planned.score(run)
-    return Row(
+    row = Row(
         experiment=planned.experiment,
         row=planned.row,
         scale=planned.scale,
@@ -326,6 +320,7 @@ def measure(planned: Planned) -> Row:
         cpvt_commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    return row, planned.arrays(run)
 
 
 def _device_name(run: Run) -> str:
@@ -355,9 +350,12 @@ def run_missing(
         if (plan.experiment, plan.row, plan.scale, plan.config.run.seed) not in done
     ]
     started = time.monotonic()
-    while missing and not (budget_minutes and time.monotonic() - started > 60 * budget_minutes):
-        row = measure(missing.pop(0))
-        append_row(path, row)
-        if report:
-            report(row, len(missing))
+    with keep_images():
+        while missing and not (budget_minutes and time.monotonic() - started > 60 * budget_minutes):
+            row, arrays = _measured(missing.pop(0))
+            if arrays:  # first, so that no row stands without what it promises
+                keep_arrays(path.with_suffix(".safetensors"), row.row, row.seed, arrays)
+            append_row(path, row)
+            if report:
+                report(row, len(missing))
     return len(missing)

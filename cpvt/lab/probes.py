@@ -315,6 +315,28 @@ def patch_tokens(model: nn.Module, images: Tensor, block: int | None = None, bat
     return torch.cat(found)
 
 
+@torch.no_grad()
+def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
+    """(n, C, height, width) -> for each block that has attention (n, h, T, T): how much each token, down, reads
+    from each, across; every row sums to 1. Models of this package only."""
+    found: dict[int, Tensor] = {}
+    hooks = []
+    for i, block in enumerate(model.blocks):
+        if block.attn is not None:
+
+            def keep(attention: nn.Module, arguments: tuple, i: int = i) -> None:
+                found[i] = attention.weights(*arguments)
+
+            hooks.append(block.attn.register_forward_pre_hook(keep))
+    try:
+        model.eval()
+        model.forward_features(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def control_images(images: Tensor, patch: int | Grid, seed: int = 0) -> dict[str, Tensor]:
     """(n, C, height, width) -> what a probe must be tried on: the "images", the mean of each as a "constant"
     image, "noise" with their mean and deviation in each channel, and their patches "shuffled"."""

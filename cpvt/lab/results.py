@@ -175,7 +175,7 @@ def read_rows(experiment: str | None = None, folder: str | Path = "data/results"
     file and line.
     """
     rows: dict[tuple, Row] = {}
-    for path in sorted(_find(folder).glob("*.jsonl")):
+    for path in sorted(find(folder).glob("*.jsonl")):
         for row in _read(path):
             rows.pop(row.key, None)
             rows[row.key] = row
@@ -199,7 +199,7 @@ def _read(path: Path) -> Iterable[Row]:
             raise ResultsError(f"{path}:{number}: {error}") from None
 
 
-def _find(wanted: str | Path) -> Path:
+def find(wanted: str | Path) -> Path:
     """A file or folder of the repository, from the package or the working directory upwards."""
     here = [Path(__file__).resolve().parent, Path.cwd()]
     for start in here:
@@ -345,7 +345,7 @@ _COLUMNS = [field.name for field in dataclasses.fields(Published)]
 
 def published(table: str | None = None, path: str | Path = "data/published.csv") -> list[Published]:
     """The published figures of a table, or all. Raises ResultsError naming the line, or the known tables."""
-    path, rows = _find(path), []
+    path, rows = find(path), []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != _COLUMNS:

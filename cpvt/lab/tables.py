@@ -9,13 +9,10 @@ A row is a name and a configuration; the same name in another table is the same 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from itertools import islice
-
-import torch
-from torch import Tensor
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cpvt.config import (
     AugmentConfig,
@@ -28,14 +25,25 @@ from cpvt.config import (
     replace,
 )
 from cpvt.data.loader import open_batches
-from cpvt.lab.probes import control_images, equivariance_error, patch_tokens, position_probe
 from cpvt.lab.results import fingerprint
+from cpvt.lab.scoring import (
+    first_images,
+    score_attention,
+    score_maps,
+    score_oblong,
+    score_place,
+    score_shifts,
+)
+from cpvt.lab.teacher import TEACHER
 from cpvt.model.vit import VisionTransformer
+from cpvt.training.checkpoint import save_model
 from cpvt.training.evaluate import accuracy
-from cpvt.training.loop import Run
+from cpvt.training.loop import Run, train
 
 PIXELS = 2  # a token, each way
 SIZES = (20, 28, 48, 56, 64)  # of test images, in pixels; the second is trained
+FINE_TUNED = 48  # pixels at which the rows of table "resolution" are trained a little longer
+RATES = (7.5e-4, 1.5e-3, 3e-3)  # the grid of `tuning`, the same for every encoding
 SEEDS = {"claim": (0, 1, 2, 3, 4), "core": (0, 1, 2), "extended": (0,)}
 
 
@@ -107,6 +115,7 @@ ENCODINGS = {
     "rotary": ("rotary", "core"),
 }
 STEM, GAP = {"model": {"stem": "conv"}}, {"model": {"readout": "gap"}}
+TAUGHT = {"model": {"distilled": True}, "distill": {"teacher": TEACHER}}
 BARE = {"model": {"bare_blocks": 1}}
 NO_JITTER = {"augment": {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}}
 LOG = {"model": {"log_attention": True}}
@@ -117,7 +126,8 @@ def rows() -> Iterator[TableRow]:
     for name, (encoding, rank) in ENCODINGS.items():
         yield TableRow("encodings", name, encoding, rank)
     for name, (encoding, _) in ENCODINGS.items():
-        yield TableRow("encodings", f"{name}, with stem", encoding, "extended", STEM)
+        rank = "core" if name in ("none", "learned", "one PEG") else "extended"
+        yield TableRow("encodings", f"{name}, with stem", encoding, rank, STEM)
 
     yield TableRow("placement", "one PEG", "peg", "claim")
     for place in (-1, 3, 4):
@@ -145,6 +155,8 @@ def rows() -> Iterator[TableRow]:
     for padding in ("circular", "replicate", "reflect"):
         yield TableRow("padding", f"{padding} padding", f"peg(padding={padding!r})", "claim")
     yield TableRow("padding", "no padding", "peg(padding='none', skip=False)", "core")
+    yield TableRow("padding", "no skip", "peg(skip=False)", "core")
+    yield TableRow("padding", "circular padding, no skip", "peg(padding='circular', skip=False)", "extended")
     for name in ("none", "one PEG"):
         yield TableRow("padding", name, *ENCODINGS[name])
 
@@ -153,12 +165,14 @@ def rows() -> Iterator[TableRow]:
     for name in ("none", "learned", "one PEG", "five PEGs"):
         encoding, _ = ENCODINGS[name]
         yield TableRow("resolution", f"{name}, without scale jitter", encoding, "core", NO_JITTER)
-        yield TableRow("resolution", f"{name}, log-N attention", encoding, "extended", LOG)
+        yield TableRow("resolution", f"{name}, log-N attention", encoding, "core", LOG)
 
     for name in ("none", "learned", "one PEG", "five PEGs"):
         encoding, rank = ENCODINGS[name]
         yield TableRow("readout", name, encoding, rank)
         yield TableRow("readout", f"{name}, GAP", encoding, "claim" if name == "five PEGs" else "core", GAP)
+    for name in ("learned", "one PEG"):
+        yield TableRow("readout", f"{name}, distilled", ENCODINGS[name][0], "core", TAUGHT)
 
     for name in ("none", "learned", "one PEG"):
         encoding, _ = ENCODINGS[name]
@@ -174,33 +188,63 @@ def rows() -> Iterator[TableRow]:
 TABLES = tuple(dict.fromkeys(row.table for row in rows()))
 
 
+def tuning() -> Iterator[tuple[str, TrainConfig]]:
+    """The encodings behind claims at each rate of `RATES`, for a third of the length, on a held-out tenth of the
+    training images; -> name of the row and its configuration: what the rate of `scale_model` is chosen from."""
+    tuned = [name for name, (_, rank) in ENCODINGS.items() if rank == "claim"]
+    for rate in RATES:
+        for name in tuned:
+            changes = {"data": {"hold_out": 10}, "optim": {"rate": rate, "epochs": 20, "warmup_epochs": 2}}
+            yield f"{name}, rate {rate:g}", changed(scale_model(ENCODINGS[name][0]), changes)
+
+
 # --------------------------------------------------------------------------- scoring
 
 
-def score_scale(run: Run, images: int = 256) -> tuple[dict[str, float], str, str]:
+def score_scale(run: Run, images: int = 256, tune: bool = False) -> tuple[dict[str, float], str, str]:
     """-> metrics, the name of the data, and the SHA-256 of the held-out images.
 
-    top1@10 ... top1@32          at the five sizes, by tokens a side, whole images; a table follows as its
-                                 configuration says, and `/raw`, `/resample`, `/rescale` as it could
-    position_r2/images ...       how well a linear probe reads a token's row and column off the last block, on
-                                 images, and on images that say nothing of place (see `probes.control_images`)
-    shift_error/circular ...     how much the tokens' map differs from the shifted map when the image moves by two
-                                 tokens, interior, relative to its size
+    top1@10 ... top1@32     at the five sizes, by tokens a side, whole images; a table follows as its configuration
+                            says, and `/raw`, `/resample`, `/rescale` as it could
+    top1@14x28              on a band twice as wide as it is high
+    top1@24/tuned           after a short fine-tune at 24 tokens a side (`fine_tune`), with `tune`
+    and what `score_place`, `score_maps`, `score_shifts` and `score_attention` of `scoring.py` name, on the first
+    `images` held-out images
     """
     config, device = run.config, str(next(run.model.parameters()).device)
     metrics: dict[str, float] = {}
     for size in SIZES:
         for suffix, model in _variants(run.model, size):
-            batches = open_batches(replace(config.data, image_size=size), 1, config.run.seed, device)
+            data = replace(config.data, image_size=size)
+            batches = open_batches(data, 1, config.run.seed, device, train=False)
             metrics[f"top1@{size // PIXELS}{suffix}"] = accuracy(model, batches.test())["top1"]
-    held_out = open_batches(config.data, 1, config.run.seed, device)
-    sample = torch.cat([part for part, _ in islice(held_out.test(), -(-images // 256))])[:images]
-    metrics |= _place(run.model, sample)
-    return (
-        metrics,
-        config.data.name,
-        fingerprint(held_out.held_out.images.cpu(), held_out.held_out.labels.cpu()),
-    )
+    held_out = open_batches(config.data, 1, config.run.seed, device, train=False)
+    metrics |= score_oblong(run.model, held_out)
+    if tune:
+        metrics[f"top1@{FINE_TUNED // PIXELS}/tuned"] = fine_tune(run, FINE_TUNED).metrics["top1"]
+    sample, labels = first_images(held_out, images)
+    metrics |= score_place(run.model, sample) | score_maps(run.model, sample[:64])
+    metrics |= score_shifts(run.model, sample, labels) | score_attention(run.model, sample[:64])
+    held = held_out.held_out
+    return metrics, config.data.name, fingerprint(held.images.cpu(), held.labels.cpu())
+
+
+def fine_tune(run: Run, size: int) -> Run:
+    """Trains on at another image size: a twentieth of the steps, from a tenth of the rate downwards, no warm-up; a
+    learned table is resampled first."""
+    optim = run.config.optim
+    with TemporaryDirectory() as folder:
+        weights = Path(folder) / "model.safetensors"
+        save_model(weights, run.model, run.config)
+        config = changed(
+            run.config,
+            {
+                "data": {"image_size": size},
+                "optim": {"steps": max(optim.steps // 20, 1), "rate": optim.rate / 10, "warmup_steps": 0},
+                "run": {"init": str(weights), "out": ""},
+            },
+        )
+        return train(config)
 
 
 def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, VisionTransformer]]:
@@ -216,20 +260,3 @@ def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, Vision
             other = VisionTransformer(replace(model.config, encoding=f"{text}(resize={rule!r})"))
             other.load_state_dict(model.state_dict())
             yield f"/{rule}", other.to(next(model.parameters()).device).eval()
-
-
-@torch.no_grad()
-def _place(model: VisionTransformer, images: Tensor) -> dict[str, float]:
-    grid, metrics = model.config.grid, {}
-    for name, pictures in control_images(images, PIXELS).items():
-        probe = position_probe(patch_tokens(model, pictures.to(images.device)), grid)
-        metrics[f"position_r2/{name}"] = (probe.row + probe.column) / 2
-        metrics[f"position_r2/{name}/interior"] = (probe.row_interior + probe.column_interior) / 2
-
-    def maps(pictures: Tensor) -> Tensor:
-        return patch_tokens(model, pictures).transpose(1, 2).unflatten(2, (-1, grid[1]))
-
-    for kind in ("circular", "zero"):
-        error = equivariance_error(maps, images[:64], (0, 2), kind, border=3, stride=PIXELS)
-        metrics[f"shift_error/{kind}"] = error.interior
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}

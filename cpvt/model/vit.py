@@ -66,6 +66,23 @@ class Attention(nn.Module):
         self, x: Tensor, asking: Tensor, encoding: PositionEncoding, block: int, grid: Grid
     ) -> Tensor:
         """`asking`: the tokens that queries and keys are made from; nearly always `x` itself."""
+        q, k, v, logits, scale = self._parts(x, asking, encoding, block, grid)
+        if encoding.reads_weights:
+            weights = _weights(q, k, logits, scale)
+            out = weights @ v + encoding.values(block, weights, grid)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=logits, scale=scale)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def weights(
+        self, x: Tensor, asking: Tensor, encoding: PositionEncoding, block: int, grid: Grid
+    ) -> Tensor:
+        """The same arguments -> (B, h, T, T): how much each token, down, reads from each token, across."""
+        q, k, _, logits, scale = self._parts(x, asking, encoding, block, grid)
+        return _weights(q, k, logits, scale)
+
+    def _parts(self, x: Tensor, asking: Tensor, encoding: PositionEncoding, block: int, grid: Grid):
+        """-> queries and keys as they are compared, values, what is added to the logits (or None), the scale."""
         if asking is x:
             q, k, v = self.qkv(x).chunk(3, -1)  # each (B, T, D)
         else:
@@ -78,13 +95,12 @@ class Attention(nn.Module):
         q, k = encoding.rotate(block, q, k, grid)
         logits, scale = encoding.logits(block, q, grid), q.shape[-1] ** -0.5
         q, k = encoding.lengthen(block, q, k, grid)
-        if encoding.reads_weights:
-            scores = q @ k.transpose(-2, -1) * scale
-            weights = (scores if logits is None else scores + logits).softmax(-1)
-            out = weights @ v + encoding.values(block, weights, grid)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=logits, scale=scale)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return q, k, v, logits, scale
+
+
+def _weights(q: Tensor, k: Tensor, logits: Tensor | None, scale: float) -> Tensor:
+    scores = q @ k.transpose(-2, -1) * scale
+    return (scores if logits is None else scores + logits).softmax(-1)
 
 
 class Mlp(nn.Module):

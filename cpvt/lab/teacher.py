@@ -1,0 +1,59 @@
+"""A convolutional teacher trained on the student's own data, for rows with distillation at small scale."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from cpvt.config import TrainConfig, replace, to_json
+from cpvt.data.loader import open_batches
+from cpvt.training.evaluate import accuracy
+from cpvt.training.objective import cross_entropy
+from cpvt.training.optim import learning_rate, parameter_groups, resolved
+from cpvt.training.setup import pick_device
+
+TEACHER = "resnet10t"  # timm's: 5 million weights, a mean over the last map, no idea of the grid's size
+
+
+def train_teacher(student: TrainConfig, name: str = TEACHER) -> tuple[nn.Module, float]:
+    """Trains timm's model `name` from nothing, on the student's images and as long as the student.
+
+    -> the model in evaluation mode, and its top-1 in percent on the held-out images.
+    """
+    device, seed = pick_device(student.run.device), student.run.seed
+    smoothing = student.optim.smoothing
+    batches = open_batches(
+        student.data, student.optim.batch, seed, device, augment=student.augment, smoothing=smoothing
+    )
+    optim = resolved(student, batches.stream.steps).optim
+    torch.manual_seed(seed)
+    model = timm.create_model(name, num_classes=batches.num_classes).to(device)
+    optimiser = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.rate)
+    for step, batch in zip(range(optim.steps), batches.micro_batches(), strict=False):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, optim)
+        optimiser.zero_grad()
+        cross_entropy(model(batch.images), batch.targets, smoothing).backward()
+        optimiser.step()
+    return model.eval(), accuracy(model, batches.test())["top1"]
+
+
+def teach(student: TrainConfig) -> TrainConfig:
+    """The configuration with the weights of its teacher: one of this data, augmentation, length and seed is taken
+    from `data.root`/teachers, or trained and laid there. Without a teacher in it, the configuration as it is."""
+    if not student.distill.teacher or student.distill.weights:
+        return student
+    parts = (student.data, student.augment, student.optim)
+    about = " ".join([*map(to_json, parts), str(student.run.seed), student.distill.teacher])
+    name = f"{student.distill.teacher}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
+    path = Path(student.data.root) / "teachers" / name
+    if not path.exists():
+        model, top1 = train_teacher(student, student.distill.teacher)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), path, metadata={"top1": f"{top1:.2f}"})
+    return replace(student, distill=replace(student.distill, weights=str(path)))
