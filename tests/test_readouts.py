@@ -8,7 +8,7 @@ from cpvt.lab.results import read_rows
 
 def test_fresh_seeds_and_nothing_else_differ_from_the_matrix():
     matrix = {(p.row, p.config.run.seed): p.config for p in diagnostics()}
-    short = [p for p in readouts() if "steps" not in p.row]
+    short = [p for p in readouts(repeated=()) if "steps" not in p.row]
     assert {(p.row, p.config.run.seed) for p in short} == {
         (f"{task}, {encoding}, {readout}", seed)
         for task, encoding in HINTS
@@ -21,8 +21,16 @@ def test_fresh_seeds_and_nothing_else_differ_from_the_matrix():
         assert seeded == matrix[plan.row, 0]
 
 
+def test_what_is_repeated_stands_in_the_matrix_with_the_same_seed():
+    matrix = {(p.row, p.config.run.seed): p.config for p in diagnostics()}
+    repeated = list(readouts(seeds=(), long=()))
+    assert [p.config.run.seed for p in repeated] == [0, 1, 2]
+    for plan in repeated:
+        assert plan.config == matrix[plan.row, plan.config.run.seed] and plan.row.endswith("gap")
+
+
 def test_the_long_rows_differ_in_their_steps_alone():
-    short = {p.config.run.seed: p.config for p in readouts() if p.row == f"where, {FIVE}, gap"}
+    short = {p.config.run.seed: p.config for p in readouts(repeated=()) if p.row == f"where, {FIVE}, gap"}
     long = [p.config for p in readouts() if p.row == f"where, {FIVE}, gap, 2000 steps"]
     assert len(long) == 3
     for config in long:
