@@ -149,8 +149,9 @@ def measure_costs(
 ) -> int:
     """Measures the rows that `out`/costs.jsonl lacks for this kind of device, group by group.
 
-    A group's rows are on disk before the next group begins; none begins that the budget would not hold, taking
-    as long as the one before (0: no limit). `names`: only these rows; `size`: how much is measured.
+    A group's rows are on disk before the next group begins. One group is measured at least; a further one begins
+    if the budget holds as long as the one before took (0: no limit). `names`: these rows only;
+    `size`: how much is measured.
     -> how many rows are still missing.
     """
     size = size or (GPU if "cuda" in device else CPU)
@@ -160,7 +161,7 @@ def measure_costs(
     bench, took = Bench(size, device, Budget(budget_minutes), Path(out)), 0.0
     with each_compiled(), _threads(device):
         base = _Entrant(bench, every[BASE]) if missing else None
-        while missing and bench.budget.allows(took):
+        while missing and (not took or bench.budget.allows(took)):
             group, missing, started = missing[:GROUP], missing[GROUP:], time.monotonic()
             for row in _group(bench, base, [every[name] for name in group]):
                 append_row(path, row)
