@@ -25,8 +25,8 @@ from cpvt.data.loader import open_batches
 from cpvt.data.pack import Expected, Shrink, pack
 from cpvt.lab.benchmark import Benchmark
 from cpvt.lab.costs import cost_config, cost_rows, measure_costs
-from cpvt.lab.experiments import EXPERIMENTS, run_missing
-from cpvt.lab.results import ResultsError
+from cpvt.lab.experiments import EXPERIMENTS, planned_rows, run_missing
+from cpvt.lab.results import ResultsError, Row
 from cpvt.model.export import export_onnx
 from cpvt.model.zoo import create_model, load_weights
 from cpvt.training.checkpoint import load_model
@@ -181,51 +181,49 @@ class Pack:
 class Experiments:
     """Measure what is missing of an experiment, a row at a time."""
 
-    name: Annotated[str, tyro.conf.Positional] = ""  # diagnostics (default), ..., tables; or costs
-    scale: Literal["", "tiny-imagenet"] = ""  # tiny-imagenet: the paper's tables at 1:8, as the name tables
-    root: str = ""  # tables: folder that holds Tiny-ImageNet (default: data/images)
+    name: Annotated[str, tyro.conf.Positional] = ""  # see --list; default: diagnostics
+    scale: Literal["", "tiny-imagenet", "fashion-mnist"] = (
+        ""  # tiny-imagenet: the paper's tables at 1:8, the experiment tables; fashion-mnist: fashion, for a CPU
+    )
+    root: str = ""  # folder that holds the images (default: data/images)
     out: Path = field(default_factory=lambda: Path("data/results"))  # folder of NAME.jsonl
     budget_minutes: float = 0.0  # start no row after this; 0: run all
     device: str = "auto"  # costs: cpu, cuda
-    list: bool = False  # only say what the experiment consists of
+    list: bool = False  # only say what the experiment consists of; without a name: what experiments there are
 
     def __call__(self) -> None:
-        name = self.name or ("tables" if self.scale else "diagnostics")
-        if self.scale and name != "tables":
+        at_scale = {"tiny-imagenet": "tables", "fashion-mnist": "fashion"}.get(self.scale, "diagnostics")
+        name = self.name or at_scale
+        if self.scale and name != at_scale:
             raise ConfigError(
-                f"--scale {self.scale} is for the experiment 'tables', not {name!r}: leave one out"
+                f"--scale {self.scale} is the experiment {at_scale!r}, and {name!r} was given too: leave one out"
             )
+        if self.list and not (self.name or self.scale):
+            for known, plan in {**EXPERIMENTS, "costs": measure_costs}.items():
+                print(f"{known:16}{(plan.__doc__ or '').strip().splitlines()[0]}")
+            return
         if name == "costs":
             return self._costs()
-        options = {"root": self.root} if name == "tables" else {}
+        options = {"root": self.root} if self.root else {}
         if self.list:
-            if name not in EXPERIMENTS:
-                raise ConfigError(f"no experiment {name!r}; {nearest(name, EXPERIMENTS)}")
-            for planned in EXPERIMENTS[name](**options):
+            for planned in planned_rows(name, **options):
                 print(planned.row, f"seed {planned.config.run.seed}", to_json(planned.config), sep="\t")
             return
-        left = run_missing(
-            name,
-            self.out,
-            self.budget_minutes,
-            report=lambda row, left: print(
-                f"{row.row}, seed {row.seed}: {row.seconds} s, {left} to go", flush=True
-            ),
-        )
-        print(f"{self.out / name}.jsonl: {left} rows missing" if left else "nothing is missing")
+        self._say(name, run_missing(name, self.out, self.budget_minutes, self._report, **options))
 
     def _costs(self) -> None:
         """Nothing is trained to an end: steps of every model are timed beside those of one without encoding."""
         if self.list:
             print(*(f"{row.name}\t{to_json(cost_config(row))}" for row in cost_rows().values()), sep="\n")
             return
-        left = measure_costs(
-            self.out,
-            pick_device(self.device),
-            self.budget_minutes,
-            report=lambda row, left: print(f"{row.row}: {row.seconds} s, {left} to go", flush=True),
-        )
-        print(f"{self.out / 'costs'}.jsonl: {left} rows missing" if left else "nothing is missing")
+        device = pick_device(self.device)
+        self._say("costs", measure_costs(self.out, device, self.budget_minutes, self._report))
+
+    def _say(self, name: str, left: int) -> None:
+        print(f"{self.out / name}.jsonl: {left} rows missing" if left else "nothing is missing")
+
+    def _report(self, row: Row, left: int) -> None:
+        print(f"{row.row}, seed {row.seed}: {row.seconds} s, {left} to go", flush=True)
 
 
 COMMANDS: dict[str, Callable | type] = {

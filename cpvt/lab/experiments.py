@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -335,6 +336,18 @@ def _device_name(run: Run) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def planned_rows(name: str, **options) -> Iterator[Planned]:
+    """The rows of an experiment, in the order in which they are measured. `options`: `root`, where it has images.
+
+    Raises ConfigError for a name that is none, and for a root of what is drawn.
+    """
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"no experiment {name!r}; {nearest(name, EXPERIMENTS)}")
+    if extra := options.keys() - signature(EXPERIMENTS[name]).parameters.keys():
+        raise ConfigError(f"the experiment {name!r} has no {', '.join(extra)}: leave it out")
+    return EXPERIMENTS[name](**options)
+
+
 def run_missing(
     name: str,
     out: str | Path,
@@ -347,14 +360,11 @@ def run_missing(
     Every row is on disk before the next one starts. `options` go to the experiment: `root` for "tables".
     -> how many rows are still missing.
     """
-    if name not in EXPERIMENTS:
-        raise ConfigError(f"no experiment {name!r}; {nearest(name, EXPERIMENTS)}")
+    plans = planned_rows(name, **options)
     path = Path(out) / f"{name}.jsonl"
     done = {row.key for row in read_rows(name, out)} if path.exists() else set()
     missing = [
-        plan
-        for plan in EXPERIMENTS[name](**options)
-        if (plan.experiment, plan.row, plan.scale, plan.config.run.seed) not in done
+        plan for plan in plans if (plan.experiment, plan.row, plan.scale, plan.config.run.seed) not in done
     ]
     started = time.monotonic()
     with keep_images():
