@@ -8,6 +8,8 @@ import pytest
 from cpvt.lab.claims import combination, holm, p_value, verdicts
 from cpvt.lab.results import NOT_YET, difference, spread
 
+T = "top1@14"
+
 
 def test_a_p_value_is_005_where_the_interval_ends_at_zero():
     found = spread([1.0, 2.0, 3.0, 4.0])
@@ -51,7 +53,7 @@ def test_combinations_pair_by_seed():
         for name, values in {"a": [5.0, 6.0, 9.0], "b": [1.0, 2.0, 3.0], "c": [0.0, 1.0]}.items()
         for seed, value in enumerate(values)
     ]
-    assert combination(rows, [(1, "a"), (-1, "b")], "top1@14") == difference(rows, "a", "b", "top1@14")
-    both = combination(rows, [(1, "a"), (-1, "b"), (1, "c")], "top1@14")
+    assert combination(rows, (1, "a", T), (-1, "b", T)) == difference(rows, "a", "b", T)
+    both = combination(rows, (1, "a", T), (-1, "b", T), (1, "c", T))
     assert both.n == 2 and both.mean == pytest.approx((4 + 5) / 2)
-    assert combination(rows, [(1, "a"), (-1, "d")], "top1@14") is None
+    assert combination(rows, (1, "a", T), (-1, "d", T)) is None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from cpvt.lab.results import NOT_YET, Spread, spread, t_quantile
+from cpvt.lab.results import NOT_YET, Row, Spread, spread, t_quantile
 
 
 def p_value(found: Spread) -> float:
@@ -27,7 +27,7 @@ def p_value(found: Spread) -> float:
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
     """For each p-value whether it stands among all of them, by Holm's correction.
 
-    The smallest of m must be below level / m, the next below level / (m - 1), and so on, up to the first that fails.
+    The smallest of m must be below level / m, the next below level / (m - 1), up to the first that fails.
     """
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     stands = [False] * len(p_values)
@@ -51,15 +51,19 @@ def verdicts(found: Sequence[Spread | None], level: float = 0.05) -> list[str]:
     return words
 
 
-def combination(rows, terms: Sequence[tuple[float, str]], metric: str) -> Spread | None:
-    """The Spread, over the seeds that all rows have, of a weighted sum of rows: [(1, "a"), (-1, "b"), ...].
+def combination(rows: Iterable[Row], *terms: tuple[float, str, str]) -> Spread | None:
+    """The Spread, over the seeds that have them all, of a weighted sum: (weight, row, metric), ...
 
-    None without such a seed. With two terms it is `results.difference`; with four, a difference of differences.
+    (1, "a", "top1@14"), (-1, "b", "top1@14") is `results.difference`; four terms give a difference of differences.
+    None without a common seed.
     """
-    values: dict[str, dict[int, float]] = {name: {} for _, name in terms}
+    values: dict[tuple[str, str], dict[int, float]] = {(name, metric): {} for _, name, metric in terms}
     for row in rows:
-        if row.row in values and metric in row.metrics:
-            values[row.row][row.seed] = row.metrics[metric]
+        for name, metric in values:
+            if row.row == name and metric in row.metrics:
+                values[name, metric][row.seed] = row.metrics[metric]
     seeds = set.intersection(*(set(found) for found in values.values()))
-    sums = [sum(weight * values[name][seed] for weight, name in terms) for seed in sorted(seeds)]
+    sums = [
+        sum(weight * values[name, metric][seed] for weight, name, metric in terms) for seed in sorted(seeds)
+    ]
     return spread(sums) if sums else None
