@@ -19,7 +19,12 @@ from cpvt.training.loop import Run
 
 SEEDS = (0, 1, 2)
 STEPS = 300
-RATES = (1e-3, 2e-3, 4e-3)  # the grid of `tuning`, the same for every encoding
+RATES = (
+    1e-3,
+    2e-3,
+    4e-3,
+    8e-3,
+)  # the grid of `tuning`, the same for every encoding; widened once, at its edge
 RATE = 2e-3
 TUNED = ("none", "learned", "one PEG")
 CLAIMED = (
