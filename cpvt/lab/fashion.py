@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2)
 STEPS = 300
 # The grid of `tuning`, the same for every encoding; it was widened as long as its largest rate was the best.
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-RATE = 2e-3
+RATE = 8e-3  # the best on average of the rows of `tuning`
 TUNED = ("none", "learned", "one PEG")
 CLAIMED = (
     "none",
