@@ -210,8 +210,8 @@ def readouts(
     PEGs pooling is behind on *where*; with sine it is ahead on the unseen side of *what*; and five PEGs with
     pooling solve *where* (95 % and more in every seed) given 2000 steps, since their reach allows it.
 
-    Afterwards, since claim and fresh seeds did not agree: the three runs that had hinted at it, `repeated` with the
-    same seeds and configuration.
+    Afterwards, since claim and fresh seeds did not agree: the three runs that had hinted at it, `repeated` with
+    the same seeds and configuration.
     """
     for seed in seeds:
         for task, encoding in HINTS:
@@ -314,7 +314,7 @@ def _measured(planned: Planned) -> tuple[Row, dict[str, torch.Tensor]]:
         dataset=dataset,
         dataset_sha256=digest,
         seed=planned.config.run.seed,
-        config=dataclasses.asdict(planned.config),
+        config=dataclasses.asdict(_rooted(planned.config, DataConfig.root)),  # wherever the images lay
         metrics={
             **metrics,
             "steps": run.steps,
