@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import timm
@@ -55,5 +56,7 @@ def teach(student: TrainConfig) -> TrainConfig:
     if not path.exists():
         model, top1 = train_teacher(student, student.distill.teacher)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), path, metadata={"top1": f"{top1:.2f}"})
+        beside = path.with_name(f".{path.name}.{os.getpid()}")  # another process may be reading the older one
+        save_file(model.state_dict(), beside, metadata={"top1": f"{top1:.2f}"})
+        os.replace(beside, path)
     return replace(student, distill=replace(student.distill, weights=str(path)))
