@@ -209,7 +209,7 @@ class Experiments:
             for planned in planned_rows(name, **options):
                 print(planned.row, f"seed {planned.config.run.seed}", to_json(planned.config), sep="\t")
             return
-        self._say(name, run_missing(name, self.out, self.budget_minutes, self._report, **options))
+        self._say(name, run_missing(name, self.out, self.budget_minutes, self._reporter(), **options))
 
     def _costs(self) -> None:
         """Nothing is trained to an end: steps of every model are timed beside those of one without encoding."""
@@ -217,13 +217,22 @@ class Experiments:
             print(*(f"{row.name}\t{to_json(cost_config(row))}" for row in cost_rows().values()), sep="\n")
             return
         device = pick_device(self.device)
-        self._say("costs", measure_costs(self.out, device, self.budget_minutes, self._report))
+        self._say("costs", measure_costs(self.out, device, self.budget_minutes, self._reporter()))
 
     def _say(self, name: str, left: int) -> None:
         print(f"{self.out / name}.jsonl: {left} rows missing" if left else "nothing is missing")
 
-    def _report(self, row: Row, left: int) -> None:
-        print(f"{row.row}, seed {row.seed}: {row.seconds} s, {left} to go", flush=True)
+    def _reporter(self) -> Callable[[Row, int], None]:
+        """Prints each row, and what the others will take if they take as long as those so far."""
+        took: list[float] = []
+
+        def report(row: Row, left: int) -> None:
+            took.append(row.seconds)
+            minutes = left * sum(took) / len(took) / 60
+            rest = f"{left} to go, about {minutes:.0f} minutes" if left else "the last"
+            print(f"{row.row}, seed {row.seed}: {row.seconds} s, {rest}", flush=True)
+
+        return report
 
 
 COMMANDS: dict[str, Callable | type] = {

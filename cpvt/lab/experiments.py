@@ -185,8 +185,9 @@ PADDINGS = (
 
 
 def paddings(seeds: Iterable[int] = SEEDS) -> Iterator[Planned]:
-    """*Where* with every padding of one PEG, read out by the class token; `diagnostics` has zero padding with
-    its skip.
+    """*Where* with every padding of one PEG, read out by the class token.
+
+    `diagnostics` has zero padding with its skip.
 
     Written before these rows, after a pilot of no padding (42 at 300 steps) and of circular (25): no accuracy at
     any distance is above the ceiling of a reach of 1 for no padding, zeros and reflect, of 0 for replicate and for
@@ -203,8 +204,10 @@ HINTS = (("what", "sine"), ("where", FIVE))
 def readouts(
     seeds: Iterable[int] = range(3, 8), long: Iterable[int] = range(3, 6), repeated: Iterable[int] = SEEDS
 ) -> Iterator[Planned]:
-    """Class token against pooling where the rows of `diagnostics` hint at a difference, on seeds that had no say
-    in the choice; then pooled five PEGs on *where* with four times the steps, on the seeds `long`.
+    """Class token against pooling where the rows of `diagnostics` hint at a difference.
+
+    On seeds that had no say in the choice; then pooled five PEGs on *where* with four times the steps, on the
+    seeds `long`.
 
     Written before these rows, after a look at those of `diagnostics` (three seeds, 42 differences): with five
     PEGs pooling is behind on *where*; with sine it is ahead on the unseen side of *what*; and five PEGs with
@@ -258,8 +261,7 @@ def tables(root: str = "") -> Iterator[Planned]:
 
 
 def table_tuning(root: str = "") -> Iterator[Planned]:
-    """The encodings behind claims at each rate of a grid, a third of the length, on a held-out tenth of the
-    training images: what the scale model's rate is chosen from."""
+    """What the rate of `tables` is chosen from: a grid, on a held-out tenth of the training images."""
     for name, config in tuning_rows():
         yield Planned("tuning", name, "minutes", _rooted(config, root), score=score_tuning)
 
