@@ -92,9 +92,11 @@ def test_scores_of_a_row(name, root):
     assert dataset == "tiny-imagenet" and len(digest) == 64
     sizes = {f"top1@{tokens}" for tokens in (10, 14, 24, 28, 32)}
     assert sizes <= metrics.keys() and metrics["top1@14"] == run.metrics["top1"]
+    shifts = {f"shift{pixels}" for pixels in (0, 1, 2, 4, 6)}
     others = {key.partition("/")[2] for key in metrics if key.startswith("top1@") and "/" in key}
-    assert others == {"sine": {"resample", "rescale"}, "rotary": {"rescale"}}.get(name, set())
-    assert {"position_r2/images", "position_r2/noise/interior", "shift_error/circular"} <= metrics.keys()
+    assert others - shifts == {"sine": {"resample", "rescale"}, "rotary": {"rescale"}}.get(name, set())
+    assert {"position_r2/images", "position_r2/noise/interior", "shift_error/window"} <= metrics.keys()
+    assert shifts <= others and {"top1@14x28", "attention_distance/block5"} <= metrics.keys()
     assert all(value <= 1 + 1e-9 for key, value in metrics.items() if key.startswith("position_r2"))
 
 

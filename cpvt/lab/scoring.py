@@ -16,7 +16,14 @@ from torch import Tensor
 
 from cpvt.data.loader import Images, normalise, open_batches
 from cpvt.data.resize import crop_resize
-from cpvt.lab.probes import attention_maps, control_images, equivariance_error, patch_tokens, position_probe
+from cpvt.lab.probes import (
+    Equivariance,
+    attention_maps,
+    control_images,
+    equivariance_error,
+    patch_tokens,
+    position_probe,
+)
 from cpvt.lab.results import fingerprint
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.evaluate import correct
@@ -53,28 +60,35 @@ def score_place(model: VisionTransformer, images: Tensor) -> dict[str, float]:
     return _finite(metrics)
 
 
-def score_maps(model: VisionTransformer, images: Tensor, tokens: int = 2) -> dict[str, float]:
+def score_maps(
+    model: VisionTransformer, images: Tensor, scenes: Tensor | None = None, tokens: int = 2
+) -> dict[str, float]:
     """How much the map of tokens differs from the shifted map when the image moves right by whole tokens.
 
-    With /zero, black comes in.
-
-    shift_error/circular, /zero   after the last block, three tokens from the border or more; 1 is as large as
-                                  the map itself
-    shift_error/circular/block0   the same after each block
+    shift_error/circular          after the last block, three tokens from the border or more; 1 is as large as the
+                                  map itself
+    shift_error/circular/border   the same nearer to the border
+    shift_error/circular/block0   the same as the first after each block
+    shift_error/zero              black comes in
+    shift_error/window            the image is a frame that moves over `scenes`, which are wider by `tokens`
     """
-
     black = _black(images)
 
-    def error(kind: str, block: int | None = None) -> float:
-        def maps(pictures: Tensor) -> Tensor:
-            found = patch_tokens(model, pictures + black, block)
+    def error(kind: str, pictures: Tensor, block: int | None = None) -> Equivariance:
+        def maps(moved: Tensor) -> Tensor:
+            found = patch_tokens(model, moved + black, block)
             return found.transpose(1, 2).unflatten(2, (-1, model.config.grid[1]))
 
         shift = {"shift": (0, tokens), "border": 3, "stride": model.config.patch_size}
-        return equivariance_error(maps, images - black, kind=kind, **shift).interior
+        return equivariance_error(maps, pictures - black, kind=kind, **shift)
 
-    metrics = {f"shift_error/{kind}": error(kind) for kind in ("circular", "zero")}
-    metrics |= {f"shift_error/circular/block{i}": error("circular", i) for i in range(model.config.depth)}
+    given = {"circular": images, "zero": images} | ({} if scenes is None else {"window": scenes})
+    metrics = {}
+    for kind, pictures in given.items():
+        found = error(kind, pictures)
+        metrics |= {f"shift_error/{kind}": found.interior, f"shift_error/{kind}/border": found.border}
+    for i in range(model.config.depth):
+        metrics[f"shift_error/circular/block{i}"] = error("circular", images, i).interior
     return _finite(metrics)
 
 

@@ -223,7 +223,10 @@ def score_scale(run: Run, images: int = 256, tune: bool = False) -> tuple[dict[s
     if tune:
         metrics[f"top1@{FINE_TUNED // PIXELS}/tuned"] = fine_tune(run, FINE_TUNED).metrics["top1"]
     sample, labels = first_images(held_out, images)
-    metrics |= score_place(run.model, sample) | score_maps(run.model, sample[:64])
+    wider = replace(config.data, image_size=config.data.image_size + 2 * PIXELS)
+    scenes, _ = first_images(open_batches(wider, 1, config.run.seed, device, train=False), 64)
+    metrics |= score_maps(run.model, sample[:64], scenes[:, :, PIXELS:-PIXELS])
+    metrics |= score_place(run.model, sample)
     metrics |= score_shifts(run.model, sample, labels) | score_attention(run.model, sample[:64])
     held = held_out.held_out
     return metrics, config.data.name, fingerprint(held.images.cpu(), held.labels.cpu())
