@@ -95,10 +95,15 @@ def fashion_model(encoding: str, seed: int = 0, rate: float = RATE) -> TrainConf
 
 
 def rows() -> Iterator[tuple[str, TrainConfig]]:
-    """-> names and configurations as they are measured: what claims rest on first, seed by seed."""
+    """-> names and configurations as they are measured: what claims rest on first, seed by seed.
+
+    Seeds 3 and 4 of the first eight rows were added when the first seed of most rows was known, and for a reason
+    that no row decides: among twelve claims Holm asks the clearest for p < 0.05 / 12, which three seeds reach only
+    at t > 15, five at t > 5.9.
+    """
     named = {row.name: row for row in table_rows()}
-    for names in (CLAIMED, OTHERS):
-        for seed in SEEDS:
+    for names, seeds in ((CLAIMED, SEEDS), (CLAIMED[:8], (3, 4)), (OTHERS, SEEDS)):
+        for seed in seeds:
             for name in names:
                 yield name, changed(fashion_model(named[name].encoding, seed), named[name].changes)
 
