@@ -103,6 +103,21 @@ def test_every_row_of_both_tables_has_a_cost():
         assert row.name == name and cost_config(row, "small").width == 384
 
 
+def test_claims_are_timed_in_the_rounds_of_the_control(tmp_path, monkeypatch):
+    """The control vouches for no other rounds than its own."""
+    groups = []
+
+    def timed(bench, base, group):
+        groups.append([row.name for row in group])
+        return iter(())
+
+    monkeypatch.setattr(costs, "_group", timed)
+    measure_costs(tmp_path, "cpu", size=QUICK)
+    assert sum(groups, []) == list(cost_rows()) and max(map(len, groups)) == costs.GROUP
+    (beside,) = (group for group in groups if AGAIN in group)
+    assert {"one PEG", "five PEGs"} <= set(beside)
+
+
 # --------------------------------------------------------------------------- intervals
 
 
