@@ -493,6 +493,13 @@ def test_a_kernel_that_covers_the_grid_is_one_matrix(kernel, grid, bias):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_a_matrix_has_a_shape_without_numbers():
+    """On meta tensors too, where there is no autocast to ask about."""
+    with torch.device("meta"):
+        peg = PEG(4, config=Peg(kernel=9, compute="matrix"))
+        assert peg(torch.empty(2, 20, 4), (4, 5)).shape == (2, 20, 4)
+
+
 def test_a_kernel_that_does_not_cover_the_grid_is_convolved():
     peg = PEG(4, config=Peg(kernel=27, compute="matrix")).double()
     assert peg.covers((14, 14)) and not peg.covers((14, 15)) and not peg.covers((24, 24))

@@ -265,7 +265,8 @@ def peg_matrix(x: Tensor, weight: Tensor, grid: Grid) -> Tensor:
     rows, columns = (offsets(n, centre, False, x.device) for n in grid)
     # (D, k, k); entry [m, n] is the weight from token n to token m
     matrix = weight[:, 0][:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3, 4).flatten(1, 2)
-    if torch.is_autocast_enabled(x.device.type):
+    # On "meta" (shapes alone) there is no autocast to ask about: PyTorch refuses the question.
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, matrix = x.to(dtype), matrix.to(dtype)
     # Turned once, (D, N, B), and kept so for the backward pass; einsum would turn it anew for each product.
