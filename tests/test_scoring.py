@@ -1,5 +1,6 @@
 """What is measured on trained models of real images: shifts, attention, place, arrays kept beside the rows."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,11 +11,11 @@ from cpvt.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from cpvt.data import loader
 from cpvt.data.datasets import FASHION_MNIST_CLASSES, ImageDataset
 from cpvt.data.loader import keep_images, open_batches
-from cpvt.lab import fashion, tables
+from cpvt.lab import experiments, fashion, tables
 from cpvt.lab.arrays import arrays_of, gap_by_image, keep_arrays, read_arrays, right
-from cpvt.lab.experiments import EXPERIMENTS, planned_rows
+from cpvt.lab.experiments import EXPERIMENTS, Planned, planned_rows, run_missing
 from cpvt.lab.probes import attention_maps
-from cpvt.lab.results import ResultsError
+from cpvt.lab.results import ResultsError, read_rows
 from cpvt.lab.scoring import score_attention, score_maps, score_oblong, score_shifts, score_tuning
 from cpvt.lab.tables import changed, fine_tune
 from cpvt.lab.teacher import teach, train_teacher
@@ -288,3 +289,24 @@ def test_a_root_reaches_what_has_one_and_is_refused_by_what_is_drawn():
     with pytest.raises(ConfigError, match="no root"):
         planned_rows("diagnostics", root="/images")
     assert set(EXPERIMENTS) >= {"diagnostics", "paddings", "pipelines", "tables", "fashion"}
+
+
+def test_a_signal_ends_an_experiment_without_half_a_row(tmp_path, monkeypatch):
+    def signalled(run):
+        raise AssertionError("a run that was stopped is not scored")
+
+    def stop_after_two(config, open_data):
+        run = train(config, open_data=open_data)
+        stop_after_two.calls += 1
+        if stop_after_two.calls == 2:
+            run.interrupted, run.metrics = "SIGTERM", {}
+        return run
+
+    stop_after_two.calls = 0
+    plans = [Planned("x", name, "seconds", short(), score=score_tuning) for name in ("a", "b", "c")]
+    plans = [dataclasses.replace(p, config=changed(p.config, {"data": {"hold_out": 10}})) for p in plans]
+    plans[1] = dataclasses.replace(plans[1], score=signalled)
+    monkeypatch.setitem(EXPERIMENTS, "x", lambda: iter(plans))
+    monkeypatch.setattr(experiments, "train", stop_after_two)
+    assert run_missing("x", tmp_path) == 2
+    assert [row.row for row in read_rows("x", tmp_path)] == ["a"]

@@ -300,14 +300,20 @@ EXPERIMENTS: dict[str, Callable[..., Iterator[Planned]]] = {
 }
 
 
+class Stopped(RuntimeError):
+    """A row that a signal ended; nothing of it is kept."""
+
+
 def measure(planned: Planned) -> Row:
-    """Trains and measures one planned row."""
+    """Trains and measures one planned row. Raises Stopped where a signal came in between."""
     return _measured(planned)[0]
 
 
 def _measured(planned: Planned) -> tuple[Row, dict[str, torch.Tensor]]:
     started = time.perf_counter()
     run = train(teach(planned.config), open_data=planned.open_data)
+    if run.interrupted:
+        raise Stopped(f"{planned.row}: stopped by {run.interrupted}")
     metrics, dataset, digest = planned.score(run)
     row = Row(
         experiment=planned.experiment,
@@ -359,7 +365,8 @@ def run_missing(
 ) -> int:
     """Measures the rows of experiment `name` that `out`/NAME.jsonl lacks, until the budget is spent (0: all).
 
-    Every row is on disk before the next one starts. `options` go to the experiment: `root` for "tables".
+    Every row is on disk before the next one starts, and a signal ends the experiment between two of them.
+    `options` go to the experiment: `root`, where it has images.
     -> how many rows are still missing.
     """
     plans = planned_rows(name, **options)
@@ -371,7 +378,11 @@ def run_missing(
     started = time.monotonic()
     with keep_images():
         while missing and not (budget_minutes and time.monotonic() - started > 60 * budget_minutes):
-            row, arrays = _measured(missing.pop(0))
+            try:
+                row, arrays = _measured(missing[0])
+            except Stopped:
+                break
+            del missing[0]
             if arrays:  # first, so that no row stands without what it promises
                 keep_arrays(path.with_suffix(".safetensors"), row.row, row.seed, arrays)
             append_row(path, row)

@@ -110,7 +110,7 @@ def rows() -> Iterator[tuple[str, TrainConfig]]:
 
 
 def judged(rows: Iterable[Row]) -> dict[tuple[str, str, str], tuple[Spread | None, str]]:
-    """Rows of this experiment -> for each of `CLAIMS` the difference over seeds and the verdict among all twelve."""
+    """Rows of this experiment -> for each of `CLAIMS` the difference over seeds, and the verdict among all."""
     rows = list(rows)
     found = [difference(rows, *claim) for claim in CLAIMS]
     return dict(zip(CLAIMS, zip(found, verdicts(found), strict=True), strict=True))
