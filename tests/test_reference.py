@@ -13,7 +13,6 @@ from torch import distributed
 from cpvt.config import AugmentConfig, ConfigError, DataConfig, replace
 from cpvt.data.datasets import open_dataset
 from cpvt.data.loader import MEAN, STD, Share
-from cpvt.lab import experiments
 from cpvt.lab.experiments import measure, pipelines
 from cpvt.lab.pipelines import score_pipeline
 from cpvt.lab.reference import Selected, TimmBatches, _posterize, mixer, selected, timm_loader
@@ -181,7 +180,7 @@ def test_rows_differ_in_the_pipeline_alone():
 
 def test_a_row_of_the_experiment(folder, tmp_path, monkeypatch):
     """In small: named data, what was evaluated on, and scores; the same digest for either pipeline."""
-    monkeypatch.setattr(experiments, "CLASSES", 2)
+    monkeypatch.setattr("cpvt.lab.pipelines.CLASSES", 2)
     rows = []
     for plan, kind in zip(pipelines((0,)), (Selected, TimmBatches), strict=True):
         small = replace(small_run(folder), augment=ONCE)
