@@ -202,6 +202,8 @@ class Experiments:
             for known, plan in {**EXPERIMENTS, "costs": measure_costs}.items():
                 print(f"{known:16}{(plan.__doc__ or '').strip().splitlines()[0]}")
             return
+        if self.device != "auto" and name != "costs":
+            raise ConfigError(f"--device is for the experiment costs, not {name!r}: leave it out")
         if name == "costs":
             return self._costs()
         options = {"root": self.root} if self.root else {}
@@ -213,6 +215,8 @@ class Experiments:
 
     def _costs(self) -> None:
         """Nothing is trained to an end: steps of every model are timed beside those of one without encoding."""
+        if self.root:
+            raise ConfigError("the experiment 'costs' has no root: leave it out")
         if self.list:
             print(*(f"{row.name}\t{to_json(cost_config(row))}" for row in cost_rows().values()), sep="\n")
             return

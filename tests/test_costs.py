@@ -184,6 +184,23 @@ def test_the_command_lists_what_it_would_measure(capsys):
     assert [line.split("\t")[0] for line in lines] == list(cost_rows())
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["costs", "--root", "images"], "'costs' has no root"),
+        (["tables", "--device", "cpu"], "--device is for the experiment costs"),
+        (["where", "--list"], "no experiment 'where'"),
+        (["tables", "--scale", "fashion-mnist"], "leave one out"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options, reason, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["experiments", *options, "--out", str(tmp_path)])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and reason in said.err and len(said.err.splitlines()) == 1
+    assert not said.out and not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_speed_and_memory(tmp_path):
     size = replace(costs.GPU, batch=64, rounds=6, steps=2)

@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from cpvt.lab.experiments import FIVE, HINTS, READOUTS, diagnostics, readouts
+from cpvt.lab.experiments import HINTS, READOUTS, diagnostics, readouts
 from cpvt.lab.results import read_rows
+from cpvt.lab.tables import FIVE
 
 
 def test_fresh_seeds_and_nothing_else_differ_from_the_matrix():

@@ -40,8 +40,8 @@ from cpvt.lab.fashion import tuning as fashion_tuning_rows
 from cpvt.lab.pipelines import PIPELINES, pipeline, score_pipeline
 from cpvt.lab.results import Row, append_row, commit, fingerprint, read_rows
 from cpvt.lab.scoring import score_tuning
+from cpvt.lab.tables import FIVE, rows, score_scale
 from cpvt.lab.tables import SEEDS as TABLE_SEEDS
-from cpvt.lab.tables import rows, score_scale
 from cpvt.lab.tables import tuning as tuning_rows
 from cpvt.lab.teacher import teach
 from cpvt.training.evaluate import correct
@@ -197,7 +197,6 @@ def paddings(seeds: Iterable[int] = SEEDS) -> Iterator[Planned]:
         yield replace(plan, experiment="paddings")
 
 
-FIVE = "peg(positions=(0, 1, 2, 3, 4))"
 HINTS = (("what", "sine"), ("where", FIVE))
 
 

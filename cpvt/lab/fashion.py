@@ -54,7 +54,7 @@ OTHERS = (
 )
 
 
-# (better row, worse row, metric), written before any of these rows was measured, with only the tuning known.
+# (better row, worse row, metric), written before any of these rows or of `tuning` was measured.
 CLAIMS = (
     ("learned", "none", "top1@14"),
     ("one PEG", "none", "top1@14"),

@@ -149,14 +149,14 @@ def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float
     return metrics
 
 
-def score_oblong(model: VisionTransformer, batches: Images, images: int = 0) -> dict[str, float]:
+def score_oblong(model: VisionTransformer, batches: Images) -> dict[str, float]:
     """top1@14x28: accuracy on the middle band of the images, twice as wide as it is high.
 
     Held-out images of S x S pixels give a band of S / 2 x S, resized to the trained height and twice that width,
     so that an object keeps its tokens where the stored images are large enough.
     """
     held, size = batches.held_out, model.config.image_size[0]
-    count, right = min(images or len(held), len(held)), 0
+    count, right = len(held), 0
     for part in torch.arange(count).split(256):
         pixels, labels = held.images[part], held.labels[part]
         S = pixels.shape[-1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import timm
@@ -35,12 +37,13 @@ def train_teacher(student: TrainConfig, name: str = TEACHER) -> tuple[nn.Module,
     torch.manual_seed(seed)
     model = timm.create_model(name, num_classes=batches.num_classes).to(device)
     optimiser = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.rate)
-    for step, batch in zip(range(optim.steps), batches.micro_batches(), strict=False):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, optim)
-        optimiser.zero_grad()
-        cross_entropy(model(batch.images), batch.targets, smoothing).backward()
-        optimiser.step()
+    with closing(batches.micro_batches()) as micro_batches:
+        for step, batch in enumerate(islice(micro_batches, optim.steps)):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, optim)
+            optimiser.zero_grad()
+            cross_entropy(model(batch.images), batch.targets, smoothing).backward()
+            optimiser.step()
     return model.eval(), accuracy(model, batches.test())["top1"]
 
 
