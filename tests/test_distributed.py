@@ -94,7 +94,8 @@ def script(tmp_path: Path, config, slow: float = 0.2) -> Path:
         "own = setup.Session.backward\n"
         f"setup.Session.backward = lambda *a: (time.sleep({slow}), own(*a))[1]\n"
         f"run = train(from_json(TrainConfig, {to_json(config)!r}))\n"
-        "print('ended', run.steps, run.interrupted or run.metrics, flush=True)\n"
+        # One write: where Python does not buffer (PYTHONUNBUFFERED), print's pieces mix with the other process's.
+        "sys.stdout.write(f'ended {run.steps} {run.interrupted or run.metrics}\\n')\n"
         "sys.exit(75 if run.interrupted else 0)\n"
     )
     return path
