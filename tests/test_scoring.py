@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import namedtuple
 
 import pytest
 import torch
@@ -283,8 +284,25 @@ def test_every_claim_is_about_rows_that_are_measured_at_every_seed():
     assert first == list(fashion.CLAIMED)
 
 
+def test_claims_on_length_compare_the_same_seeds_of_a_short_and_a_long_run():
+    """Leads of 2 at 300 steps and 1 at 900, in every seed: two claims are positive, two measure what shrank."""
+    planned = {(plan.row, plan.config.run.seed): plan for plan in planned_rows("fashion-length")}
+    row = namedtuple("Row", "row seed metrics")
+    gain = {"none": 0.0, "learned": 1.0, "one PEG": 3.0, "circular padding": 2.0}
+    rows = []
+    for seed in fashion.SEEDS:
+        for name in fashion.LENGTHENED:
+            assert planned[f"{name}, 900 steps", seed].config.optim.steps == 900
+            rows += [row(name, seed, {"top1@14": 50 + seed + gain[name]})]
+            rows += [row(f"{name}, 900 steps", seed, {"top1@14": 70 - seed + gain[name] / 2})]
+    judged = fashion.judged_lengths(rows)
+    assert [found.mean for found, _ in judged.values()] == [1.0, 0.5, 1.5, 1.0]
+    assert all(found.n == 3 and verdict == "supported" for found, verdict in judged.values())
+    assert all(found is None for found, _ in fashion.judged_lengths(rows[::2]).values())
+
+
 def test_a_root_reaches_what_has_one_and_is_refused_by_what_is_drawn():
-    for name in ("tables", "tuning", "fashion", "fashion-tuning"):
+    for name in ("tables", "tuning", "fashion", "fashion-tuning", "fashion-length"):
         assert next(planned_rows(name, root="/images")).config.data.root == "/images"
     with pytest.raises(ConfigError, match="no root"):
         planned_rows("diagnostics", root="/images")

@@ -6,7 +6,7 @@ long a row. `readouts`: what the matrix hints at of class token and pooling, on 
 times that. `pipelines`: one configuration trained on real images through this package's data pipeline and through
 timm's, three seeds each, minutes a row on a core. `tables`: every row of the paper's tables on the 1:8 scale
 model, minutes a row on a GPU; `tuning` beforehand: its rate. `fashion`: the rows that a CPU can afford, on
-Fashion-MNIST; `fashion-tuning` beforehand.
+Fashion-MNIST; `fashion-tuning` beforehand; `fashion-length`: four of them, shorter and longer.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from cpvt.config import (
 from cpvt.data.diagnostics import draw
 from cpvt.data.loader import keep_images, normalise, open_batches
 from cpvt.lab.arrays import arrays_of, keep_arrays
+from cpvt.lab.fashion import lengths, score_fashion
 from cpvt.lab.fashion import rows as fashion_rows
-from cpvt.lab.fashion import score_fashion
 from cpvt.lab.fashion import tuning as fashion_tuning_rows
 from cpvt.lab.pipelines import PIPELINES, pipeline, score_pipeline
 from cpvt.lab.results import Row, append_row, commit, fingerprint, read_rows
@@ -275,6 +275,13 @@ def fashion(root: str = "") -> Iterator[Planned]:
         yield Planned("fashion", name, "minutes", config, score=score_fashion, arrays=arrays_of)
 
 
+def fashion_lengths(root: str = "") -> Iterator[Planned]:
+    """Four rows of `fashion`, shorter and longer; `fashion.LENGTH_CLAIMS` were written before these rows."""
+    for name, config in lengths():
+        config = _rooted(config, root)
+        yield Planned("fashion-length", name, "minutes", config, score=score_fashion)
+
+
 def fashion_tuning(root: str = "") -> Iterator[Planned]:
     """What the rate of `fashion` is chosen from."""
     for name, config in fashion_tuning_rows():
@@ -296,6 +303,7 @@ EXPERIMENTS: dict[str, Callable[..., Iterator[Planned]]] = {
     "tables": tables,
     "fashion-tuning": fashion_tuning,
     "fashion": fashion,
+    "fashion-length": fashion_lengths,
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from cpvt.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cpvt.data.loader import open_batches
-from cpvt.lab.claims import verdicts
+from cpvt.lab.claims import combination, verdicts
 from cpvt.lab.results import Row, Spread, difference, fingerprint
 from cpvt.lab.scoring import first_images, score_attention, score_maps, score_place, score_shifts
 from cpvt.lab.tables import ENCODINGS, changed
@@ -107,6 +107,42 @@ def rows() -> Iterator[tuple[str, TrainConfig]]:
         for seed in seeds:
             for name in names:
                 yield name, changed(fashion_model(named[name].encoding, seed), named[name].changes)
+
+
+LENGTHS = (900, 100)  # steps, beside the 300 of `rows`
+LENGTHENED = ("none", "learned", "one PEG", "circular padding")
+# What is claimed to be above zero, as terms of `claims.combination`; written before any row of `lengths`, with the
+# rows of 300 steps known. A lead that is only a faster start would shrink as a run gets longer.
+LENGTH_CLAIMS = {
+    "one PEG is ahead of learned at 900 steps": (("one PEG", "learned"), None),
+    "one PEG is ahead of circular padding at 900 steps": (("one PEG", "circular padding"), None),
+    "the lead of one PEG over none is larger at 300 steps than at 900": (("one PEG", "none"), 300),
+    "the lead of one PEG over learned is larger at 300 steps than at 900": (("one PEG", "learned"), 300),
+}
+
+
+def lengths() -> Iterator[tuple[str, TrainConfig]]:
+    """The rows of `LENGTHENED` with a third and with three times the steps, all else as in `rows`, whose 300 steps
+    are the middle; -> "NAME, N steps" and its configuration, the longer first, seed by seed."""
+    named = {row.name: row for row in table_rows()}
+    for steps in LENGTHS:
+        for seed in SEEDS:
+            for name in LENGTHENED:
+                yield (
+                    f"{name}, {steps} steps",
+                    changed(fashion_model(named[name].encoding, seed), {"optim": {"steps": steps}}),
+                )
+
+
+def judged_lengths(rows: Iterable[Row]) -> dict[str, tuple[Spread | None, str]]:
+    """Rows of both experiments -> for each of `LENGTH_CLAIMS` its size over seeds, and the verdict among all."""
+    rows, found = list(rows), []
+    for (better, worse), against in LENGTH_CLAIMS.values():
+        sign = -1 if against else 1
+        terms = [(sign, f"{better}, 900 steps", "top1@14"), (-sign, f"{worse}, 900 steps", "top1@14")]
+        terms += [(1, better, "top1@14"), (-1, worse, "top1@14")] if against else []
+        found.append(combination(rows, *terms))
+    return dict(zip(LENGTH_CLAIMS, zip(found, verdicts(found), strict=True), strict=True))
 
 
 def judged(rows: Iterable[Row]) -> dict[tuple[str, str, str], tuple[Spread | None, str]]:
