@@ -1,8 +1,8 @@
 """A second opinion on a CPU: rows of the paper's tables on Fashion-MNIST, 28 pixels in tokens of 2 x 2.
 
 The grid is that of the scale model, 14 x 14; the model is smaller, the run short, minutes a row on a CPU core.
-Clothes stand upright in the middle of a black picture: place and content go together here more than in
-photographs, and the border is empty. Names of rows are those of `tables.py`.
+Clothes stand upright in the middle of a black picture, each scaled until its longer side fills it: place and
+content go together here more than in photographs. Names of rows are those of `tables.py`.
 """
 
 from __future__ import annotations
