@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from cpvt.config import ConfigError, ModelConfig, Peg
+from cpvt.lab import probes
 from cpvt.lab.probes import (
     ProbeError,
     control_images,
@@ -194,6 +195,12 @@ def test_shifts_are_counted_in_tokens():
         equivariance_error(pool, X, (1, -1), "diagonal")
     with pytest.raises(ProbeError, match=r"shift=\(18, 0\)"):
         equivariance_error(peg_map("zero"), X, (18, 0), "zero")
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_a_shift_stays_on_the_device_of_the_map(wrap):
+    """A tensor without data mixes with one of the CPU as little as one of a GPU does."""
+    assert probes._shift(torch.ones(2, 3, 6, 6, device="meta"), (1, -2), wrap).is_meta
 
 
 # --------------------------------------------------------------------------- reading place off tokens

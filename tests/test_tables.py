@@ -73,16 +73,25 @@ def test_the_grids_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_row_trains(name, root):
+def test_every_row_trains_and_is_scored(name, root):
     run = train(teach(short(ROWS[name].config(), root)))
     assert run.steps == 2 and numpy.isfinite(run.history[-1]["loss"]) and run.metrics["images"] == 8
+    metrics, _, _ = score_scale(run, images=4)
+    assert {"top1@10", "top1@32", "top1@14x28", "same_class/shift4", "position_r2/images"} <= metrics.keys()
+    assert all(numpy.isfinite(value) for value in metrics.values())
+    # Without padding the map is smaller, and has no counterpart under a shift.
+    assert ("shift_error/window/border" in metrics) == (name != "no padding")
+    blocks = run.model.config.depth - run.model.config.bare_blocks
+    seen = [key for key in metrics if key.startswith("attention_distance")]
+    assert len(seen) == (1 if name == "no padding" else blocks)
 
 
 def test_parts_of_the_images_keep_the_number_of_steps():
     whole = ROWS["learned"].config()
-    for share in (10, 30):
-        part = ROWS[f"learned, {share} % of the images"].config()
-        assert part.data.limit * part.optim.epochs == pytest.approx(100_000 * whole.optim.epochs, rel=0.01)
+    for images in (5_000, 15_000):
+        part = ROWS[f"learned, {images:,} images"].config()
+        assert part.data.limit == images
+        assert part.data.limit * part.optim.epochs == pytest.approx(50_000 * whole.optim.epochs, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["sine", "rotary", "five PEGs", "learned"])

@@ -225,11 +225,11 @@ def _shift(x: Tensor, shift, wrap: bool) -> Tensor:
     out = x.roll(tuple(shift), (-2, -1))
     if wrap:
         return out
-    keep = torch.ones(x.shape[-2:], dtype=torch.bool)
-    for axis, s in enumerate(shift):
-        n = keep.shape[axis]
-        keep.index_fill_(axis, torch.arange(s) if s >= 0 else torch.arange(n + s, n), False)
-    return torch.where(keep, out, torch.zeros_like(out))
+    for axis, s in zip((-2, -1), shift, strict=True):
+        n = x.shape[axis]
+        came_in = torch.arange(s) if s >= 0 else torch.arange(n + s, n)
+        out = out.index_fill(axis, came_in.to(x.device), 0)
+    return out
 
 
 # --------------------------------------------------------------------------- reading place off tokens

@@ -46,15 +46,24 @@ def score_tuning(run: Run) -> tuple[dict[str, float], str, str]:
     return found, part, fingerprint(held.images, held.labels)
 
 
+@torch.no_grad()
+def last_grid(model: VisionTransformer) -> tuple[int, int]:
+    """(H, W) of the tokens after the last block: a PEG without padding has shrunk the grid."""
+    config = model.config
+    blank = torch.zeros(1, config.in_channels, *config.image_size).to(next(model.parameters()))
+    (last,) = model.forward_intermediates(blank, indices=[config.depth - 1], intermediates_only=True)
+    return tuple(last.shape[-2:])
+
+
 def score_place(model: VisionTransformer, images: Tensor) -> dict[str, float]:
     """How well a linear probe reads a token's row and column off the last block: R2, 1 at best.
 
     position_r2/images, and on images that say nothing of place (see `probes.control_images`):
     position_r2/constant, /noise, /shuffled; each also as .../interior, away from the border.
     """
-    metrics = {}
+    metrics, grid = {}, last_grid(model)
     for name, pictures in control_images(images, model.config.patch_size).items():
-        probe = position_probe(patch_tokens(model, pictures.to(images.device)), model.config.grid)
+        probe = position_probe(patch_tokens(model, pictures.to(images.device)), grid)
         metrics[f"position_r2/{name}"] = (probe.row + probe.column) / 2
         metrics[f"position_r2/{name}/interior"] = (probe.row_interior + probe.column_interior) / 2
     return _finite(metrics)
@@ -71,7 +80,11 @@ def score_maps(
     shift_error/circular/block0   the same as the first after each block
     shift_error/zero              black comes in
     shift_error/window            the image is a frame that moves over `scenes`, which are wider by `tokens`
+
+    Nothing where the grid shrinks on the way (a PEG without padding): a smaller map has no counterpart.
     """
+    if last_grid(model) != model.config.grid:
+        return {}
     black = _black(images)
 
     def error(kind: str, pictures: Tensor, block: int | None = None) -> Equivariance:
@@ -136,7 +149,8 @@ def _answers(model: VisionTransformer, images: Tensor, batch: int = 256) -> Tens
 def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float]:
     """attention_distance/block0 ...: how far a patch reads, in tokens, mean over patches, heads and images.
 
-    What a patch reads from prefix tokens is left out. Whoever reads from all 14 x 14 alike has 7.3.
+    What a patch reads from prefix tokens is left out. Whoever reads from all 14 x 14 alike has 7.3. Blocks behind
+    a PEG without padding, which see a smaller grid, are left out as well.
     """
     (H, W), P = model.config.grid, model.num_prefix_tokens
     places = torch.cartesian_prod(torch.arange(H), torch.arange(W)).to(images)
@@ -144,6 +158,8 @@ def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float
     metrics = {}
     for block, weights in attention_maps(model, images).items():
         patches = weights[:, :, P:, P:]
+        if patches.shape[-1] != H * W:
+            continue
         share = patches / patches.sum(-1, keepdim=True)
         metrics[f"attention_distance/block{block}"] = (share * distances).sum(-1).mean().item()
     return metrics
