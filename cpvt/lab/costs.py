@@ -3,10 +3,10 @@
     cpvt experiments costs --device cpu      one thread, fp32, eager: ratios only
     cpvt experiments costs --device cuda     bf16, compiled: images a second and peak memory as well
 
-Every row of the tables "encodings" and "placement" (see `tables.py`), on DeiT's bodies at 224 pixels. A row is
-timed in one process with `none`, in rounds: each round takes one training step (or a few) and one forward pass
-of every model of a group, in an order drawn anew, and gives one ratio a row. "none, again" is a second model
-without encoding: its ratio shows what the stop-watch itself adds to the rows of its group.
+Every row of `tables.py` that has a model of its own, on DeiT's bodies at 224 pixels. A row is timed in one process
+with `none`, in rounds: each round takes one training step (or a few) and one forward pass of every model of a
+group, in an order drawn anew, and gives one ratio a row. "none, again" is a second model without encoding: its
+ratio shows what the stop-watch itself adds to the rows of its group.
 
 Letters: B images of a batch, N patches, D width, h heads, k width of a kernel.
 """
@@ -49,11 +49,14 @@ CPU = replace(steps.CPU, model={}, rounds=20)  # the whole DeiT-Ti at 224 pixels
 
 
 def cost_rows() -> dict[str, TableRow]:
-    """Name -> row of the tables "encodings" and "placement": the base, its copy, and the claims first.
+    """Name -> row: the base, its copy and the claims first, then the others in the order of `tables.py`.
 
-    Groups are formed in this order, so that the claims are timed in the rounds of the control.
+    Groups are formed in this order, so that the claims are timed in the rounds of the control. Rows that differ
+    in data, augmentation or length alone cost what their model costs, and are left out; so are those with two
+    heads, which train on a loss that the timed step does not have.
     """
-    found = {row.name: row for row in rows() if row.table in ("encodings", "placement")}
+    own = (row for row in rows() if set(row.changes) <= {"model"})
+    found = {row.name: row for row in own if not row.config().model.distilled}
     base, claims = found.pop(BASE), {name: found.pop(name) for name in CLAIMED}
     return {BASE: base, AGAIN: replace(base, name=AGAIN), **claims, **found}
 
