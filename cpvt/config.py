@@ -246,6 +246,9 @@ class RunConfig:
     device: str = "auto"  # auto: cuda where there is one
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     compile: bool = False
+    compile_blocks: bool = (
+        False  # instead: the blocks alone, once for all models of a process whose blocks are alike
+    )
     deterministic: bool = False  # GPU: the same run bit for bit, slower
     init: str = ""  # file of weights to start from; a learned table is resampled to the image size
     out: str = ""  # folder of checkpoints, log and model; a run found there goes on; empty: keep nothing
@@ -258,6 +261,8 @@ class RunConfig:
     def __post_init__(self):
         _at_least(self, 1, "log_every", "keep")
         _at_least(self, 0, "seed", "save_every", "evaluate_every")
+        if self.compile and self.compile_blocks:
+            raise ConfigError("run: compile and compile_blocks were given; leave one out")
 
 
 @dataclass(frozen=True)

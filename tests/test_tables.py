@@ -42,7 +42,7 @@ def short(config: TrainConfig, root) -> TrainConfig:
             "model": {"width": 32, "heads": 2},
             "data": {"root": str(root)},
             "optim": {"batch": 4, "epochs": 0, "steps": 2, "warmup_steps": 1, "warmup_epochs": 0},
-            "run": {"device": "cpu", "precision": "fp32", "compile": False},
+            "run": {"device": "cpu", "precision": "fp32", "compile_blocks": False},
         },
     )
     return replace(config, data=replace(config.data, limit=min(config.data.limit, 8)))

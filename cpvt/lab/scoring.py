@@ -37,6 +37,13 @@ def first_images(batches: Images, count: int) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+def spread_images(batches: Images, count: int) -> tuple[Tensor, Tensor]:
+    """The same of `count` held-out images at even steps: all classes have a part, in whatever order they stand."""
+    images, labels = (torch.cat(found) for found in zip(*batches.test(), strict=True))
+    index = torch.linspace(0, len(labels) - 1, min(count, len(labels))).long().to(labels.device)
+    return images[index], labels[index]
+
+
 def score_tuning(run: Run) -> tuple[dict[str, float], str, str]:
     """For a run with `data.hold_out`: -> its accuracy on the held-out part of the training images, the name of the
     data, and the SHA-256 of that part."""

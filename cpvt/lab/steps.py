@@ -236,7 +236,7 @@ def each_compiled():
     They are instances of one class, hence versions of one function to torch.compile; past 8 of them it would go
     on without compiling, and warn.
     """
-    return torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+    return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
 
 
 def gradient_error(bench: Bench) -> float:

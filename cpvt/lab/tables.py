@@ -27,12 +27,12 @@ from cpvt.config import (
 from cpvt.data.loader import open_batches
 from cpvt.lab.results import fingerprint
 from cpvt.lab.scoring import (
-    first_images,
     score_attention,
     score_maps,
     score_oblong,
     score_place,
     score_shifts,
+    spread_images,
 )
 from cpvt.lab.teacher import TEACHER
 from cpvt.model.vit import VisionTransformer
@@ -86,7 +86,7 @@ def scale_model(encoding: str, seed: int = 0) -> TrainConfig:
         optim=OptimConfig(
             batch=1024, epochs=60, rate=1.5e-3, warmup_epochs=5, final_rate=1e-5, smoothing=0.1, clip=1.0
         ),
-        run=RunConfig(seed=seed, precision="bf16", compile=True, log_every=100),
+        run=RunConfig(seed=seed, precision="bf16", compile_blocks=True, log_every=100),
     )
 
 
@@ -102,7 +102,7 @@ FIVE = "peg(positions=(0, 1, 2, 3, 4))"
 ENCODINGS = {
     "none": ("none", "claim"),
     "learned": ("learned", "claim"),
-    "sine": ("sine", "core"),
+    "sine": ("sine", "claim"),
     "relative": ("relative", "claim"),
     "relative, keys and values": ("relative(on='keys_values')", "extended"),
     "relative, bias": ("relative(on='bias')", "extended"),
@@ -112,14 +112,15 @@ ENCODINGS = {
     "four PEGs at one place": ("peg(repeat=4)", "core"),
     "learned + one PEG": ("learned + peg", "core"),
     "relative + one PEG": ("relative + peg", "extended"),
-    "rotary": ("rotary", "core"),
+    "rotary": ("rotary", "claim"),
 }
 STEM, GAP = {"model": {"stem": "conv"}}, {"model": {"readout": "gap"}}
 TWO_HEADS = {"model": {"distilled": True}}  # the control of TAUGHT: both heads learn the labels
 TAUGHT = {**TWO_HEADS, "distill": {"teacher": TEACHER}}
 BARE = {"model": {"bare_blocks": 1}}
-NO_JITTER = {"augment": {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}}
-LOG = {"model": {"log_attention": True}}
+# Crops of 56 of 64 pixels, wherever they lie: pictures still move, and no object changes its size.
+ONE_SCALE = (56 / 64) ** 2
+NO_JITTER = {"augment": {"crop_scale": (ONE_SCALE, ONE_SCALE), "crop_ratio": (1.0, 1.0)}}
 
 
 def rows() -> Iterator[TableRow]:
@@ -155,7 +156,7 @@ def rows() -> Iterator[TableRow]:
 
     for padding in ("circular", "replicate", "reflect"):
         yield TableRow("padding", f"{padding} padding", f"peg(padding={padding!r})", "claim")
-    yield TableRow("padding", "no padding", "peg(padding='none', skip=False)", "core")
+    yield TableRow("padding", "no padding", "peg(padding='none', skip=False)", "claim")
     yield TableRow("padding", "no skip", "peg(skip=False)", "core")
     yield TableRow("padding", "circular padding, no skip", "peg(padding='circular', skip=False)", "extended")
     for name in ("none", "one PEG"):
@@ -165,27 +166,29 @@ def rows() -> Iterator[TableRow]:
         yield TableRow("resolution", name, *ENCODINGS[name])
     for name in ("none", "learned", "one PEG", "five PEGs"):
         encoding, _ = ENCODINGS[name]
-        yield TableRow("resolution", f"{name}, without scale jitter", encoding, "core", NO_JITTER)
-        yield TableRow("resolution", f"{name}, log-N attention", encoding, "core", LOG)
+        rank = "claim" if name == "none" else "core"
+        yield TableRow("resolution", f"{name}, without scale jitter", encoding, rank, NO_JITTER)
 
     for name in ("none", "learned", "one PEG", "five PEGs"):
         encoding, rank = ENCODINGS[name]
         yield TableRow("readout", name, encoding, rank)
-        yield TableRow("readout", f"{name}, GAP", encoding, "claim" if name == "five PEGs" else "core", GAP)
+        yield TableRow("readout", f"{name}, GAP", encoding, "claim" if "PEG" in name else "core", GAP)
     for name in ("learned", "one PEG"):
         encoding, _ = ENCODINGS[name]
         yield TableRow("readout", f"{name}, two heads", encoding, "core", TWO_HEADS)
-        yield TableRow("readout", f"{name}, distilled", encoding, "core", TAUGHT)
+        rank = "claim" if name == "one PEG" else "core"
+        yield TableRow("readout", f"{name}, distilled", encoding, rank, TAUGHT)
 
     for name in ("none", "learned", "one PEG"):
         encoding, _ = ENCODINGS[name]
         for epochs in (15, 30, 120):
-            length = {"optim": {"epochs": epochs}}
+            length = {"optim": {"epochs": epochs, "warmup_epochs": epochs // 12}}
             yield TableRow("length", f"{name}, {epochs} epochs", encoding, "extended", length)
         for images in (5_000, 15_000):
-            # As many steps as 60 epochs of 50,000 images, a hundred classes of Tiny-ImageNet; all two hundred
-            # have twice as many images, and their other rows twice as many steps.
-            part = {"data": {"limit": images}, "optim": {"epochs": 60 * 50_000 // images}}
+            # As long as 60 epochs of 50,000 images, the half of Tiny-ImageNet's classes; with all two hundred the
+            # other rows take twice as many steps.
+            length = {"epochs": 0, "warmup_epochs": 0, "steps": 2880, "warmup_steps": 240}
+            part = {"data": {"limit": images}, "optim": length}
             yield TableRow("length", f"{name}, {images:,} images", encoding, "extended", part)
 
 
@@ -205,15 +208,16 @@ def tuning() -> Iterator[tuple[str, TrainConfig]]:
 # --------------------------------------------------------------------------- scoring
 
 
-def score_scale(run: Run, images: int = 256, tune: bool = False) -> tuple[dict[str, float], str, str]:
+def score_scale(run: Run, images: int = 2000, tune: bool = False) -> tuple[dict[str, float], str, str]:
     """-> metrics, the name of the data, and the SHA-256 of the held-out images.
 
     top1@10 ... top1@32     at the five sizes, by tokens a side, whole images; a table follows as its configuration
-                            says, and `/raw`, `/resample`, `/rescale` as it could
+                            says, and `/raw`, `/resample`, `/rescale` as it could; `/logn` with log-N attention,
+                            whose factor is 1 at the trained size, so that training is the same
     top1@14x28              on a band twice as wide as it is high
     top1@24/tuned           after a short fine-tune at 24 tokens a side (`fine_tune`), with `tune`
-    and what `score_place`, `score_maps`, `score_shifts` and `score_attention` of `scoring.py` name, on the first
-    `images` held-out images
+    and what `scoring.py` names: for shifts on `images` of the held-out images, for place on 256, for maps and
+    attention on 64, at even steps among them
     """
     config, device = run.config, str(next(run.model.parameters()).device)
     metrics: dict[str, float] = {}
@@ -226,20 +230,22 @@ def score_scale(run: Run, images: int = 256, tune: bool = False) -> tuple[dict[s
     metrics |= score_oblong(run.model, held_out)
     if tune:
         metrics[f"top1@{FINE_TUNED // PIXELS}/tuned"] = fine_tune(run, FINE_TUNED).metrics["top1"]
-    sample, labels = first_images(held_out, images)
+    metrics |= score_shifts(run.model, *spread_images(held_out, images))
+    sample, _ = spread_images(held_out, 256)
+    few, _ = spread_images(held_out, 64)
     wider = replace(config.data, image_size=config.data.image_size + 2 * PIXELS)
-    scenes, _ = first_images(open_batches(wider, 1, config.run.seed, device, train=False), 64)
-    metrics |= score_maps(run.model, sample[:64], scenes[:, :, PIXELS:-PIXELS])
-    metrics |= score_place(run.model, sample)
-    metrics |= score_shifts(run.model, sample, labels) | score_attention(run.model, sample[:64])
+    scenes, _ = spread_images(open_batches(wider, 1, config.run.seed, device, train=False), 64)
+    metrics |= score_maps(run.model, few, scenes[:, :, PIXELS:-PIXELS])
+    metrics |= score_place(run.model, sample) | score_attention(run.model, few)
     held = held_out.held_out
     return metrics, config.data.name, fingerprint(held.images.cpu(), held.labels.cpu())
 
 
 def fine_tune(run: Run, size: int) -> Run:
     """Trains on at another image size: a twentieth of the steps, from a tenth of the rate downwards, no warm-up; a
-    learned table is resampled first."""
-    optim = run.config.optim
+    learned table is resampled first. Crops that would have to be enlarged are left out."""
+    optim, crops = run.config.optim, run.config.augment.crop_scale
+    detail = (size / run.config.data.stored_size) ** 2 if run.config.data.stored_size else 0.0
     with TemporaryDirectory() as folder:
         weights = Path(folder) / "model.safetensors"
         save_model(weights, run.model, run.config)
@@ -247,6 +253,7 @@ def fine_tune(run: Run, size: int) -> Run:
             run.config,
             {
                 "data": {"image_size": size},
+                "augment": {"crop_scale": (max(crops[0], detail), max(crops[1], detail))},
                 "optim": {"steps": max(optim.steps // 20, 1), "rate": optim.rate / 10, "warmup_steps": 0},
                 "run": {"init": str(weights), "out": ""},
             },
@@ -255,15 +262,19 @@ def fine_tune(run: Run, size: int) -> Run:
 
 
 def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, VisionTransformer]]:
-    """The model, and the same weights with every other rule for a fixed table at another grid."""
+    """The model, and the same weights with log-N attention, and with every other rule for a fixed table."""
+    config, text = model.config, model.config.encoding
     yield "", model
-    text = model.config.encoding
-    if size == model.config.image_size[0] or text not in ("sine", "rotary"):
+    if size == config.image_size[0]:
         return
-    (part,) = parse_encoding(text)
-    (rules,) = (f for f in fields(part) if f.name == "resize")
-    for rule in ("raw", "resample", "rescale"):
-        if rule in rules.type and rule != part.resize:
-            other = VisionTransformer(replace(model.config, encoding=f"{text}(resize={rule!r})"))
-            other.load_state_dict(model.state_dict())
-            yield f"/{rule}", other.to(next(model.parameters()).device).eval()
+    others = {"/logn": replace(config, log_attention=True)}
+    if text in ("sine", "rotary"):
+        (part,) = parse_encoding(text)
+        (rules,) = (f for f in fields(part) if f.name == "resize")
+        for rule in ("raw", "resample", "rescale"):
+            if rule in rules.type and rule != part.resize:
+                others[f"/{rule}"] = replace(config, encoding=f"{text}(resize={rule!r})")
+    for suffix, changes in others.items():
+        other = VisionTransformer(changes)
+        other.load_state_dict(model.state_dict())
+        yield suffix, other.to(next(model.parameters()).device).eval()

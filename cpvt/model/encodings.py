@@ -25,6 +25,7 @@ class PositionEncoding(nn.Module):
 
     places: frozenset[int] = frozenset()  # where `at` acts
     query_key_blocks: frozenset[int] = frozenset()  # whose queries and keys `queries_keys` feeds
+    in_attention = False  # whether it has a part in what a block's attention computes
     reads_weights = False  # whether `values` needs the attention weights
     public_names: ClassVar[dict[str, str]] = {}  # parameter here -> its name in the model's state dict
 
@@ -115,6 +116,8 @@ class RelativeTable(PositionEncoding):
     a prefix token has an entry of its own (as AutoFormer's index 0). Each block has its tables; heads share.
     """
 
+    in_attention = True
+
     def __init__(self, config: Relative, width: int, heads: int, depth: int, prefix_tokens: int):
         super().__init__()
         self.config, self.prefix_tokens = config, prefix_tokens
@@ -185,6 +188,8 @@ class RelativeTable(PositionEncoding):
 
 class RotaryAngles(PositionEncoding):
     """Axial rotary encoding: half of each head turns with the row, half with the column; no prefix turns."""
+
+    in_attention = True
 
     def __init__(self, config: Rotary, width: int, heads: int, grid: Grid, prefix_tokens: int):
         super().__init__()
@@ -287,6 +292,7 @@ class PegEncoding(PositionEncoding):
         self.places, self.query_key_blocks = places, frozenset()
         if config.on == "queries_keys":
             self.places, self.query_key_blocks = frozenset(), frozenset(p + 1 for p in places)
+            self.in_attention = True
         count = config.repeat * (1 if config.shared else len(places))
         self.pegs = nn.ModuleList(PEG(width, config=config) for _ in range(count))
 
@@ -324,6 +330,7 @@ class Sum(PositionEncoding):
         self.parts = nn.ModuleList(parts)
         self.places = frozenset().union(*(part.places for part in parts))
         self.query_key_blocks = frozenset().union(*(part.query_key_blocks for part in parts))
+        self.in_attention = any(part.in_attention for part in parts)
         self.reads_weights = any(part.reads_weights for part in parts)
         self.public_names = {
             f"parts.{i}.{own}": public

@@ -143,6 +143,9 @@ class Block(nn.Module):
         return x + keep[1, :, None, None] * self.mlp(self.norm2(x))
 
 
+_NOTHING = PositionEncoding()
+
+
 class VisionTransformer(TimmConventions, nn.Module):
     """(B, C, height, width) -> (B, num_classes): a DeiT with whatever encoding its configuration says.
 
@@ -250,7 +253,9 @@ class VisionTransformer(TimmConventions, nn.Module):
 
     def _block(self, i: int, x: Tensor, grid: Grid, keep: Tensor | None) -> tuple[Tensor, Grid]:
         """Block i and what the encoding does behind it."""
-        arguments = x, self.encoding, i, grid, None if keep is None else keep[i]
+        # An encoding without a part in attention is not shown to the block: one compiled block then serves all.
+        encoding, index = (self.encoding, i) if self.encoding.in_attention else (_NOTHING, 0)
+        arguments = x, encoding, index, grid, None if keep is None else keep[i]
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             x = checkpoint(self.blocks[i], *arguments, use_reentrant=False)
         else:

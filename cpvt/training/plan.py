@@ -36,7 +36,7 @@ def describe(session: Session, seconds: float | None = None) -> list[str]:
         f"augment   {_augmentation(config)}",
         f"rate      {_rates(config, stream.steps)}",
         f"length    {optim.steps:,} steps, {epochs:.4g} epochs, {run.precision}"
-        + (", compiled" if run.compile else "")
+        + (", compiled" if run.compile else ", blocks compiled" if run.compile_blocks else "")
         + (", deterministic" if run.deterministic else "")
         + (f", average of the weights with decay {optim.ema:.8g} a step" if optim.ema else ""),
     ]

@@ -105,8 +105,18 @@ def set_up(config: TrainConfig, world: World, open_data: Callable = open_batches
         model.compile()  # in place: the parameters keep their names
         if teacher:
             teacher.compile()
+    if run.compile_blocks:
+        _compile_blocks(model)
     forward = world.wrap(model)
     return Session(config, world, batches, state, objective, forward, checkpoints, state.steps, notes)
+
+
+def _compile_blocks(model: VisionTransformer) -> None:
+    """A block is one function to torch.compile, and what was compiled for one block or model serves every other
+    that is alike; where encodings have a part in attention each block has its own, hence the room for many."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+    for block in model.blocks:
+        block.compile()
 
 
 def _settled(config: TrainConfig, batches: Diagnostics | Images) -> TrainConfig:

@@ -1,0 +1,52 @@
+"""One compiled block serves all blocks and models that are alike in it, and computes the same."""
+
+import pytest
+import torch
+
+from cpvt.config import ConfigError, RunConfig, replace
+from cpvt.lab.experiments import diagnostic
+from cpvt.lab.tables import rows
+from cpvt.model.vit import Block
+from cpvt.training.loop import train
+
+ROWS = {row.name: row for row in rows()}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What was compiled so far; the graphs run as they are, for what is tested is who shares one."""
+    found, own = [], Block.compile
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # put back behind the test
+    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 256)
+
+    def keep(graph, _):
+        found.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(Block, "compile", lambda block: own(block, backend=keep))
+    yield found
+    torch._dynamo.reset()
+
+
+def losses(name, **run):
+    config = diagnostic("where", ROWS[name].encoding, steps=3)
+    model = replace(config.model, depth=6, drop_path=0.1)
+    data = replace(config.data, test_size=48)
+    run = train(replace(config, model=model, data=data, run=replace(config.run, log_every=1, **run)))
+    return [entry["loss"] for entry in run.history if "loss" in entry], run.metrics["top1"]
+
+
+def test_blocks_are_compiled_once_for_all_rows_whose_encoding_is_not_in_attention(graphs):
+    counts = []
+    for name in ("none", "learned", "one PEG", "five PEGs"):
+        assert losses(name, compile_blocks=True) == losses(name)
+        counts.append(len(graphs))
+    assert 2 <= counts[0] <= 4 and counts == counts[:1] * 4  # training and evaluation, whole and last batches
+    assert losses("rotary", compile_blocks=True) == losses("rotary")
+    assert len(graphs) >= counts[0] + 6  # in attention each block has its own
+
+
+def test_a_model_is_compiled_whole_or_by_blocks():
+    with pytest.raises(ConfigError, match="leave one out"):
+        RunConfig(compile=True, compile_blocks=True)
