@@ -187,7 +187,8 @@ class Experiments:
     )
     root: str = ""  # folder that holds the images (default: data/images)
     out: Path = field(default_factory=lambda: Path("data/results"))  # folder of NAME.jsonl
-    budget_minutes: float = 0.0  # start no row after this; 0: run all
+    table: str = ""  # of the experiment tables: encodings, placement, parameters, padding, resolution, ...
+    budget_minutes: float = 0.0  # start no row that would not be done by then, after a first one; 0: run all
     device: str = "auto"  # costs: cpu, cuda
     list: bool = False  # only say what the experiment consists of; without a name: what experiments there are
 
@@ -206,7 +207,10 @@ class Experiments:
             raise ConfigError(f"--device is for the experiment costs, not {name!r}: leave it out")
         if name == "costs":
             return self._costs()
-        options = {"root": self.root} if self.root else {}
+        if name not in EXPERIMENTS:
+            raise ConfigError(f"no experiment {name!r}; {nearest(name, [*EXPERIMENTS, 'costs'])}")
+        given = {"root": self.root, "table": self.table}
+        options = {name: value for name, value in given.items() if value}
         if self.list:
             for planned in planned_rows(name, **options):
                 print(planned.row, f"seed {planned.config.run.seed}", to_json(planned.config), sep="\t")
@@ -215,8 +219,9 @@ class Experiments:
 
     def _costs(self) -> None:
         """Nothing is trained to an end: steps of every model are timed beside those of one without encoding."""
-        if self.root:
-            raise ConfigError("the experiment 'costs' has no root: leave it out")
+        for name in ("root", "table"):
+            if getattr(self, name):
+                raise ConfigError(f"the experiment 'costs' has no {name}: leave it out")
         if self.list:
             print(*(f"{row.name}\t{to_json(cost_config(row))}" for row in cost_rows().values()), sep="\n")
             return

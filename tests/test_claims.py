@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from cpvt.lab.claims import combination, holm, p_value, verdicts
-from cpvt.lab.results import NOT_YET, difference, spread
+from cpvt.lab.results import NOT_YET, ResultsError, difference, spread
 
 T = "top1@14"
 
@@ -48,7 +48,12 @@ def test_verdicts_and_what_is_not_measured():
 def test_combinations_pair_by_seed():
     rows = [
         SimpleNamespace(
-            row=name, seed=seed, experiment="x", scale="s", key=(name, seed), metrics={"top1@14": value}
+            row=name,
+            seed=seed,
+            experiment="x",
+            scale="s",
+            dataset_sha256="0" * 64,
+            metrics={"top1@14": value},
         )
         for name, values in {"a": [5.0, 6.0, 9.0], "b": [1.0, 2.0, 3.0], "c": [0.0, 1.0]}.items()
         for seed, value in enumerate(values)
@@ -57,3 +62,10 @@ def test_combinations_pair_by_seed():
     both = combination(rows, (1, "a", T), (-1, "b", T), (1, "c", T))
     assert both.n == 2 and both.mean == pytest.approx((4 + 5) / 2)
     assert combination(rows, (1, "a", T), (-1, "d", T)) is None
+    rows[0].dataset_sha256 = "1" * 64
+    for compare in (
+        lambda: difference(rows, "a", "b", T),
+        lambda: combination(rows, (1, "a", T), (-1, "b", T)),
+    ):
+        with pytest.raises(ResultsError, match="different images"):
+            compare()

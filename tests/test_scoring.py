@@ -1,6 +1,5 @@
 """What is measured on trained models of real images: shifts, attention, place, arrays kept beside the rows."""
 
-import dataclasses
 import math
 from collections import namedtuple
 
@@ -8,18 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from cpvt.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from cpvt.config import ConfigError, DataConfig, ModelConfig, TrainConfig, replace
 from cpvt.data import loader
 from cpvt.data.datasets import FASHION_MNIST_CLASSES, ImageDataset
 from cpvt.data.loader import keep_images, open_batches
-from cpvt.lab import experiments, fashion, tables
+from cpvt.lab import fashion, tables
 from cpvt.lab.arrays import arrays_of, gap_by_image, keep_arrays, read_arrays, right
-from cpvt.lab.experiments import EXPERIMENTS, Planned, planned_rows, run_missing
+from cpvt.lab.experiments import EXPERIMENTS, planned_rows
 from cpvt.lab.probes import attention_maps
-from cpvt.lab.results import ResultsError, read_rows
+from cpvt.lab.results import ResultsError
 from cpvt.lab.scoring import score_attention, score_maps, score_oblong, score_shifts, score_tuning
 from cpvt.lab.tables import changed, fine_tune
-from cpvt.lab.teacher import teach, train_teacher
+from cpvt.lab.teacher import teach, teacher_top1, train_teacher
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.evaluate import correct
 from cpvt.training.loop import train
@@ -250,6 +249,7 @@ def test_a_teacher_is_trained_once_on_the_students_images(tmp_path):
     (file,) = (tmp_path / "teachers").iterdir()
     assert taught.distill.weights == str(file)
     when = file.stat().st_mtime_ns
+    assert 0 <= teacher_top1(taught)["teacher_top1"] <= 100 and teacher_top1(student) == {}
     assert teach(student) == taught and file.stat().st_mtime_ns == when
     assert teach(changed(student, {"run": {"seed": 1}})).distill.weights != str(file)
     assert teach(short("peg")) == short("peg")
@@ -267,6 +267,14 @@ def test_fine_tuning_goes_on_from_the_trained_weights_at_the_other_size():
     tuned = fine_tune(run, 40)
     assert tuned.model.config.grid == (20, 20) and tuned.steps == 1
     assert tuned.config.optim.rate == pytest.approx(run.config.optim.rate / 10)
+    data = replace(run.config.data, stored_size=50)
+    run.config = changed(
+        replace(run.config, data=data), {"augment": {"crop": True, "crop_scale": (0.25, 1.0)}}
+    )
+    assert fine_tune(run, 40).config.augment.crop_scale == (
+        pytest.approx(0.64),
+        1.0,
+    )  # 40 of 50 pixels and more
     moved = (tuned.model.head.weight - run.model.head.weight).abs().max()
     assert 0 < moved < 2 * tuned.config.optim.rate  # AdamW's first step is about the rate
 
@@ -287,7 +295,7 @@ def test_every_claim_is_about_rows_that_are_measured_at_every_seed():
 def test_claims_on_length_compare_the_same_seeds_of_a_short_and_a_long_run():
     """Leads of 2 at 300 steps and 1 at 900, in every seed: two claims are positive, two measure what shrank."""
     planned = {(plan.row, plan.config.run.seed): plan for plan in planned_rows("fashion-length")}
-    row = namedtuple("Row", "row seed metrics")
+    row = namedtuple("Row", "row seed metrics dataset_sha256", defaults=["0" * 64])
     gain = {"none": 0.0, "learned": 1.0, "one PEG": 3.0, "circular padding": 2.0}
     rows = []
     for seed in fashion.SEEDS:
@@ -307,24 +315,3 @@ def test_a_root_reaches_what_has_one_and_is_refused_by_what_is_drawn():
     with pytest.raises(ConfigError, match="no root"):
         planned_rows("diagnostics", root="/images")
     assert set(EXPERIMENTS) >= {"diagnostics", "paddings", "pipelines", "tables", "fashion"}
-
-
-def test_a_signal_ends_an_experiment_without_half_a_row(tmp_path, monkeypatch):
-    def signalled(run):
-        raise AssertionError("a run that was stopped is not scored")
-
-    def stop_after_two(config, open_data):
-        run = train(config, open_data=open_data)
-        stop_after_two.calls += 1
-        if stop_after_two.calls == 2:
-            run.interrupted, run.metrics = "SIGTERM", {}
-        return run
-
-    stop_after_two.calls = 0
-    plans = [Planned("x", name, "seconds", short(), score=score_tuning) for name in ("a", "b", "c")]
-    plans = [dataclasses.replace(p, config=changed(p.config, {"data": {"hold_out": 10}})) for p in plans]
-    plans[1] = dataclasses.replace(plans[1], score=signalled)
-    monkeypatch.setitem(EXPERIMENTS, "x", lambda: iter(plans))
-    monkeypatch.setattr(experiments, "train", stop_after_two)
-    assert run_missing("x", tmp_path) == 2
-    assert [row.row for row in read_rows("x", tmp_path)] == ["a"]

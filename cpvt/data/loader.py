@@ -174,7 +174,8 @@ class Images(_Batches):
             if _kept is None:
                 return Held(load_tensors(dataset, self._side), self.device)
             data, side = self.data, self._side
-            key = data.name, data.root, split, data.hold_out, data.limit, side, self.device
+            device = torch.device(self.device)  # "cuda" and "cuda:0" are the same
+            key = data.name, data.root, split, data.hold_out, data.limit, side, device.type, device.index or 0
             if key not in _kept:
                 _kept[key] = Held(load_tensors(dataset, side), self.device)
             return _kept[key]

@@ -47,6 +47,7 @@ def arrays_of(run: Run) -> dict[str, Tensor]:
 def keep_arrays(path: str | Path, row: str, seed: int, arrays: dict[str, Tensor]) -> None:
     """Adds the arrays of a row to the file, in the place of older ones; the file is replaced as a whole."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     held = load_file(path) if path.exists() else {}
     held |= {f"{row}|{seed}|{name}": array.contiguous() for name, array in arrays.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cpvt.lab.results import NOT_YET, Row, Spread, spread, t_quantile
+from cpvt.lab.results import NOT_YET, Row, Spread, same_images, spread, t_quantile
 
 
 def p_value(found: Spread) -> float:
@@ -55,15 +55,15 @@ def combination(rows: Iterable[Row], *terms: tuple[float, str, str]) -> Spread |
     """The Spread, over the seeds that have them all, of a weighted sum: (weight, row, metric), ...
 
     (1, "a", "top1@14"), (-1, "b", "top1@14") is `results.difference`; four terms give a difference of differences.
-    None without a common seed.
+    None without a common seed. Raises ResultsError where rows of a seed were evaluated on different images.
     """
-    values: dict[tuple[str, str], dict[int, float]] = {(name, metric): {} for _, name, metric in terms}
+    having: dict[tuple[str, str], dict[int, Row]] = {(name, metric): {} for _, name, metric in terms}
     for row in rows:
-        for name, metric in values:
+        for name, metric in having:
             if row.row == name and metric in row.metrics:
-                values[name, metric][row.seed] = row.metrics[metric]
-    seeds = set.intersection(*(set(found) for found in values.values()))
-    sums = [
-        sum(weight * values[name, metric][seed] for weight, name, metric in terms) for seed in sorted(seeds)
-    ]
+                having[name, metric][row.seed] = row
+    sums = []
+    for seed in sorted(set.intersection(*(set(found) for found in having.values()))):
+        same_images([having[name, metric][seed] for _, name, metric in terms])
+        sums.append(sum(w * having[name, metric][seed].metrics[metric] for w, name, metric in terms))
     return spread(sums) if sums else None

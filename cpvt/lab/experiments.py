@@ -1,4 +1,4 @@
-"""Experiments as lists of configurations; `measure` runs what is missing and appends a row for each.
+"""Experiments as lists of configurations; `run_missing` measures what is missing and appends a row for each.
 
 `diagnostics`: every encoding on the synthetic *where*, *arrangement* and *what*, with class token and with
 pooling, three seeds, minutes on a CPU core a row at most. `paddings`: *where* with every padding of a PEG, as
@@ -11,11 +11,8 @@ Fashion-MNIST; `fashion-tuning` beforehand; `fashion-length`: four of them, shor
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -32,20 +29,20 @@ from cpvt.config import (
     nearest,
 )
 from cpvt.data.diagnostics import draw
-from cpvt.data.loader import keep_images, normalise, open_batches
-from cpvt.lab.arrays import arrays_of, keep_arrays
+from cpvt.data.loader import normalise
+from cpvt.lab.arrays import arrays_of
 from cpvt.lab.fashion import lengths, score_fashion
 from cpvt.lab.fashion import rows as fashion_rows
 from cpvt.lab.fashion import tuning as fashion_tuning_rows
+from cpvt.lab.measuring import Planned, measure_missing, rooted
 from cpvt.lab.pipelines import PIPELINES, pipeline, score_pipeline
-from cpvt.lab.results import Row, append_row, commit, fingerprint, read_rows
+from cpvt.lab.results import Row, fingerprint
 from cpvt.lab.scoring import score_tuning
-from cpvt.lab.tables import FIVE, rows, score_scale
+from cpvt.lab.tables import FIVE, TABLES, rows, score_scale
 from cpvt.lab.tables import SEEDS as TABLE_SEEDS
 from cpvt.lab.tables import tuning as tuning_rows
-from cpvt.lab.teacher import teach
 from cpvt.training.evaluate import correct
-from cpvt.training.loop import Run, train
+from cpvt.training.loop import Run
 
 # The grids are as small as the questions allow: distances 0-4 to the border, separations 2-9 with two rows and
 # columns of margin, and two places on either side for the bars of *what*.
@@ -137,25 +134,6 @@ def score_diagnostic(run: Run) -> tuple[dict[str, float], str, str]:
     return metrics, run.config.data.name, fingerprint(*images)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """One row to come: its name in the table and the run; what gives its batches, and what scores the run.
-
-    score    run -> metrics, the name of the data, and the SHA-256 of what was evaluated on
-    arrays   run -> small arrays that are kept beside the row (see `arrays.py`), or nothing
-
-    A teacher that the configuration names is trained first, where it has no weights.
-    """
-
-    experiment: str
-    row: str
-    scale: str
-    config: TrainConfig
-    open_data: Callable = open_batches
-    score: Callable[[Run], tuple[dict[str, float], str, str]] = score_diagnostic
-    arrays: Callable[[Run], dict[str, torch.Tensor]] = lambda run: {}
-
-
 def diagnostics(
     tasks: Iterable[str] = tuple(GRIDS),
     encodings: Iterable[str] = ENCODINGS,
@@ -170,7 +148,7 @@ def diagnostics(
                 for task in tasks:
                     config = diagnostic(task, encoding, readout, seed)
                     name = f"{task}, {config.model.encoding}, {readout}"
-                    yield Planned("diagnostics", name, "seconds", config)
+                    yield Planned("diagnostics", name, "seconds", config, score_diagnostic)
 
 
 # What stands beyond the border, the same without the skip (which no padding has to drop), and the border alone.
@@ -221,7 +199,8 @@ def readouts(
                 yield replace(plan, experiment="readouts")
     for seed in long:
         config = diagnostic("where", FIVE, "gap", seed, steps=2000)
-        yield Planned("readouts", f"where, {FIVE}, gap, 2000 steps", "seconds", config)
+        name = f"where, {FIVE}, gap, 2000 steps"
+        yield Planned("readouts", name, "seconds", config, score_diagnostic)
     for plan in diagnostics(("where",), (FIVE,), ("gap",), repeated):
         yield replace(plan, experiment="readouts")
 
@@ -240,29 +219,31 @@ def pipelines(seeds: Iterable[int] = SEEDS) -> Iterator[Planned]:
     """
     for seed in seeds:
         for name, open_data in PIPELINES.items():
-            yield Planned("pipelines", name, "minutes", pipeline(seed), open_data, score_pipeline)
+            yield Planned("pipelines", name, "minutes", pipeline(seed), score_pipeline, open_data)
 
 
-def tables(root: str = "") -> Iterator[Planned]:
+def tables(root: str = "", table: str = "") -> Iterator[Planned]:
     """Every row of every table at 1:8 (see `tables.py`), the rows behind claims first, seed by seed.
 
-    `root`: the folder that holds Tiny-ImageNet; its usual place where empty.
+    `root`: the folder that holds Tiny-ImageNet; its usual place where empty. `table`: the rows of this one alone.
     """
-    unique = {row.name: row for row in rows()}
+    if table and table not in TABLES:
+        raise ConfigError(f"no table {table!r}; {nearest(table, TABLES)}")
+    unique = {row.name: row for row in rows() if table in ("", row.table)}
     retrained = {row.name for row in rows() if row.table == "resolution"}
     for rank, seeds in TABLE_SEEDS.items():
         for seed in seeds:
             for name, row in unique.items():
                 if row.rank == rank:
                     score = partial(score_scale, tune=name in retrained)
-                    config = _rooted(row.config(seed), root)
+                    config = rooted(row.config(seed), root)
                     yield Planned("tables", name, "minutes", config, score=score, arrays=arrays_of)
 
 
 def table_tuning(root: str = "") -> Iterator[Planned]:
     """What the rate of `tables` is chosen from: a grid, on a held-out tenth of the training images."""
     for name, config in tuning_rows():
-        yield Planned("tuning", name, "minutes", _rooted(config, root), score=score_tuning)
+        yield Planned("tuning", name, "minutes", rooted(config, root), score=score_tuning)
 
 
 def fashion(root: str = "") -> Iterator[Planned]:
@@ -271,25 +252,21 @@ def fashion(root: str = "") -> Iterator[Planned]:
     `fashion.CLAIMS` were written before these rows.
     """
     for name, config in fashion_rows():
-        config = _rooted(config, root)
+        config = rooted(config, root)
         yield Planned("fashion", name, "minutes", config, score=score_fashion, arrays=arrays_of)
 
 
 def fashion_lengths(root: str = "") -> Iterator[Planned]:
     """Four rows of `fashion`, shorter and longer; `fashion.LENGTH_CLAIMS` were written before these rows."""
     for name, config in lengths():
-        config = _rooted(config, root)
+        config = rooted(config, root)
         yield Planned("fashion-length", name, "minutes", config, score=score_fashion)
 
 
 def fashion_tuning(root: str = "") -> Iterator[Planned]:
     """What the rate of `fashion` is chosen from."""
     for name, config in fashion_tuning_rows():
-        yield Planned("fashion-tuning", name, "minutes", _rooted(config, root), score=score_tuning)
-
-
-def _rooted(config: TrainConfig, root: str) -> TrainConfig:
-    return replace(config, data=replace(config.data, root=root or config.data.root))
+        yield Planned("fashion-tuning", name, "minutes", rooted(config, root), score=score_tuning)
 
 
 # --------------------------------------------------------------------------- measuring
@@ -307,54 +284,11 @@ EXPERIMENTS: dict[str, Callable[..., Iterator[Planned]]] = {
 }
 
 
-class Stopped(RuntimeError):
-    """A row that a signal ended; nothing of it is kept."""
-
-
-def measure(planned: Planned) -> Row:
-    """Trains and measures one planned row. Raises Stopped where a signal came in between."""
-    return _measured(planned)[0]
-
-
-def _measured(planned: Planned) -> tuple[Row, dict[str, torch.Tensor]]:
-    started = time.perf_counter()
-    run = train(teach(planned.config), open_data=planned.open_data)
-    if run.interrupted:
-        raise Stopped(f"{planned.row}: stopped by {run.interrupted}")
-    metrics, dataset, digest = planned.score(run)
-    row = Row(
-        experiment=planned.experiment,
-        row=planned.row,
-        scale=planned.scale,
-        dataset=dataset,
-        dataset_sha256=digest,
-        seed=planned.config.run.seed,
-        config=dataclasses.asdict(_rooted(planned.config, DataConfig.root)),  # wherever the images lay
-        metrics={
-            **metrics,
-            "steps": run.steps,
-            "loss": run.history[-1]["loss"],
-            "parameters": sum(p.numel() for p in run.model.parameters()),
-        },
-        weights="raw",
-        seconds=round(time.perf_counter() - started, 1),
-        device=_device_name(run),
-        torch=torch.__version__,
-        cpvt_commit=commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    return row, planned.arrays(run)
-
-
-def _device_name(run: Run) -> str:
-    device = next(run.model.parameters()).device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
 def planned_rows(name: str, **options) -> Iterator[Planned]:
-    """The rows of an experiment, in the order in which they are measured. `options`: `root`, where it has images.
+    """The rows of an experiment, in the order in which they are measured.
 
-    Raises ConfigError for a name that is none, and for a root of what is drawn.
+    `options`: `root`, where it has images; `table`, where it has tables. Raises ConfigError for a name that is
+    none, and for an option that the experiment has not.
     """
     if name not in EXPERIMENTS:
         raise ConfigError(f"no experiment {name!r}; {nearest(name, EXPERIMENTS)}")
@@ -370,29 +304,9 @@ def run_missing(
     report: Callable[[Row, int], None] | None = None,
     **options,
 ) -> int:
-    """Measures the rows of experiment `name` that `out`/NAME.jsonl lacks, until the budget is spent (0: all).
+    """Measures the rows of experiment `name` that `out`/NAME.jsonl lacks, as `measuring.measure_missing` does.
 
-    Every row is on disk before the next one starts, and a signal ends the experiment between two of them.
-    `options` go to the experiment: `root`, where it has images.
+    `options` go to the experiment: `root`, where it has images, and `table`, where it has tables.
     -> how many rows are still missing.
     """
-    plans = planned_rows(name, **options)
-    path = Path(out) / f"{name}.jsonl"
-    done = {row.key for row in read_rows(name, out)} if path.exists() else set()
-    missing = [
-        plan for plan in plans if (plan.experiment, plan.row, plan.scale, plan.config.run.seed) not in done
-    ]
-    started = time.monotonic()
-    with keep_images():
-        while missing and not (budget_minutes and time.monotonic() - started > 60 * budget_minutes):
-            try:
-                row, arrays = _measured(missing[0])
-            except Stopped:
-                break
-            del missing[0]
-            if arrays:  # first, so that no row stands without what it promises
-                keep_arrays(path.with_suffix(".safetensors"), row.row, row.seed, arrays)
-            append_row(path, row)
-            if report:
-                report(row, len(missing))
-    return len(missing)
+    return measure_missing(planned_rows(name, **options), Path(out) / f"{name}.jsonl", budget_minutes, report)

@@ -308,13 +308,25 @@ def over_seeds(rows: Iterable[Row], metric: str) -> dict[str, Spread]:
 
 
 def difference(rows: Iterable[Row], first: str, second: str, metric: str) -> Spread | None:
-    """The Spread of `first` minus `second`, paired by seed; None while no seed has both."""
-    found: dict[str, dict[tuple, float]] = {first: {}, second: {}}
+    """The Spread of `first` minus `second`, paired by seed; None while no seed has both.
+
+    Raises ResultsError where the two were evaluated on different images.
+    """
+    found: dict[str, dict[tuple, Row]] = {first: {}, second: {}}
     for row in rows:
         if row.row in found and metric in row.metrics:
-            found[row.row][row.experiment, row.scale, row.seed] = row.metrics[metric]
-    both = [value - found[second][key] for key, value in found[first].items() if key in found[second]]
-    return spread(both) if both else None
+            found[row.row][row.experiment, row.scale, row.seed] = row
+    both = [(row, found[second][key]) for key, row in found[first].items() if key in found[second]]
+    for pair in both:
+        same_images(pair)
+    return spread([one.metrics[metric] - other.metrics[metric] for one, other in both]) if both else None
+
+
+def same_images(rows: Iterable[Row]) -> None:
+    """Raises ResultsError unless all rows were evaluated on the same images."""
+    if len({row.dataset_sha256 for row in rows}) > 1:
+        names = " and ".join(f"{row.row!r} ({row.dataset_sha256[:8]})" for row in rows)
+        raise ResultsError(f"{names} were evaluated on different images: measure both on the same")
 
 
 # --------------------------------------------------------------------------- published

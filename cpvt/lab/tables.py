@@ -37,6 +37,7 @@ from cpvt.lab.scoring import (
 from cpvt.lab.teacher import TEACHER
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import save_model
+from cpvt.training.distributed import Stopped
 from cpvt.training.evaluate import accuracy
 from cpvt.training.loop import Run, train
 
@@ -229,7 +230,10 @@ def score_scale(run: Run, images: int = 2000, tune: bool = False) -> tuple[dict[
     held_out = open_batches(config.data, 1, config.run.seed, device, train=False)
     metrics |= score_oblong(run.model, held_out)
     if tune:
-        metrics[f"top1@{FINE_TUNED // PIXELS}/tuned"] = fine_tune(run, FINE_TUNED).metrics["top1"]
+        tuned = fine_tune(run, FINE_TUNED)
+        if tuned.interrupted:
+            raise Stopped(tuned.interrupted)
+        metrics[f"top1@{FINE_TUNED // PIXELS}/tuned"] = tuned.metrics["top1"]
     metrics |= score_shifts(run.model, *spread_images(held_out, images))
     sample, _ = spread_images(held_out, 256)
     few, _ = spread_images(held_out, 64)

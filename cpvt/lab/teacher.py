@@ -10,6 +10,7 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -45,6 +46,15 @@ def train_teacher(student: TrainConfig, name: str = TEACHER) -> tuple[nn.Module,
             cross_entropy(model(batch.images), batch.targets, smoothing).backward()
             optimiser.step()
     return model.eval(), accuracy(model, batches.test())["top1"]
+
+
+def teacher_top1(student: TrainConfig) -> dict[str, float]:
+    """{"teacher_top1": percent}, as noted beside the weights of a teacher that was trained here; else {}."""
+    if not student.distill.weights:
+        return {}
+    with safe_open(student.distill.weights, "pt") as file:
+        noted = (file.metadata() or {}).get("top1")
+    return {"teacher_top1": float(noted)} if noted else {}
 
 
 def teach(student: TrainConfig) -> TrainConfig:

@@ -14,6 +14,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from cpvt.config import ConfigError
+
 Batches = Iterator[tuple[Tensor, Tensor]]  # images and targets
 
 
@@ -69,6 +71,10 @@ class Budget:
     minutes: float
     until: float = 1.0
     started: float = field(default_factory=lambda: time.monotonic())
+
+    def __post_init__(self):
+        if not 0 <= self.minutes < float("inf"):
+            raise ConfigError(f"budget_minutes={self.minutes:g}: give minutes, or 0 for no limit")
 
     def allows(self, seconds: float) -> bool:
         """Whether something that takes so long may still begin."""

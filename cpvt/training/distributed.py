@@ -128,6 +128,10 @@ def _store() -> dist.Store:
     return dist.PrefixStore(f"cpvt, attempt {attempt}, run {next(_joined)}", _meeting_point())
 
 
+class Stopped(RuntimeError):
+    """A signal came before the end; nothing of what was under way is kept."""
+
+
 class Interruption:
     """Notes a signal and lets the step end. A second Ctrl-C is as deadly as ever; torchrun and the kernel may well
     send the same SIGTERM twice."""
