@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cpvt.data.loader import open_batches
+from cpvt.lab.probes import attention_maps
 from cpvt.lab.results import ResultsError, find
+from cpvt.lab.scoring import first_images
 from cpvt.model.encodings import PEG, LearnedTable
+from cpvt.model.vit import VisionTransformer
 from cpvt.training.evaluate import correct
 from cpvt.training.loop import Run
 
@@ -29,6 +32,8 @@ def arrays_of(run: Run) -> dict[str, Tensor]:
     correct         one bit an image of the held-out ones, in their order, eight to a byte, the last filled up
     peg0 ...        (D, 1, k, k): trained kernels, in half precision
     table           (P + N, D): the trained table, prefix tokens first, in half precision
+    attention       (blocks, H, W): how much the patch in the middle reads from each patch, mean over heads and the
+                    first 64 held-out images, in half precision; blocks that see a smaller grid are left out
     """
     device = next(run.model.parameters()).device
     batches = open_batches(run.config.data, 1, run.config.run.seed, str(device), train=False)
@@ -40,8 +45,18 @@ def arrays_of(run: Run) -> dict[str, Tensor]:
     for module in modules:
         if isinstance(module, LearnedTable):
             found["table"] = module.pos_embed[0]
+    images, _ = first_images(batches, 64)
+    found["attention"] = middle_attention(run.model, images)
     kept |= {name: array.detach().cpu().half() for name, array in found.items() if array.numel() <= LARGEST}
     return kept
+
+
+def middle_attention(model: VisionTransformer, images: Tensor) -> Tensor:
+    """-> (blocks, H, W): see `arrays_of`."""
+    (H, W), P = model.config.grid, model.num_prefix_tokens
+    middle = P + H // 2 * W + W // 2
+    maps = [weights[:, :, middle, P:].mean((0, 1)) for weights in attention_maps(model, images).values()]
+    return torch.stack([flat.unflatten(0, (H, W)) for flat in maps if len(flat) == H * W])
 
 
 def keep_arrays(path: str | Path, row: str, seed: int, arrays: dict[str, Tensor]) -> None:
