@@ -13,7 +13,8 @@ from torch import distributed
 from cpvt.config import AugmentConfig, ConfigError, DataConfig, replace
 from cpvt.data.datasets import open_dataset
 from cpvt.data.loader import MEAN, STD, Share
-from cpvt.lab.experiments import measure, pipelines
+from cpvt.lab.experiments import pipelines
+from cpvt.lab.measuring import measure
 from cpvt.lab.pipelines import score_pipeline
 from cpvt.lab.reference import Selected, TimmBatches, _posterize, mixer, selected, timm_loader
 from cpvt.training.loop import train

@@ -206,7 +206,9 @@ def test_right_and_wrong_of_every_image_is_kept(tmp_path):
     images, labels = next(iter(open_batches(run.config.data, 1, 0).test()))
     assert torch.equal(right(arrays["correct"], 20), correct(run.model, images, labels))
     assert arrays["attention"].shape == (2, 14, 14)
-    weights = attention_maps(run.model, images)[1][:, :, 1 + 7 * 14 + 7].mean((0, 1))  # who reads: row 7, column 7
+    weights = attention_maps(run.model, images)[1][:, :, 1 + 7 * 14 + 7].mean(
+        (0, 1)
+    )  # who reads: row 7, column 7
     assert torch.allclose(arrays["attention"][1].flatten().float(), weights[1:], atol=1e-4)
     with pytest.raises(ResultsError, match="expected 13"):
         right(arrays["correct"], 100)

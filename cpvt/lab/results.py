@@ -151,9 +151,8 @@ def append_row(path: str | Path, row: Row, again: bool = False) -> None:
     line = (json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n").encode()
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(
-            handle, fcntl.LOCK_EX
-        )  # released on closing; a reader of a half-written line would refuse it
+        # Released on closing; a reader of a half-written line would refuse it.
+        fcntl.flock(handle, fcntl.LOCK_EX)
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             raise ResultsError(f"{path}: the last line is cut off; complete or remove it")
@@ -279,9 +278,7 @@ def t_quantile(freedom: int, inside: float = 0.95) -> float:
     From the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4, inverted by bisection.
     """
     if freedom < 1 or not 0 < inside < 1:
-        raise ResultsError(
-            f"t_quantile({freedom}, {inside}); expected 1 or more, and a share between 0 and 1"
-        )
+        raise ResultsError(f"t_quantile({freedom}, {inside}); expected 1 or more, and a share below 1")
 
     def share(angle: float) -> float:
         cos, sin, odd = math.cos(angle), math.sin(angle), freedom % 2
@@ -308,10 +305,8 @@ def over_seeds(rows: Iterable[Row], metric: str) -> dict[str, Spread]:
 
 
 def difference(rows: Iterable[Row], first: str, second: str, metric: str) -> Spread | None:
-    """The Spread of `first` minus `second`, paired by seed; None while no seed has both.
-
-    Raises ResultsError where the two were evaluated on different images.
-    """
+    """The Spread of `first` minus `second`, paired by seed; None while no seed has both. Raises ResultsError where
+    the two were evaluated on different images."""
     found: dict[str, dict[tuple, Row]] = {first: {}, second: {}}
     for row in rows:
         if row.row in found and metric in row.metrics:
@@ -363,16 +358,13 @@ def published(table: str | None = None, path: str | Path = "data/published.csv")
         if reader.fieldnames != _COLUMNS:
             raise ResultsError(f"{path}:1: columns {reader.fieldnames}; expected {_COLUMNS}")
         for values in reader:
+            line = f"{path}:{reader.line_num}"
             try:
                 row = Published(**{**values, "value": float(values["value"])})
             except (TypeError, ValueError) as error:
-                raise ResultsError(
-                    f"{path}:{reader.line_num}: {error}; expected {len(_COLUMNS)} cells"
-                ) from None
+                raise ResultsError(f"{line}: {error}; expected {len(_COLUMNS)} cells") from None
             if row.provenance not in PROVENANCES:
-                raise ResultsError(
-                    f"{path}:{reader.line_num}: provenance {row.provenance!r}; use {PROVENANCES}"
-                )
+                raise ResultsError(f"{line}: provenance {row.provenance!r}; use {PROVENANCES}")
             rows.append(row)
     tables = sorted({row.table for row in rows})
     if table not in (None, *tables):
@@ -403,7 +395,5 @@ def beside(
     """
     measured = over_seeds(rows, metric)
     names = {(match or {}).get(name, name): name for name in measured}
-    lines = [
-        Beside(line.name, measured.pop(names.get(line.name, ""), None), line) for line in list(published)
-    ]
+    lines = [Beside(line.name, measured.pop(names.get(line.name, ""), None), line) for line in published]
     return lines + [Beside(name, found, None) for name, found in measured.items()]
