@@ -104,9 +104,8 @@ def test_a_row_that_another_process_measured_meanwhile_stays_as_it_is(tmp_path, 
     monkeypatch.setattr(measuring, "measured", overtaken)
     assert measure_missing([plan("a")], path) == 0
     assert [row.seconds for row in read_rows("x", tmp_path)] == [1.25]
-    assert (
-        read_arrays("x", "head", tmp_path) == {}
-    )  # arrays of the later run are not laid over those of the row
+    # Arrays of the later run are not laid over those of the row.
+    assert read_arrays("x", "head", tmp_path) == {}
 
 
 def test_a_stopped_run_is_no_row(monkeypatch):

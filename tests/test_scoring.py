@@ -206,9 +206,8 @@ def test_right_and_wrong_of_every_image_is_kept(tmp_path):
     images, labels = next(iter(open_batches(run.config.data, 1, 0).test()))
     assert torch.equal(right(arrays["correct"], 20), correct(run.model, images, labels))
     assert arrays["attention"].shape == (2, 14, 14)
-    weights = attention_maps(run.model, images)[1][:, :, 1 + 7 * 14 + 7].mean(
-        (0, 1)
-    )  # who reads: row 7, column 7
+    middle = 1 + 7 * 14 + 7  # behind the class token: row 7, column 7
+    weights = attention_maps(run.model, images)[1][:, :, middle].mean((0, 1))
     assert torch.allclose(arrays["attention"][1].flatten().float(), weights[1:], atol=1e-4)
     with pytest.raises(ResultsError, match="expected 13"):
         right(arrays["correct"], 100)
@@ -276,10 +275,8 @@ def test_fine_tuning_goes_on_from_the_trained_weights_at_the_other_size():
     run.config = changed(
         replace(run.config, data=data), {"augment": {"crop": True, "crop_scale": (0.25, 1.0)}}
     )
-    assert fine_tune(run, 40).config.augment.crop_scale == (
-        pytest.approx(0.64),
-        1.0,
-    )  # 40 of 50 pixels and more
+    low, high = fine_tune(run, 40).config.augment.crop_scale
+    assert (low, high) == (pytest.approx(0.64), 1.0)  # 40 of 50 pixels and more
     moved = (tuned.model.head.weight - run.model.head.weight).abs().max()
     assert 0 < moved < 2 * tuned.config.optim.rate  # AdamW's first step is about the rate
 

@@ -7,6 +7,7 @@ seed in NAME.jsonl says how it came about.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -26,14 +27,14 @@ from cpvt.training.loop import Run
 LARGEST = 200_000  # numbers; a larger weight is no small array
 
 
-def arrays_of(run: Run) -> dict[str, Tensor]:
+def arrays_of(run: Run, sample: Callable = first_images) -> dict[str, Tensor]:
     """What is kept of a run on real images; what has more than `LARGEST` numbers is left out.
 
     correct         one bit an image of the held-out ones, in their order, eight to a byte, the last filled up
     peg0 ...        (D, 1, k, k): trained kernels, in half precision
     table           (P + N, D): the trained table, prefix tokens first, in half precision
-    attention       (blocks, H, W): how much the patch in the middle reads from each patch, mean over heads and the
-                    first 64 held-out images, in half precision; blocks that see a smaller grid are left out
+    attention       (blocks, H, W): how much the patch in the middle reads from each patch, mean over heads and 64
+                    held-out images (`sample`), in half precision; blocks that see a smaller grid are left out
     """
     device = next(run.model.parameters()).device
     batches = open_batches(run.config.data, 1, run.config.run.seed, str(device), train=False)
@@ -45,7 +46,7 @@ def arrays_of(run: Run) -> dict[str, Tensor]:
     for module in modules:
         if isinstance(module, LearnedTable):
             found["table"] = module.pos_embed[0]
-    images, _ = first_images(batches, 64)
+    images, _ = sample(batches, 64)
     found["attention"] = middle_attention(run.model, images)
     kept |= {name: array.detach().cpu().half() for name, array in found.items() if array.numel() <= LARGEST}
     return kept
@@ -62,7 +63,6 @@ def middle_attention(model: VisionTransformer, images: Tensor) -> Tensor:
 def keep_arrays(path: str | Path, row: str, seed: int, arrays: dict[str, Tensor]) -> None:
     """Adds the arrays of a row to the file, in the place of older ones; the file is replaced as a whole."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     held = load_file(path) if path.exists() else {}
     held |= {f"{row}|{seed}|{name}": array.contiguous() for name, array in arrays.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}")

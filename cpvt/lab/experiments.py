@@ -37,7 +37,7 @@ from cpvt.lab.fashion import tuning as fashion_tuning_rows
 from cpvt.lab.measuring import Planned, measure_missing, rooted
 from cpvt.lab.pipelines import PIPELINES, pipeline, score_pipeline
 from cpvt.lab.results import Row, fingerprint
-from cpvt.lab.scoring import score_tuning
+from cpvt.lab.scoring import score_tuning, spread_images
 from cpvt.lab.tables import FIVE, TABLES, rows, score_scale
 from cpvt.lab.tables import SEEDS as TABLE_SEEDS
 from cpvt.lab.tables import tuning as tuning_rows
@@ -231,13 +231,14 @@ def tables(root: str = "", table: str = "") -> Iterator[Planned]:
         raise ConfigError(f"no table {table!r}; {nearest(table, TABLES)}")
     unique = {row.name: row for row in rows() if table in ("", row.table)}
     retrained = {row.name for row in rows() if row.table == "resolution"}
+    kept = partial(arrays_of, sample=spread_images)  # held-out images stand class by class
     for rank, seeds in TABLE_SEEDS.items():
         for seed in seeds:
             for name, row in unique.items():
                 if row.rank == rank:
                     score = partial(score_scale, tune=name in retrained)
                     config = rooted(row.config(seed), root)
-                    yield Planned("tables", name, "minutes", config, score=score, arrays=arrays_of)
+                    yield Planned("tables", name, "minutes", config, score=score, arrays=kept)
 
 
 def table_tuning(root: str = "") -> Iterator[Planned]:

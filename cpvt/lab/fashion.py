@@ -111,13 +111,27 @@ def rows() -> Iterator[tuple[str, TrainConfig]]:
 
 LENGTHS = (900, 100)  # steps, beside the 300 of `rows`
 LENGTHENED = ("none", "learned", "one PEG", "circular padding")
-# What is claimed to be above zero, as terms of `claims.combination`; written before any row of `lengths`, with the
-# rows of 300 steps known. A lead that is only a faster start would shrink as a run gets longer.
+
+
+def _lead(better: str, worse: str, steps: str = "", sign: int = 1) -> tuple[tuple[int, str, str], ...]:
+    """Terms of `claims.combination`: by how much one row is ahead of another after so many steps."""
+    return (sign, better + steps, "top1@14"), (-sign, worse + steps, "top1@14")
+
+
+LONG = ", 900 steps"
+# What is claimed to be above zero; written before any row of `lengths`, with the rows of 300 steps known. A lead
+# that is only a faster start would shrink as a run gets longer.
 LENGTH_CLAIMS = {
-    "one PEG is ahead of learned at 900 steps": (("one PEG", "learned"), None),
-    "one PEG is ahead of circular padding at 900 steps": (("one PEG", "circular padding"), None),
-    "the lead of one PEG over none is larger at 300 steps than at 900": (("one PEG", "none"), 300),
-    "the lead of one PEG over learned is larger at 300 steps than at 900": (("one PEG", "learned"), 300),
+    "one PEG is ahead of learned at 900 steps": _lead("one PEG", "learned", LONG),
+    "one PEG is ahead of circular padding at 900 steps": _lead("one PEG", "circular padding", LONG),
+    "the lead of one PEG over none is larger at 300 steps than at 900": (
+        *_lead("one PEG", "none"),
+        *_lead("one PEG", "none", LONG, -1),
+    ),
+    "the lead of one PEG over learned is larger at 300 steps than at 900": (
+        *_lead("one PEG", "learned"),
+        *_lead("one PEG", "learned", LONG, -1),
+    ),
 }
 
 
@@ -136,12 +150,8 @@ def lengths() -> Iterator[tuple[str, TrainConfig]]:
 
 def judged_lengths(rows: Iterable[Row]) -> dict[str, tuple[Spread | None, str]]:
     """Rows of both experiments -> for each of `LENGTH_CLAIMS` its size over seeds, and the verdict among all."""
-    rows, found = list(rows), []
-    for (better, worse), against in LENGTH_CLAIMS.values():
-        sign = -1 if against else 1
-        terms = [(sign, f"{better}, 900 steps", "top1@14"), (-sign, f"{worse}, 900 steps", "top1@14")]
-        terms += [(1, better, "top1@14"), (-1, worse, "top1@14")] if against else []
-        found.append(combination(rows, *terms))
+    rows = list(rows)
+    found = [combination(rows, *terms) for terms in LENGTH_CLAIMS.values()]
     return dict(zip(LENGTH_CLAIMS, zip(found, verdicts(found), strict=True), strict=True))
 
 

@@ -162,17 +162,8 @@ def differences(own: TrainConfig, saved: TrainConfig, drawn: str = "") -> list[s
     `drawn`: the fingerprint of the data; "drawn" for diagnostics, which are known by their configuration.
     """
     free = {"out", "log_every", "save_every", "keep", "evaluate_every", "tensorboard", "device"}
-    free |= {
-        "compile",
-        "compile_blocks",
-        "workers",
-        "decode",
-        "root",
-        "micro_batch",
-        "skip_limit",
-        "init",
-        "weights",
-    }
+    free |= {"compile", "compile_blocks", "workers", "decode", "root", "micro_batch", "skip_limit"}
+    free |= {"init", "weights"}
     if drawn != "drawn":
         free |= {"name"}  # wherever the images lie: they are known by their fingerprint
     found = []
