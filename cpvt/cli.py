@@ -19,22 +19,20 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from cpvt.config import ConfigError, TrainConfig, nearest, to_json
-from cpvt.data.datasets import DataError
+from cpvt.config import TrainConfig, to_json
 from cpvt.data.loader import open_batches
 from cpvt.data.pack import Expected, Shrink, pack
+from cpvt.errors import ConfigError, DataError, ResultsError, nearest
 from cpvt.lab.benchmark import Benchmark
 from cpvt.lab.costs import cost_config, cost_rows, measure_costs
 from cpvt.lab.experiments import EXPERIMENTS, planned_rows, run_missing
-from cpvt.lab.results import ResultsError, Row
-from cpvt.model.export import export_onnx
-from cpvt.model.zoo import create_model, load_weights
+from cpvt.lab.results import Row
 from cpvt.training.checkpoint import load_model
 from cpvt.training.distributed import World
 from cpvt.training.evaluate import accuracy
-from cpvt.training.loop import train
 from cpvt.training.recipes import RECIPES
 from cpvt.training.setup import PRECISIONS, pick_device
+from cpvt.training.train import train
 
 INTERRUPTED = 75  # exit status of a run that was stopped and can go on: the sysexits' "try again"
 
@@ -136,25 +134,6 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Export:
-    """Write a model as ONNX with open batch, height and width, compared with onnxruntime."""
-
-    model: Annotated[str, tyro.conf.Positional]  # a name, or a model.safetensors that `cpvt train` wrote
-    out: Annotated[Path, tyro.conf.Positional]  # the ONNX file
-    weights: Path | None = None  # for a name: a file of weights (timm's and DeiT's keys are understood)
-    fixed: bool = False  # only the trained height and width
-
-    def __call__(self) -> None:
-        if self.model.endswith(".safetensors"):
-            model, _ = load_model(self.model)
-        else:
-            model = create_model(self.model)
-            if self.weights:
-                load_weights(model, self.weights)
-        print(export_onnx(model, self.out, dynamic=not self.fixed))
-
-
-@dataclass(frozen=True)
 class Pack:
     """Prepare images for training: check every one, write shards. Originals, or shrunk with --short-side."""
 
@@ -247,7 +226,6 @@ class Experiments:
 COMMANDS: dict[str, Callable | type] = {
     "train": _train,
     "evaluate": Evaluate,
-    "export": Export,
     "pack": Pack,
     "benchmark": Benchmark,
     "experiments": Experiments,

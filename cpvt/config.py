@@ -1,30 +1,228 @@
 """What can be configured: frozen dataclasses for model, data, training and run, with a JSON round trip.
 
-The command line is made from them. Encodings are in `encoding_text.py`, and handed on from here.
+The command line is made from them. An encoding is written as calls and sums, the way one would say it:
+
+    none        learned        sine(resize='rescale')        relative(clip=8, on='bias')
+    peg         peg(positions=(0, 1, 2, 3, 4))               learned + peg
+
+The same text stands in configurations, on the command line and in the measured rows.
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import json
 from dataclasses import dataclass, field
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
-from cpvt.checked import ConfigError, check, from_json, nearest, replace, to_json
-from cpvt.encoding_text import Learned, Peg, Relative, Rotary, Sine, format_encoding, parse_encoding
+from cpvt.errors import ConfigError, nearest
 
-__all__ = [  # handed on
-    "ConfigError",
-    "Learned",
-    "Peg",
-    "Relative",
-    "Rotary",
-    "Sine",
-    "format_encoding",
-    "from_json",
-    "nearest",
-    "parse_encoding",
-    "replace",
-    "to_json",
-]
+Grid = tuple[int, int]  # (H, W): tokens down and across
+
+
+# --------------------------------------------------------------------------- untyped values -> dataclasses
+
+
+def to_json(config: Any) -> str:
+    """A configuration -> one line of JSON."""
+    return json.dumps(dataclasses.asdict(config))
+
+
+def from_json(cls: type, text: str) -> Any:
+    """One line of JSON -> a `cls`, equal to the one written. Unknown names and wrong types are refused."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{cls.__name__}: not JSON ({error})") from None
+    return _build(cls, values, cls.__name__)
+
+
+def replace(config: Any, **values: Any) -> Any:
+    """A copy with some fields changed; unlike `dataclasses.replace`, names and types are checked."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return _build(type(config), {**own, **values}, type(config).__name__)
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    """Checks names and types, then builds; `where` opens every message."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected an object with the fields of {cls.__name__}, got {values!r}")
+    hints = get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise ConfigError(f"{where}: no option {name!r}; {nearest(name, hints)}")
+    return cls(**{name: _check(value, hints[name], f"{where}: {name}") for name, value in values.items()})
+
+
+def _check(value: Any, hint: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(hint, value, where)
+    options = get_args(hint)
+    if options and all(isinstance(option, str) for option in options):  # a Literal
+        if value not in options:
+            raise ConfigError(f"{where}={value!r}; expected one of {', '.join(map(repr, options))}")
+        return value
+    if options:  # a tuple of numbers, of any length (..., last) or of just this one
+        length = None if options[-1] is Ellipsis else len(options)
+        value = tuple(value) if isinstance(value, range) else value
+        kinds = (int, float) if options[0] is float else (int,)
+        fine = isinstance(value, list | tuple) and all(type(v) in kinds for v in value)
+        if not fine or length not in (None, len(value)):
+            words = "numbers" if options[0] is float else "whole numbers"
+            raise ConfigError(f"{where}={value!r}; expected {length or 'a list of'} {words}")
+        return tuple(map(options[0], value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{where}={value!r}; expected {hint.__name__}")
+    return value
+
+
+def _need(config: Any, condition: bool, expected: str, *names: str) -> None:
+    """Raises ConfigError with the values of the named fields unless `condition` holds."""
+    if not condition:
+        group = type(config).__name__.removesuffix("Config").lower()
+        given = ", ".join(f"{group}.{name}={getattr(config, name)}" for name in names)
+        raise ConfigError(f"{given}; expected {expected}")
+
+
+def _at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        # An infinite learning rate is none, and a seed has 62 bits.
+        _need(config, least <= getattr(config, name) < 2**62, f"{least} or more", name)
+
+
+# --------------------------------------------------------------------------- encodings
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learned table, one vector a position (DeiT). At another grid it is resampled or refused."""
+
+    resize: Literal["resample", "refuse"] = "resample"
+    antialias: bool = False  # on in timm, off in DeiT; PyTorch's two bicubics differ at every size
+
+
+@dataclass(frozen=True)
+class Sine:
+    """Fixed 2-D sine and cosine: half the width for the row, half for the column."""
+
+    temperature: float = 10000.0
+    resize: Literal["raw", "resample", "rescale"] = "raw"  # what happens at another grid
+
+    def __post_init__(self):
+        _need(self, self.temperature > 0, "more than 0", "temperature")
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Offsets between tokens, clipped at +-clip, one row and one column table a block (Shaw et al.).
+
+    `on="keys"` adds to the logits, `"keys_values"` to the values too, `"bias"` is one scalar a head
+    and offset. `wrap=True` measures offsets on a torus: no border, hence no leak of absolute position.
+    """
+
+    clip: int = 8
+    on: Literal["keys", "keys_values", "bias"] = "keys"
+    wrap: bool = False
+
+    def __post_init__(self):
+        _need(self, self.clip >= 1, "1 or more", "clip")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Axial rotary angles on queries and keys (Su et al.; for ViT: Heo et al.)."""
+
+    theta: float = 100.0
+    resize: Literal["raw", "rescale"] = "raw"
+
+    def __post_init__(self):
+        _need(self, self.theta > 0, "more than 0", "theta")
+
+
+@dataclass(frozen=True)
+class Peg:
+    """Positional encoding generator: a convolution over the tokens laid out as an image (CPVT).
+
+    Position -1 is before block 0, position i is after block i. The defaults are the paper's PEG;
+    the other values are its ablations.
+    """
+
+    positions: tuple[int, ...] = (0,)
+    kernel: int = 3
+    convolution: Literal["depthwise", "separable", "dense"] = "depthwise"
+    padding: Literal["zero", "none", "replicate", "reflect", "circular"] = "zero"
+    skip: bool = True  # add the input; must be off without padding, where the grid shrinks
+    bias: bool = True
+    frozen: bool = False  # random and never trained
+    # What is convolved; constant: an image of ones, so that the border alone shows.
+    on: Literal["tokens", "queries_keys", "constant"] = "tokens"
+    repeat: int = 1  # how many, one behind the other, at each position
+    shared: bool = False  # the same weights at all positions
+    init: Literal["pytorch", "twins"] = "pytorch"
+    compute: Literal["convolution", "matrix"] = "convolution"  # matrix: for kernels that cover the grid
+
+    def __post_init__(self):
+        _need(self, self.kernel >= 1 and self.kernel % 2 == 1, "an odd number, 1 or more", "kernel")
+        fine = self.positions and min(self.positions) >= -1 and len({*self.positions}) == len(self.positions)
+        _need(self, bool(fine), "different numbers from -1 (before block 0) on", "positions")
+        _at_least(self, 1, "repeat")
+        if self.on == "constant" and self.convolution != "depthwise":
+            raise ConfigError("peg: on='constant' is the border's part of a depthwise convolution")
+        if self.padding == "none" and (self.skip or self.on != "tokens"):
+            raise ConfigError(
+                "peg: padding='none' shrinks the grid, so there is nothing of its size to add to; "
+                "write peg(padding='none', skip=False), on tokens"
+            )
+        if self.compute == "matrix" and (self.convolution, self.padding) != ("depthwise", "zero"):
+            raise ConfigError("peg: compute='matrix' is for a depthwise convolution with zero padding")
+
+
+ENCODINGS: dict[str, type] = {cls.__name__.lower(): cls for cls in (Learned, Sine, Relative, Rotary, Peg)}
+EncodingPart = Learned | Sine | Relative | Rotary | Peg
+
+
+def parse_encoding(text: str) -> tuple[EncodingPart, ...]:
+    """Encoding text -> its parts, in the order written; `"none"` gives `()`.
+
+    Raises ConfigError, naming the nearest known word, for anything it does not understand.
+    """
+    if text.strip() in ("none", ""):
+        return ()
+    try:
+        return tuple(_parts(ast.parse(text.strip(), mode="eval").body, text))
+    except SyntaxError:
+        raise ConfigError(
+            f"encoding {text!r} cannot be read; expected a form such as 'learned + peg(positions=(0, 1))'"
+        ) from None
+
+
+def _parts(node: ast.expr, text: str) -> list[EncodingPart]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _parts(node.left, text) + _parts(node.right, text)
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    names = {keyword.arg for keyword in call.keywords}  # None: **options; fewer than keywords: one twice
+    if not isinstance(call.func, ast.Name) or call.args or None in names or len(names) < len(call.keywords):
+        raise ConfigError(f"encoding {text!r}: expected NAME or NAME(option=value, ...), joined by +")
+    if call.func.id not in ENCODINGS:
+        raise ConfigError(f"encoding {text!r}: no kind {call.func.id!r}; {nearest(call.func.id, ENCODINGS)}")
+    try:
+        given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except ValueError:
+        raise ConfigError(f"encoding {text!r}: the options must be plain values") from None
+    return [_build(ENCODINGS[call.func.id], given, f"encoding {text!r}")]
+
+
+def format_encoding(parts: tuple[EncodingPart, ...]) -> str:
+    """The shortest text that `parse_encoding` turns back into `parts`."""
+    words = []
+    for part in parts:
+        options = {f.name: (getattr(part, f.name), f.default) for f in dataclasses.fields(part)}
+        changed = ", ".join(f"{name}={value!r}" for name, (value, usual) in options.items() if value != usual)
+        words.append(type(part).__name__.lower() + (f"({changed})" if changed else ""))
+    return " + ".join(words) or "none"
 
 
 # --------------------------------------------------------------------------- model
@@ -32,7 +230,7 @@ __all__ = [  # handed on
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A vision transformer: its size, its read-out and how it knows where things are."""
+    """A vision transformer: its size, its pooling and how it knows where things are."""
 
     image_size: tuple[int, int] = (224, 224)  # trained size (height, width): sets the grid of tables
     patch_size: int = 16
@@ -42,56 +240,47 @@ class ModelConfig:
     depth: int = 12
     heads: int = 3
     mlp_ratio: float = 4.0
-    stem: Literal["patch", "conv"] = (
-        "patch"  # conv: two 3x3 convolutions that see no border, before the patches
-    )
+    # conv: two 3x3 convolutions that see no border, before the patches
+    stem: Literal["patch", "conv"] = "patch"
     encoding: str = "learned"
-    readout: Literal["class", "gap"] = "class"  # class token, or mean over the normed patch tokens
+    global_pool: Literal["token", "avg"] = "token"  # class token, or mean over the normed patch tokens
     distilled: bool = False  # a distillation token with a head of its own
     drop_path: float = 0.0  # at the last block; rises linearly from 0 at the first
-    bare_blocks: int = 0  # so many first blocks have an MLP and no attention
-    log_attention: bool = (
-        False  # logits grow with log N beside that of training, N tokens, when the grid does
-    )
+    mlp_only_blocks: int = 0  # so many first blocks have an MLP and no attention
+    # Logits grow with log N, relative to log N of the trained grid, when the number of tokens N does.
+    logn_scale: bool = False
     init_std: float = 0.02  # of the linear layers' first weights; DeiT's, too small for widths far below 192
 
     def __post_init__(self):
         for name, hint in get_type_hints(ModelConfig).items():
-            object.__setattr__(self, name, check(getattr(self, name), hint, f"ModelConfig: {name}"))
+            object.__setattr__(self, name, _check(getattr(self, name), hint, f"ModelConfig: {name}"))
         # One spelling for each encoding, so that equal models have equal configurations.
         object.__setattr__(self, "encoding", format_encoding(parse_encoding(self.encoding)))
-        for name in ("patch_size", "in_channels", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}; expected 1 or more")
+        _at_least(self, 1, "patch_size", "in_channels", "width", "depth", "heads")
+        _at_least(self, 0, "num_classes")
         height, width = self.image_size
-        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
+        fits = height >= 1 and width >= 1 and not height % self.patch_size and not width % self.patch_size
+        _need(self, fits, "positive multiples of the patch size", "image_size", "patch_size")
+        _need(
+            self, self.width % self.heads == 0, "a width that can be split among the heads", "width", "heads"
+        )
+        _need(self, 0 <= self.mlp_only_blocks <= self.depth, f"0 to depth={self.depth}", "mlp_only_blocks")
+        _need(self, 0 <= self.drop_path < 1, "0 or more, below 1", "drop_path")
+        if self.distilled and self.global_pool == "avg":
             raise ConfigError(
-                f"image_size={height}x{width} with patch_size={self.patch_size}: "
-                "expected positive multiples of the patch size"
-            )
-        if self.width % self.heads:
-            raise ConfigError(f"width={self.width} cannot be split among heads={self.heads}")
-        if self.num_classes < 0:
-            raise ConfigError(f"num_classes={self.num_classes}; expected 0 (no head) or more")
-        if not 0 <= self.bare_blocks <= self.depth:
-            raise ConfigError(f"bare_blocks={self.bare_blocks}; expected 0 to depth={self.depth}")
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"drop_path={self.drop_path}; expected 0 or more, below 1")
-        if self.distilled and self.readout == "gap":
-            raise ConfigError(
-                "distilled=True with readout='gap': a distillation token beside no class token "
-                "has no meaning; choose readout='class' or distilled=False"
+                "distilled=True with global_pool='avg': a distillation token beside no class token "
+                "has no meaning; choose global_pool='token' or distilled=False"
             )
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def grid(self) -> Grid:
         """(H, W): tokens down and across at the trained size."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
     def prefix_tokens(self) -> int:
         """Tokens that stand before the patches: class, distillation, or none."""
-        return 0 if self.readout == "gap" else 1 + self.distilled
+        return 0 if self.global_pool == "avg" else 1 + self.distilled
 
 
 # --------------------------------------------------------------------------- training
@@ -99,37 +288,32 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on: a diagnostic (drawn, `train_size` images) or real images."""
+    """What is trained on: a synthetic task (drawn, `train_size` images) or real images."""
 
-    name: str = (
-        "where"  # where, arrangement, what; tiny-imagenet, cifar10, fashion-mnist; or a folder (shards too)
-    )
+    # where, arrangement, what; tiny-imagenet, cifar10, fashion-mnist; or a folder (shards too)
+    name: str = "where"
     root: str = "data/images"  # where real images lie or are put; never committed
     image_size: int = 64  # side in pixels of what the model sees
-    store: Literal["memory", "files"] = (
-        "memory"  # real images: decoded once and held, or read as they are needed
-    )
+    # Real images: decoded once and held, or read as they are needed.
+    store: Literal["memory", "files"] = "memory"
     stored_size: int = 0  # memory: short side that images are held at, cut square (0: image_size)
-    test_crop: float = 1.0  # evaluation: short side to image_size / this, then the centre; ImageNet's 0.875
+    crop_pct: float = 1.0  # evaluation: short side to image_size / this, then the centre; ImageNet's 0.875
     workers: int = -1  # files: processes that read; -1: one a core, 16 at most
     decode: Literal["auto", "gpu", "cpu"] = "auto"  # files: where JPEGs are decoded
     limit: int = 0  # real images: use only so many of each split (0: all)
-    hold_out: int = (
-        0  # real images: evaluate on every so-many-th training image, and train on the others; for
-    )
-    # choosing a recipe without a look at the validation images (0: train on all, evaluate on those)
-    grid: tuple[int, int] = (14, 14)  # diagnostics: tokens down and across
-    pixels: int = 1  # diagnostics: pixels a token, each way
-    train_size: int = 20000  # diagnostics: images an epoch
-    test_size: int = 4000  # diagnostics
+    # Real images: evaluate on every so-many-th training image and train on the others, to choose a recipe
+    # without a look at the validation images (0: train on all, evaluate on those).
+    hold_out: int = 0
+    grid: Grid = (14, 14)  # synthetic: tokens down and across
+    pixels: int = 1  # synthetic: pixels a token, each way
+    train_size: int = 20000  # synthetic: images an epoch
+    test_size: int = 4000  # synthetic
 
     def __post_init__(self):
         _at_least(self, 1, "image_size", "pixels", "train_size", "test_size")
         _at_least(self, 0, "stored_size", "limit", "hold_out")
-        if self.hold_out == 1:
-            raise ConfigError("data.hold_out=1: nothing would be left to train on; use 10 for a tenth")
-        if not 0 < self.test_crop <= 1:
-            raise ConfigError(f"data.test_crop={self.test_crop}; expected above 0, 1 at most")
+        _need(self, self.hold_out != 1, "0, or 2 or more: nothing would be left to train on", "hold_out")
+        _need(self, 0 < self.crop_pct <= 1, "above 0, 1 at most", "crop_pct")
 
 
 @dataclass(frozen=True)
@@ -139,70 +323,60 @@ class AugmentConfig:
     crop: bool = False  # a random part of the image, resized (else the centre)
     crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
-    flip: float = 0.0  # probability of a mirror image
+    hflip: float = 0.0  # probability of a mirror image
     randaugment: str = ""  # timm's notation: rand-m9-mstd0.5-inc1
-    erase: float = 0.0  # probability of one box of noise, after normalisation
+    random_erasing: float = 0.0  # probability of one box of noise, after normalisation
     mixup: float = 0.0  # both parameters of the Beta distribution of the share; 0: none
     cutmix: float = 0.0  # the same for pasted boxes
-    mix_switch: float = 0.5  # where both are on: probability of CutMix
+    mixup_switch_prob: float = 0.5  # where both are on: probability of CutMix
     mix_group: int = 64  # images that share one draw and are mixed among each other (the last with the first)
-    repeats: int = 1  # copies of an image in an epoch; it then has only 1 / repeats of the images
+    repeated_aug: int = 1  # copies of an image in an epoch; it then has only 1 / so many of the images
 
     def __post_init__(self):
-        _at_least(self, 1, "repeats")
+        _at_least(self, 1, "repeated_aug")
         _at_least(self, 0, "mixup", "cutmix")
-        for name in ("flip", "erase", "mix_switch"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"augment.{name}={getattr(self, name)}; expected a probability")
+        for name in ("hflip", "random_erasing", "mixup_switch_prob"):
+            _need(self, 0 <= getattr(self, name) <= 1, "a probability", name)
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
-            if not 0 < low <= high or (name == "crop_scale" and high > 1):
-                raise ConfigError(f"augment.{name}={low, high}; expected 0 < low <= high (scale: 1 at most)")
-        if self.mix_group < 2 or self.mix_group % 2:
-            raise ConfigError(f"augment.mix_group={self.mix_group}; expected an even number, 2 or more")
+            fine = 0 < low <= high and (name == "crop_ratio" or high <= 1)
+            _need(self, fine, "0 < low <= high (scale: 1 at most)", name)
+        _need(self, self.mix_group >= 2 and self.mix_group % 2 == 0, "an even number, 2 or more", "mix_group")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with a linear warm-up and a cosine; the rate is a function of the step alone."""
+    """AdamW with a linear warm-up and a cosine; the learning rate is a function of the step alone."""
 
-    batch: int = 64  # images a step, over all processes
-    micro_batch: int = 0  # images that one process takes at once, at most; 0: its whole share
+    global_batch_size: int = 64  # images a step, over all processes
+    micro_batch_size: int = 0  # images that one process takes at once, at most; 0: its whole share
     steps: int = 1000
     epochs: int = 0  # instead of `steps`, where not 0
-    rate: float = 1e-3  # the peak
-    scale_rate: bool = False  # `rate` is meant for a batch of 512 and grows with the batch
+    lr: float = 1e-3  # the peak
+    scale_lr: bool = False  # `lr` is meant for a batch of 512 and grows with the batch
     warmup_steps: int = 50
     warmup_epochs: int = 0  # instead of `warmup_steps`, where `epochs` is given
-    warmup_rate: float = 0.0  # where the warm-up starts; never scaled, nor is the final rate
-    final_rate: float = 1e-5
+    warmup_lr: float = 0.0  # where the warm-up starts; never scaled, nor is `min_lr`
+    min_lr: float = 1e-5
     weight_decay: float = 0.05  # on matrices and kernels only
     decay_pegs: bool = True  # off: PEGs are not decayed either, as in Twins
-    smoothing: float = 0.0
-    clip: float = 1.0  # largest gradient norm; 0: none
-    ema: float = 0.0  # decay a step of a running average of the weights; 0: none
+    label_smoothing: float = 0.0
+    clip_grad: float = 1.0  # largest gradient norm; 0: none
+    ema_decay: float = 0.0  # a step, of a running average of the weights; 0: none
     ema_half_life: float = 0.0  # the same, given as a half-life in epochs
     skip_limit: int = 20  # steps without a finite loss and gradient, one after the other, that end the run
     stop_loss: float = 0.0  # stop early once the mean loss of the last 20 steps is below this; 0: never
 
     def __post_init__(self):
-        _at_least(self, 1, "batch", "steps", "skip_limit")
-        _at_least(self, 0, "micro_batch", "epochs", "warmup_steps", "warmup_epochs", "rate", "warmup_rate")
-        _at_least(self, 0, "final_rate", "weight_decay", "clip", "ema", "ema_half_life")
-        if self.epochs and self.steps != OptimConfig.steps:
-            raise ConfigError(
-                f"optim.epochs={self.epochs} and optim.steps={self.steps}: give one; the other is 0 or left alone"
-            )
-        if self.warmup_epochs and not self.epochs:
-            raise ConfigError(
-                f"optim.warmup_epochs={self.warmup_epochs} without optim.epochs: use warmup_steps"
-            )
-        if not 0 <= self.smoothing < 1:
-            raise ConfigError(f"optim.smoothing={self.smoothing}; expected 0 or more, below 1")
-        if self.ema >= 1 or (self.ema and self.ema_half_life):
-            raise ConfigError(
-                f"optim.ema={self.ema}, ema_half_life={self.ema_half_life}: a decay below 1, or a half-life"
-            )
+        _at_least(self, 1, "global_batch_size", "steps", "skip_limit")
+        _at_least(self, 0, "micro_batch_size", "epochs", "warmup_steps", "warmup_epochs", "lr", "warmup_lr")
+        _at_least(self, 0, "min_lr", "weight_decay", "clip_grad", "ema_decay", "ema_half_life")
+        one = not self.epochs or self.steps == OptimConfig.steps
+        _need(self, one, "one of them; the other is 0 or left alone", "epochs", "steps")
+        _need(self, self.epochs or not self.warmup_epochs, "epochs too, or warmup_steps", "warmup_epochs")
+        _need(self, 0 <= self.label_smoothing < 1, "0 or more, below 1", "label_smoothing")
+        fine = self.ema_decay < 1 and not (self.ema_decay and self.ema_half_life)
+        _need(self, fine, "a decay below 1, or a half-life", "ema_decay", "ema_half_life")
 
 
 @dataclass(frozen=True)
@@ -216,26 +390,8 @@ class DistillConfig:
     tau: float = 1.0  # soft: temperature
 
     def __post_init__(self):
-        if not 0 <= self.alpha <= 1 or not self.tau > 0:
-            raise ConfigError(
-                f"distill.alpha={self.alpha}, tau={self.tau}; expected a share, and a temperature above 0"
-            )
-
-
-@dataclass(frozen=True)
-class Quirks:
-    """What DeiT's published code does, perhaps without meaning to; each only when asked for."""
-
-    epoch_schedule: bool = (
-        False  # the rate changes once an epoch; epochs 0 and 1 both run at the warm-up rate
-    )
-    resume_ahead: bool = False  # with epoch_schedule: the first epoch after a resume has the next one's rate
-    lone_no_repeats: bool = False  # a single process drops repeated augmentation without a word
-    fixed_order: bool = False  # with repeated augmentation, the order of images ignores the seed
-    forget_best: bool = False  # the best accuracy is forgotten at resume
-    kl_by_elements: bool = (
-        False  # soft distillation: the divergence divided by images x classes, not by images
-    )
+        _need(self, 0 <= self.alpha <= 1, "a share, 0 to 1", "alpha")
+        _need(self, self.tau > 0, "a temperature above 0", "tau")
 
 
 @dataclass(frozen=True)
@@ -245,24 +401,20 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"  # auto: cuda where there is one
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    compile: bool = False
-    compile_blocks: bool = (
-        False  # instead: the blocks alone, once for all models of a process whose blocks are alike
-    )
+    # blocks: the blocks alone, once for all models of a process whose blocks are alike
+    compile: Literal["off", "model", "blocks"] = "off"
     deterministic: bool = False  # GPU: the same run bit for bit, slower
     init: str = ""  # file of weights to start from; a learned table is resampled to the image size
     out: str = ""  # folder of checkpoints, log and model; a run found there goes on; empty: keep nothing
-    log_every: int = 50
+    log_every: int = 50  # steps
     save_every: int = 0  # steps between checkpoints; 0: once an epoch
-    keep: int = 3  # checkpoints kept
+    keep_checkpoints: int = 3
     evaluate_every: int = 0  # epochs between evaluations; 0: only at the end
     tensorboard: bool = False  # also write the log for TensorBoard
 
     def __post_init__(self):
-        _at_least(self, 1, "log_every", "keep")
+        _at_least(self, 1, "log_every", "keep_checkpoints")
         _at_least(self, 0, "seed", "save_every", "evaluate_every")
-        if self.compile and self.compile_blocks:
-            raise ConfigError("run: compile and compile_blocks were given; leave one out")
 
 
 @dataclass(frozen=True)
@@ -274,12 +426,4 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
-    quirks: Quirks = field(default_factory=Quirks)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-def _at_least(config, least: int, *names: str) -> None:
-    group = type(config).__name__.removesuffix("Config").lower()
-    for name in names:
-        if not least <= getattr(config, name) < 2**62:  # an infinite rate is none, and a seed has 62 bits
-            raise ConfigError(f"{group}.{name}={getattr(config, name)}; expected {least} or more")

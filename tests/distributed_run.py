@@ -11,18 +11,18 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from cpvt.config import replace
 from cpvt.data.loader import Share, open_batches
 from cpvt.training.distributed import World, join_world
-from cpvt.training.loop import train
+from cpvt.training.train import train
 
 
 def batches(config, rank: int, world: int, micro: int, steps: int = 4) -> torch.Tensor:
     """The images and mixed labels of this process, step by step, in one tensor."""
     loader = open_batches(
         config.data,
-        config.optim.batch,
+        config.optim.global_batch_size,
         config.run.seed,
         share=Share(rank, world, micro),
         augment=config.augment,
-        smoothing=config.optim.smoothing,
+        smoothing=config.optim.label_smoothing,
     )
     found = [loader.batch(step) for step in range(steps)]
     return torch.stack([torch.cat([images.flatten(1), targets], 1) for images, targets in found])
@@ -54,7 +54,7 @@ def exchanges(pictures: str) -> int:
         return wrapped
 
     World.wrap = counted
-    train(precise(pictures, batch=16, micro_batch=4, steps=5))
+    train(precise(pictures, batch=16, micro_batch_size=4, steps=5))
     World.wrap = own
     return sent.count(0)
 
@@ -67,7 +67,7 @@ if __name__ == "__main__":
         f"batches micro {micro}": batches(small_run(Path(pictures)), rank, world, micro) for micro in (0, 4)
     }
     for micro in (8, 4):  # batch 16, so 8 images a process: one micro-batch, and two
-        found[f"trained micro {micro}"] = trained(pictures, batch=16, micro_batch=micro)
+        found[f"trained micro {micro}"] = trained(pictures, batch=16, micro_batch_size=micro)
     found["exchanges"] = exchanges(pictures)
     with join_world("cpu") as here:
         found["sum"] = here.sum(torch.tensor([rank + 1]))

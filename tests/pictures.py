@@ -8,7 +8,7 @@ from PIL import Image
 from cpvt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, replace
 from cpvt.training.recipes import DEIT_AUGMENT
 
-EVERYTHING = replace(DEIT_AUGMENT, mix_group=4, repeats=2)
+EVERYTHING = replace(DEIT_AUGMENT, mix_group=4, repeated_aug=2)
 
 
 def draw_pictures(root: Path, train: int = 24, val: int = 7, classes: int = 3) -> Path:
@@ -29,7 +29,7 @@ def draw_pictures(root: Path, train: int = 24, val: int = 7, classes: int = 3) -
 def small_run(root: Path, out: str = "", store: str = "files", **changes) -> TrainConfig:
     """Twelve steps, two epochs, of a two-block model: everything of the recipe, average, two micro-batches."""
     optim = dict(
-        batch=8, micro_batch=4, steps=12, rate=1e-3, warmup_steps=2, smoothing=0.1, ema=0.8, clip=0.0
+        batch=8, micro_batch_size=4, steps=12, rate=1e-3, warmup_steps=2, smoothing=0.1, ema=0.8, clip=0.0
     )
     run = dict(device="cpu", log_every=2, out=out, seed=7)
     for name, value in changes.items():
@@ -39,7 +39,7 @@ def small_run(root: Path, out: str = "", store: str = "files", **changes) -> Tra
             patch_size=4, width=16, depth=2, heads=2, encoding="peg", drop_path=0.3, image_size=(16, 16)
         ),
         data=DataConfig(
-            name=str(root), image_size=16, store=store, stored_size=24, workers=0, test_crop=0.875
+            name=str(root), image_size=16, store=store, stored_size=24, workers=0, crop_pct=0.875
         ),
         augment=EVERYTHING,
         optim=OptimConfig(**optim),

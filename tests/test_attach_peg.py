@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import cpvt
 from cpvt import attach_peg
-from cpvt.config import ConfigError
+from cpvt.errors import ConfigError
 
 SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 FAMILIES = {

@@ -12,10 +12,11 @@ from timm.data import mixup as timm_mixup
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import RandomResizedCrop
 
-from cpvt.config import AugmentConfig, ConfigError
-from cpvt.data.augment import MEAN, STD, Recipe, crop_boxes, erase, erase_boxes, normalise
+from cpvt.config import AugmentConfig
 from cpvt.data.mixing import beta, draw_mix, mix_images, mix_labels
-from cpvt.randomness import bits, uniform
+from cpvt.data.transforms import MEAN, STD, Recipe, crop_boxes, erase, erase_boxes, normalise
+from cpvt.errors import ConfigError
+from cpvt.rng import bits, uniform
 
 DEIT = dict(crop=True, flip=0.5, randaugment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0)
 
@@ -77,14 +78,14 @@ def test_the_crop_that_fits_nowhere_is_the_largest_in_the_middle(height, width):
 
 
 def test_flips():
-    config = AugmentConfig(flip=0.3)
+    config = AugmentConfig(hflip=0.3)
     images, count = noise(400, 8, 8), 400
     seen, _ = run(config, images)
     plain, _ = run(AugmentConfig(), images)
     mirrored = (seen == plain.flip(3)).flatten(1).all(1)
     assert (mirrored | (seen == plain).flatten(1).all(1)).all()
     assert abs(mirrored.double().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
-    cropped, mirrored = (run(AugmentConfig(crop=True, flip=p), images[:20], size=6)[0] for p in (0.0, 1.0))
+    cropped, mirrored = (run(AugmentConfig(crop=True, hflip=p), images[:20], size=6)[0] for p in (0.0, 1.0))
     assert torch.equal(cropped.flip(3), mirrored)
 
 
@@ -147,7 +148,7 @@ def test_erased_pixels_are_noise_and_no_others():
 
 def test_erasing_follows_normalisation():
     images = torch.full((64, 3, 32, 32), 255, dtype=torch.uint8)
-    seen, _ = run(AugmentConfig(erase=1.0), images)
+    seen, _ = run(AugmentConfig(random_erasing=1.0), images)
     white = normalise(torch.ones(1, 3, 1, 1))
     erased = seen[(seen != white).expand_as(seen)]
     assert abs(erased.mean()) < 0.05 and abs(erased.std() - 1) < 0.05  # white itself is 2.2 to 2.6
@@ -198,7 +199,7 @@ def test_mixing_is_timms(monkeypatch, config):
 
 def test_which_and_how_much_is_mixed():
     """CutMix in the asked share of groups; what it pastes is even in area, but for what the borders clip."""
-    config, count = AugmentConfig(mixup=0.8, cutmix=1.0, mix_switch=0.3), 20_000
+    config, count = AugmentConfig(mixup=0.8, cutmix=1.0, mixup_switch_prob=0.3), 20_000
     mix = draw_mix(config, 0, 0, torch.arange(count), (224, 224))
     assert abs(mix.cut.double().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
     top, bottom, left, right = mix.box[mix.cut].T
@@ -275,12 +276,12 @@ def test_no_augmentation_is_the_centre_normalised():
 @pytest.mark.parametrize("height, width, level", [(1, 1, 200), (1, 30, 0), (50, 2, 255), (90, 90, 128)])
 def test_odd_images_go_through(height, width, level):
     """One pixel, one row, black, white, grey: finite, of the right shape, and grey stays grey until erased."""
-    config = AugmentConfig(**{**DEIT, "erase": 0.0}, mix_group=8)
+    config = AugmentConfig(**{**DEIT, "random_erasing": 0.0}, mix_group=8)
     images = [torch.full((3, height, width), level, dtype=torch.uint8)] * 32
     seen, targets = run(config, images, size=24)
     assert seen.shape == (32, 3, 24, 24) and seen.isfinite().all()
     assert torch.allclose(targets.sum(1), torch.ones(32)) and targets.dtype == torch.float32
-    still, _ = run(AugmentConfig(crop=True, flip=0.5), images, size=24)
+    still, _ = run(AugmentConfig(crop=True, hflip=0.5), images, size=24)
     assert torch.equal(still, normalise(torch.full((32, 3, 24, 24), level / 255)))
 
 

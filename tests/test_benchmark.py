@@ -12,14 +12,15 @@ from torch import nn
 from cpvt.cli import main
 from cpvt.config import ModelConfig, replace
 from cpvt.data import decode
-from cpvt.data.datasets import DataError, open_dataset
+from cpvt.data.datasets import open_dataset
+from cpvt.errors import DataError
 from cpvt.lab import benchmark, steps, timing
 from cpvt.lab.benchmark import Benchmark, our_batches, timm_batches
 from cpvt.lab.jpegs import Repeated, decoding, draw_jpeg, prepare
-from cpvt.lab.reference import timm_model
 from cpvt.lab.results import read_rows
 from cpvt.lab.steps import AGREE, CPU, ENCODINGS, GPU, TIMM, Bench, Step, each_compiled, gradient_error, race
 from cpvt.lab.timing import Budget, drain, feed, in_rounds, joined, ratios, spread
+from cpvt.lab.timm_baseline import timm_model
 from cpvt.model.vit import VisionTransformer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -384,7 +385,7 @@ def test_the_gpus_sizes_are_the_papers():
     """The goals are stated at batch 1024 and 224 pixels."""
     assert GPU.batch == 1024 and not GPU.model and GPU.batch % GPU.loader_batch == 0
     desk = Bench(GPU, "cpu", Budget(0), Path("unused"))
-    assert desk.side == 224 and desk.model("peg").drop_path == 0.1 and desk.recipe.augment.repeats == 3
+    assert desk.side == 224 and desk.model("peg").drop_path == 0.1 and desk.recipe.augment.repeated_aug == 3
 
 
 @needs_gpu

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cpvt.lab.claims import combination, holm, p_value, verdicts
-from cpvt.lab.results import NOT_YET, ResultsError, difference, spread
+from cpvt.errors import ResultsError
+from cpvt.lab.results import NOT_YET, difference, spread
+from cpvt.lab.stats import combination, holm, p_value, verdicts
 
 T = "top1@14"
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from cpvt.config import ConfigError, RunConfig, replace
+from cpvt.config import RunConfig, replace
+from cpvt.errors import ConfigError
 from cpvt.lab.experiments import diagnostic
 from cpvt.lab.tables import rows
 from cpvt.model.vit import Block
-from cpvt.training.loop import train
+from cpvt.training.train import train
 
 ROWS = {row.name: row for row in rows()}
 

@@ -7,7 +7,6 @@ import pytest
 
 from cpvt import ModelConfig
 from cpvt.config import (
-    ConfigError,
     DataConfig,
     Learned,
     OptimConfig,
@@ -23,6 +22,7 @@ from cpvt.config import (
     replace,
     to_json,
 )
+from cpvt.errors import ConfigError
 
 TEXTS = [
     "none",
@@ -116,7 +116,7 @@ def test_wrong_encodings_are_refused_in_one_line(text, words):
 CONFIG = TrainConfig(
     model=ModelConfig(image_size=(160, 320), encoding="learned + peg(positions=(-1, 2))", drop_path=0.1),
     data=DataConfig(name="arrangement", grid=(10, 12), pixels=2),
-    optim=OptimConfig(rate=0.1 + 0.2, steps=7),
+    optim=OptimConfig(lr=0.1 + 0.2, steps=7),
     run=RunConfig(seed=3, precision="bf16", compile=True),
 )
 
@@ -152,7 +152,7 @@ def test_derived_sizes():
     assert config.grid == (10, 20)
     assert config.prefix_tokens == 1
     assert replace(config, distilled=True).prefix_tokens == 2
-    assert replace(config, readout="gap").prefix_tokens == 0
+    assert replace(config, global_pool="avg").prefix_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_derived_sizes():
         ({"depth": 2.0}, ["depth=2.0", "int"]),
         ({"num_classes": -1}, ["num_classes=-1"]),
         ({"drop_path": 1.0}, ["drop_path=1.0", "below 1"]),
-        ({"readout": "mean"}, ["readout='mean'", "'class', 'gap'"]),
-        ({"distilled": True, "readout": "gap"}, ["distilled=True", "readout='gap'", "choose"]),
+        ({"global_pool": "mean"}, ["global_pool='mean'", "'class', 'gap'"]),
+        ({"distilled": True, "global_pool": "avg"}, ["distilled=True", "global_pool='avg'", "choose"]),
         ({"distilled": 1}, ["distilled=1", "bool"]),
         ({"encoding": "pge"}, ["'pge'", "did you mean peg?"]),
         ({"encoding": None}, ["encoding=None", "str"]),

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from cpvt.config import ConfigError, ModelConfig, replace
+from cpvt.config import ModelConfig, replace
+from cpvt.errors import ConfigError
 from cpvt.lab.probes import reach
 from cpvt.model.encodings import PEG
 from cpvt.model.vit import VisionTransformer
@@ -103,32 +104,32 @@ def test_every_encoding_gets_the_same_stem():
 
 
 def test_a_bare_block_moves_nothing_between_tokens():
-    net = model(bare_blocks=3, readout="gap")
+    net = model(mlp_only_blocks=3, global_pool="avg")
     picture, touched = images(), images()
     touched[:, :, :2, :2] += 1
     with torch.no_grad():
         moved = (net.forward_features(picture) - net.forward_features(touched)).abs().amax((0, 2)) > 0
     assert moved.nonzero().flatten().tolist() == [0]
     assert not any("attn" in name or "norm1" in name for name, _ in net.named_parameters())
-    attentive = model(bare_blocks=1)
+    attentive = model(mlp_only_blocks=1)
     with torch.no_grad():
         assert (attentive.forward_features(picture) - attentive.forward_features(touched)).abs().amin() > 0
     assert "blocks.1.attn.qkv.weight" in attentive.state_dict()
 
 
 def test_bare_blocks_train_and_drop_their_paths():
-    net = model(bare_blocks=1, drop_path=0.5, encoding="peg").train()
+    net = model(mlp_only_blocks=1, drop_path=0.5, encoding="peg").train()
     net(images()).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
-    with pytest.raises(ConfigError, match="bare_blocks=4"):
-        model(bare_blocks=4)
+    with pytest.raises(ConfigError, match="mlp_only_blocks=4"):
+        model(mlp_only_blocks=4)
 
 
 # --------------------------------------------------------------------------- attention at other sizes
 
 
 def test_log_attention_changes_nothing_at_the_trained_size_and_sharpens_above():
-    plain, sharp = model(encoding="learned"), model(encoding="learned", log_attention=True)
+    plain, sharp = model(encoding="learned"), model(encoding="learned", logn_scale=True)
     with torch.no_grad():
         assert torch.equal(plain(images()), sharp(images()))
         assert not torch.allclose(plain(images(24, 32)), sharp(images(24, 32)))
@@ -141,7 +142,7 @@ def test_log_attention_changes_nothing_at_the_trained_size_and_sharpens_above():
 
 
 def test_log_attention_scales_relative_logits_too():
-    plain, sharp = (model(encoding="relative", log_attention=on) for on in (False, True))
+    plain, sharp = (model(encoding="relative", logn_scale=on) for on in (False, True))
     factor = math.log(12 * 16) / math.log(6 * 8)
     with torch.no_grad():
         for block in plain.blocks:

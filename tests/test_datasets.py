@@ -14,8 +14,9 @@ from PIL import Image
 from torchvision import datasets as published
 
 from cpvt.data import datasets, diagnostics
-from cpvt.data.datasets import DataError, draw, load_tensors, open_dataset
-from cpvt.randomness import mix
+from cpvt.data.datasets import draw, load_tensors, open_dataset
+from cpvt.errors import DataError
+from cpvt.rng import mix
 
 TASKS = tuple(diagnostics.CLASSES)
 GRIDS = [(14, 14), (10, 10), (9, 17), (20, 10), (13, 28)]

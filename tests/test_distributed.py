@@ -18,7 +18,7 @@ from pictures import draw_pictures, small_run
 
 from cpvt.config import to_json
 from cpvt.training.checkpoint import Checkpoints
-from cpvt.training.loop import train
+from cpvt.training.train import train
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -89,7 +89,7 @@ def script(tmp_path: Path, config, slow: float = 0.2) -> Path:
         "import sys, time, torch\n"
         "from cpvt.config import TrainConfig, from_json\n"
         "from cpvt.training import setup\n"
-        "from cpvt.training.loop import train\n"
+        "from cpvt.training.train import train\n"
         "torch.set_num_threads(1)\n"
         "own = setup.Session.backward\n"
         f"setup.Session.backward = lambda *a: (time.sleep({slow}), own(*a))[1]\n"

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from cpvt import ModelConfig, create_model
-from cpvt.config import ConfigError, Peg, format_encoding, parse_encoding
+from cpvt.config import Peg, format_encoding, parse_encoding
+from cpvt.errors import ConfigError
 from cpvt.model.encodings import PEG, build_encoding, resample_table, sine_table
 
 ENCODINGS = [
@@ -46,7 +47,7 @@ ENCODINGS = [
     "learned + peg",
     "relative(clip=2) + peg + rotary",
 ]
-READOUTS = {"class": {}, "gap": {"readout": "gap"}, "distilled": {"distilled": True}}
+READOUTS = {"class": {}, "gap": {"global_pool": "avg"}, "distilled": {"distilled": True}}
 CHANGE, SAME = 1e-10, 1e-12
 
 
@@ -89,18 +90,18 @@ def shuffled(images):
     return images.flatten(2)[:, :, order].unflatten(2, images.shape[-2:])
 
 
-@pytest.mark.parametrize("readout", READOUTS)
-def test_without_an_encoding_the_patches_may_be_shuffled(readout):
+@pytest.mark.parametrize("global_pool", READOUTS)
+def test_without_an_encoding_the_patches_may_be_shuffled(global_pool):
     images = random_images(2, (5, 6))
-    model = random_model("none", (5, 6), **READOUTS[readout])
+    model = random_model("none", (5, 6), **READOUTS[global_pool])
     assert difference(logits(model, shuffled(images)), logits(model, images)) < SAME
 
 
 @pytest.mark.parametrize("encoding", [e for e in ENCODINGS if e != "none" and "kernel=1," not in e])
-@pytest.mark.parametrize("readout", ["class", "gap"])
-def test_with_any_encoding_they_may_not(encoding, readout):
+@pytest.mark.parametrize("global_pool", ["class", "gap"])
+def test_with_any_encoding_they_may_not(encoding, global_pool):
     images = random_images(2, (5, 6))
-    model = random_model(encoding, (5, 6), **READOUTS[readout])
+    model = random_model(encoding, (5, 6), **READOUTS[global_pool])
     assert difference(logits(model, shuffled(images)), logits(model, images)) > CHANGE
 
 
@@ -175,7 +176,7 @@ def visible(change):
     return change > CHANGE
 
 
-def farthest_place(encoding, readout, upto, transpose=False, height=5):
+def farthest_place(encoding, global_pool, upto, transpose=False, height=5):
     """The largest distance to the border at which an object's place shows; -1 if it never does.
 
     Distance 0 touches the border. Compared with the object in the middle, which is farther than `upto`.
@@ -183,13 +184,13 @@ def farthest_place(encoding, readout, upto, transpose=False, height=5):
     grid, row = (height, 2 * upto + 5), height // 2
     objects = [(A, row, grid[1] // 2)] + [(A, row, distance) for distance in range(upto + 1)]
     images = torch.stack([picture(grid, [o], transpose) for o in objects])
-    model = random_model(encoding, tuple(images.shape[-2:]), **READOUTS[readout])
+    model = random_model(encoding, tuple(images.shape[-2:]), **READOUTS[global_pool])
     out = logits(model, images)
     shows = [visible(difference(y, out[0])) for y in out[1:]]
     return _last(shows)
 
 
-def farthest_order(encoding, readout, upto, transpose=False, height=5):
+def farthest_order(encoding, global_pool, upto, transpose=False, height=5):
     """The largest column difference at which "A left of B" can be told from "B left of A"; 0 if none.
 
     1 is side by side. Both objects stand farther from the border than the border's own reach.
@@ -202,7 +203,7 @@ def farthest_order(encoding, readout, upto, transpose=False, height=5):
         for left, right in ((A, B), (B, A))
     ]
     images = torch.stack(pairs)
-    model = random_model(encoding, tuple(images.shape[-2:]), **READOUTS[readout])
+    model = random_model(encoding, tuple(images.shape[-2:]), **READOUTS[global_pool])
     out = logits(model, images)
     return 1 + _last([visible(difference(ab, ba)) for ab, ba in zip(out[::2], out[1::2], strict=True)])
 
@@ -231,9 +232,9 @@ REACH = [
 ]
 
 
-@pytest.mark.parametrize("readout", ["class", "gap"])
+@pytest.mark.parametrize("global_pool", ["class", "gap"])
 @pytest.mark.parametrize("encoding, kr", REACH)
-def test_reach(encoding, kr, readout):
+def test_reach(encoding, kr, global_pool):
     """An object's place shows if and only if its distance to the border is at most 2kr - 1; the order of two
     objects if and only if they are at most 2kr columns apart (1: side by side).
 
@@ -244,8 +245,8 @@ def test_reach(encoding, kr, readout):
     border has no token of its own: it stands at -1.
     """
     for transpose in (False, True):
-        assert farthest_place(encoding, readout, 2 * kr + 2, transpose) == 2 * kr - 1
-        assert farthest_order(encoding, readout, 2 * kr + 2, transpose) == 2 * kr
+        assert farthest_place(encoding, global_pool, 2 * kr + 2, transpose) == 2 * kr - 1
+        assert farthest_order(encoding, global_pool, 2 * kr + 2, transpose) == 2 * kr
 
 
 def test_reach_of_kernel_27():
@@ -347,13 +348,13 @@ def offset_by_hand(a, b, n, clip, wrap):
 
 
 @pytest.mark.parametrize("wrap", [False, True])
-@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("global_pool", READOUTS)
 @pytest.mark.parametrize("on", ["keys", "keys_values", "bias"])
-def test_relative_attention_by_hand(on, readout, wrap):
+def test_relative_attention_by_hand(on, global_pool, wrap):
     """The module against loops over pairs of tokens."""
     grid, clip, block = (3, 4), 1 if not wrap else 2, 1
     encoding = f"relative(clip={clip}, on='{on}', wrap={wrap})"
-    model = random_model(encoding, grid, **READOUTS[readout])
+    model = random_model(encoding, grid, **READOUTS[global_pool])
     attention, part = model.blocks[block].attn, model.encoding.parts[0]
     P, h, d = model.num_prefix_tokens, 2, 8
     T = P + 12
@@ -549,12 +550,12 @@ def test_initialisations():
 # --------------------------------------------------------------------------- every encoding
 
 
-@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("global_pool", READOUTS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_trainable_parameter_gets_a_gradient(encoding, readout):
-    model = random_model(encoding, (4, 5), depth=3, **READOUTS[readout]).train()
+def test_every_trainable_parameter_gets_a_gradient(encoding, global_pool):
+    model = random_model(encoding, (4, 5), depth=3, **READOUTS[global_pool]).train()
     out = model(random_images(2, (4, 5)))
-    assert isinstance(out, tuple) == (readout == "distilled")
+    assert isinstance(out, tuple) == (global_pool == "distilled")
     sum((o * torch.randn_like(o)).sum() for o in (out if isinstance(out, tuple) else (out,))).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -564,18 +565,18 @@ def test_every_trainable_parameter_gets_a_gradient(encoding, readout):
             assert "frozen" in encoding and name.startswith("encoding."), name
 
 
-@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("global_pool", READOUTS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_any_rectangular_grid(encoding, readout):
+def test_any_rectangular_grid(encoding, global_pool):
     """Built for 4 x 5, run at other grids; equal to the model built for that grid where no size is trained in."""
-    model = random_model(encoding, (4, 5), depth=2, **READOUTS[readout])
+    model = random_model(encoding, (4, 5), depth=2, **READOUTS[global_pool])
     sized = "learned" in encoding or "resize" in encoding
     for grid in ((4, 5), (7, 3), (3, 8)):
         images = random_images(2, grid)
         out = logits(model, images)
         assert out.shape == (2, 7) and out.isfinite().all()
         if not sized:
-            native = random_model(encoding, grid, depth=2, **READOUTS[readout])
+            native = random_model(encoding, grid, depth=2, **READOUTS[global_pool])
             assert torch.equal(logits(native, images), out)
         with torch.no_grad():
             shown = model.forward_intermediates(images, indices=1, intermediates_only=True)[0]

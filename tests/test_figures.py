@@ -15,12 +15,14 @@ from PIL import Image
 
 matplotlib.use("agg")
 
-from cpvt.config import ConfigError, TrainConfig  # noqa: E402
+from cpvt.views import figures  # noqa: E402
+
+from cpvt.config import TrainConfig  # noqa: E402
+from cpvt.errors import ConfigError
 from cpvt.lab.experiments import ENCODINGS  # noqa: E402
+from cpvt.lab.plots import STYLES, style_of  # noqa: E402
 from cpvt.lab.probes import Probe, theory  # noqa: E402
 from cpvt.lab.results import NOT_YET, Row, published, spread  # noqa: E402
-from cpvt.views import figures  # noqa: E402
-from cpvt.views.figures import STYLES, style_of  # noqa: E402
 
 
 def measured(

@@ -7,11 +7,11 @@ from pathlib import Path
 import ipywidgets
 import numpy
 import pytest
+from cpvt.views import frames
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from cpvt.views import frames
-from cpvt.views.frames import explore, sheet
+from cpvt.lab.interactive import explore, sheet
 
 SCRIPT = Path(__file__).parent.parent / "book" / "_static" / "frames.js"
 

@@ -8,7 +8,7 @@ A group's error is |g - g64| / |g64| over its parameters. Bounds:
   0.01 to 0.03). A sum that misses an eighth of its terms is off by 0.1, a buffer that is never written by 1.
 
 Where there is a GPU the compiled step runs there too, at the training size: inductor fuses and picks layouts
-by size, so a small batch would test other kernels.
+by size, so a small batch would test other fused_peg.
 """
 
 import copy
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from cpvt.config import ModelConfig
-from cpvt.model import kernels
+from cpvt.model import fused_peg
 from cpvt.model.encodings import PEG
 from cpvt.model.vit import VisionTransformer
 
@@ -50,7 +50,7 @@ ENCODINGS = [
     "learned + peg",
 ]
 FIVE = "peg(positions=(0, 1, 2, 3, 4))"
-# Generating and compiling kernels takes a CPU half a minute or more a model. The five PEGs always get theirs;
+# Generating and compiling fused_peg takes a CPU half a minute or more a model. The five PEGs always get theirs;
 # for these sums, which cover all kinds, CPVT_SLOW=1 asks for it. Without, they go through the same tracing,
 # decompositions and partitioning.
 SUMS = [
@@ -135,9 +135,9 @@ def test_eager(encoding):
 
 @pytest.mark.parametrize("encoding", SUMS)
 def test_one_graph(encoding):
-    """torch.compile takes the whole model, forward and backward, as one graph each; no kernels are generated."""
+    """torch.compile takes the whole model, forward and backward, as one graph each; no fused_peg are generated."""
     torch.compiler.reset()
-    model, images, labels = build(encoding, depth=1, readout="gap")
+    model, images, labels = build(encoding, depth=1, global_pool="avg")
     expected = exact(model, images, labels)
     whole = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
     check(gradients(model, images, labels, forward=whole), expected, FLOAT32)
@@ -147,7 +147,7 @@ def test_one_graph(encoding):
 @pytest.mark.skipif(os.environ.get("CPVT_SLOW") != "1", reason="minutes of compilation; CPVT_SLOW=1 runs it")
 @pytest.mark.parametrize("encoding", SUMS)
 def test_compiled(encoding):
-    compare_compiled(*build(encoding, depth=1, readout="gap"))
+    compare_compiled(*build(encoding, depth=1, global_pool="avg"))
 
 
 def test_compiled_five_pegs_on_views(monkeypatch):
@@ -160,9 +160,9 @@ def test_compiled_five_pegs_on_views(monkeypatch):
 @pytest.mark.parametrize("road", ["package", "plain", "view"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_compiled_at_training_size(encoding, road, device, monkeypatch):
-    """As the package computes it, without `cpvt.model.kernels`, and on views of the stream."""
+    """As the package computes it, without `cpvt.model.fused_peg`, and on views of the stream."""
     if road != "package":
-        monkeypatch.setattr(kernels, "FUSED", False)
+        monkeypatch.setattr(fused_peg, "FUSED", False)
     if road == "view":
         if encoding not in ("peg", FIVE):
             pytest.skip("the view form is the plain PEG's")

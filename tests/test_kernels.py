@@ -1,6 +1,6 @@
-"""The short roads of `cpvt.model.kernels` lead where the definitions lead.
+"""The short roads of `cpvt.model.fused_peg` lead where the definitions lead.
 
-Without a GPU: the Triton kernels run in Triton's interpreter and are compiled for a Hopper card; the operator's
+Without a GPU: the Triton fused_peg run in Triton's interpreter and are compiled for a Hopper card; the operator's
 CPU form stands in for them in whole models, traced and compiled. What is left for a GPU is marked.
 
 Bounds: 1e-12 in float64 (rounding gives 1e-15); 1e-6 for float32 against float64, sums of at most a few
@@ -24,12 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cpvt import ModelConfig, create_model
 from cpvt.config import Peg, Relative
-from cpvt.model import kernels
+from cpvt.model import fused_peg
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_names
 
 ROOT = Path(__file__).parents[1]
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
+needs_triton = pytest.mark.skipif(fused_peg.triton is None, reason="needs Triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -63,7 +63,7 @@ def errors(found, expected):
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
 
 
-# --------------------------------------------------------------------------- the two kernels
+# --------------------------------------------------------------------------- the two fused_peg
 
 # B, P, grid, D, k: widths that fill no block, one and more; images of less and more than a block of tokens.
 CASES = [
@@ -76,14 +76,14 @@ CASES = [
 
 def run_the_kernels():
     """In a process whose environment asks for the interpreter, and for the long road in models."""
-    assert not kernels.FUSED  # CPVT_FUSED=0 is heard
-    kernels.PROGRAMS = 3  # so that a program has several units, and the last one fewer
+    assert not fused_peg.FUSED  # CPVT_FUSED=0 is heard
+    fused_peg.PROGRAMS = 3  # so that a program has several units, and the last one fewer
     runs = [(case, torch.float32, True) for case in CASES]
     for case, dtype, bias in [*runs, (CASES[0], torch.bfloat16, True), (CASES[0], torch.float32, False)]:
         x, g, weight, shift = example(*case, bias, dtype)
         expected, grid = exact(x, g, weight, shift, case[2]), case[2]
-        out = kernels.launch_forward(x, weight, shift, *grid)
-        gradients = kernels.launch_backward(g, x, weight, *grid)
+        out = fused_peg.launch_forward(x, weight, shift, *grid)
+        gradients = fused_peg.launch_backward(g, x, weight, *grid)
         assert out.dtype == gradients[0].dtype == dtype and out.is_contiguous()
         found = errors([out, *gradients[: 2 + bias]], expected)
         assert max(found) < (1e-6 if dtype == torch.float32 else 2**-8), (case, dtype, bias, found)
@@ -117,7 +117,7 @@ def compile_for_hopper(kernel, pointers, constants):
     multiples = [n for n in names if n in pointers or n == "D" or n.endswith(("_batch", "_token"))]
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
-    return kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+    return fused_peg.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
 
 
 @needs_triton
@@ -127,12 +127,12 @@ def test_kernels_compile_for_hopper(dtype):
     forward = {"x": dtype, "out": dtype, "weight": "*fp32", "bias": "*fp32"}
     backward = {"g": dtype, "x": dtype, "dx": dtype, "weight": "*fp32", "sums": "*fp32"}
     for kernel, pointers, constants in (
-        (kernels._peg_forward, forward, {"HAS_BIAS": True, "K": 3, **kernels.FORWARD}),
-        (kernels._peg_backward, backward, {"K": 3, **kernels.BACKWARD}),
+        (fused_peg._peg_forward, forward, {"HAS_BIAS": True, "K": 3, **fused_peg.FORWARD}),
+        (fused_peg._peg_backward, backward, {"K": 3, **fused_peg.BACKWARD}),
     ):
         made = compile_for_hopper(kernel, pointers, constants)
         assert made["cubin"].startswith(b"\x7fELF")
-        wide = "v4" if dtype == "*fp32" or kernel is kernels._peg_forward else "v2"
+        wide = "v4" if dtype == "*fp32" or kernel is fused_peg._peg_forward else "v2"
         assert f".{wide}." in made["ptx"]
         assert ".local" not in made["ptx"]
 
@@ -145,7 +145,7 @@ def test_kernels_compile_for_hopper(dtype):
 def test_operator_is_the_convolution(case, bias):
     x, g, weight, shift = (None if t is None else t.double() for t in example(*case, bias))
     inputs = [t.clone().requires_grad_() for t in (x, weight, shift) if t is not None]
-    out = kernels.peg(*inputs, *[None] * (not bias), *case[2])
+    out = fused_peg.peg(*inputs, *[None] * (not bias), *case[2])
     found = [out, *torch.autograd.grad(out, inputs, g)]
     assert max(errors(found, exact(x, g, weight, shift, case[2]))) < 1e-12
     P = case[1]
@@ -155,17 +155,17 @@ def test_operator_is_the_convolution(case, bias):
 def test_operator_keeps_pytorchs_rules():
     """Schema, gradients, shapes without data, tracing with open sizes: PyTorch's own check of an operator."""
     x, g, weight, bias = example(2, 1, (4, 5), 8, 3, True)
-    torch.library.opcheck(kernels.peg, (x, weight.requires_grad_(), bias.requires_grad_(), 4, 5))
-    torch.library.opcheck(kernels.peg_backward, (g, x.detach(), weight.detach(), 4, 5))
+    torch.library.opcheck(fused_peg.peg, (x, weight.requires_grad_(), bias.requires_grad_(), 4, 5))
+    torch.library.opcheck(fused_peg.peg_backward, (g, x.detach(), weight.detach(), 4, 5))
 
 
 def test_which_pegs_are_fused():
-    """The paper's PEG and others of small kernels, on a GPU, in a training precision; never while exporting."""
+    """The paper's PEG and others of small fused_peg, on a GPU, in a training precision; never while exporting."""
     with FakeTensorMode():
         x = torch.empty(2, 20, 8, device="cuda")
-        assert kernels.fuses(Peg(), x) and kernels.fuses(Peg(kernel=5, bias=False, positions=(-1, 3)), x)
-        assert kernels.fuses(Peg(), x.bfloat16()) and kernels.fuses(Peg(), x.half())
-        assert not kernels.fuses(Peg(), x.double()) and not kernels.fuses(Peg(), x.cpu())
+        assert fused_peg.fuses(Peg(), x) and fused_peg.fuses(Peg(kernel=5, bias=False, positions=(-1, 3)), x)
+        assert fused_peg.fuses(Peg(), x.bfloat16()) and fused_peg.fuses(Peg(), x.half())
+        assert not fused_peg.fuses(Peg(), x.double()) and not fused_peg.fuses(Peg(), x.cpu())
         for other in (
             Peg(kernel=7),
             Peg(kernel=27, compute="matrix"),
@@ -174,16 +174,16 @@ def test_which_pegs_are_fused():
             Peg(skip=False),
             *(Peg(padding=padding) for padding in ("replicate", "reflect", "circular")),
         ):
-            assert not kernels.fuses(other, x), other
+            assert not fused_peg.fuses(other, x), other
 
 
 def test_the_switch(monkeypatch):
     """CPVT_FUSED=0 sets it so, as the interpreter's test shows."""
     with FakeTensorMode():
         x = torch.empty(1, device="cuda")
-        assert kernels.fast(x)
-        monkeypatch.setattr(kernels, "FUSED", False)
-        assert not kernels.fast(x)
+        assert fused_peg.fast(x)
+        monkeypatch.setattr(fused_peg, "FUSED", False)
+        assert not fused_peg.fast(x)
 
 
 # --------------------------------------------------------------------------- whole models
@@ -211,7 +211,7 @@ def short(monkeypatch):
     taken = collections.Counter()
 
     def counted(name):
-        function = getattr(kernels, name)
+        function = getattr(fused_peg, name)
 
         def call(*args):
             taken[name] += 1
@@ -220,12 +220,12 @@ def short(monkeypatch):
         return call
 
     for name in ("peg", "lengthen"):
-        monkeypatch.setattr(kernels, name, counted(name))
-    monkeypatch.setattr(kernels, "fast", lambda x: taken["on"])
+        monkeypatch.setattr(fused_peg, name, counted(name))
+    monkeypatch.setattr(fused_peg, "fast", lambda x: taken["on"])
     return taken
 
 
-@pytest.mark.parametrize("readout", [{}, {"readout": "gap"}, {"distilled": True}], ids=str)
+@pytest.mark.parametrize("global_pool", [{}, {"global_pool": "avg"}, {"distilled": True}], ids=str)
 @pytest.mark.parametrize(
     "encoding, pegs, lengthened",
     [
@@ -242,9 +242,9 @@ def short(monkeypatch):
         ("relative(clip=3) + peg + relative(on='bias')", 1, 6),
     ],
 )
-def test_models_are_the_same_either_way(short, encoding, pegs, lengthened, readout):
+def test_models_are_the_same_either_way(short, encoding, pegs, lengthened, global_pool):
     """Logits and gradients in float64, with each kind of prefix tokens."""
-    model, images = build(encoding, **readout)
+    model, images = build(encoding, **global_pool)
     model, images = model.double(), images.double()
     expected = step(model, images)
     assert not short["peg"] + short["lengthen"]
@@ -283,11 +283,11 @@ def test_how_long_heads_become(short):
     short["on"] = True
     table, q = torch.zeros(17, 64), torch.zeros(1, 1, 197, 64)
     tables = (torch.zeros(14, 14, 64),) * 2
-    assert kernels.lengthen(q, q, *tables, torch.zeros(64), (14, 14))[0].shape[-1] == 96
+    assert fused_peg.lengthen(q, q, *tables, torch.zeros(64), (14, 14))[0].shape[-1] == 96
     for grid, fits in (((14, 14), True), ((32, 32), True), ((32, 33), False)):
-        assert kernels.lengthens(Relative(), table, q, grid) == fits
+        assert fused_peg.lengthens(Relative(), table, q, grid) == fits
     for other in ("bias", "keys_values"):
-        assert not kernels.lengthens(Relative(on=other), table, q, (14, 14))
+        assert not fused_peg.lengthens(Relative(on=other), table, q, (14, 14))
 
 
 def test_bfloat16_is_no_worse_than_the_convolutions(short):
@@ -332,11 +332,11 @@ def test_five_pegs_are_five_nodes():
 
 @pytest.mark.parametrize("encoding", ["peg(positions=(0, 1)) + relative(clip=2)"])
 def test_one_graph_with_the_operators(monkeypatch, encoding):
-    """Forward and backward, decomposed and partitioned as for generating kernels, against float64."""
+    """Forward and backward, decomposed and partitioned as for generating fused_peg, against float64."""
     torch.compiler.reset()
-    model, images = build(encoding, depth=2, readout="gap")
+    model, images = build(encoding, depth=2, global_pool="avg")
     expected = step(copy.deepcopy(model).double(), images.double())
-    monkeypatch.setattr(kernels, "fast", lambda x: True)
+    monkeypatch.setattr(fused_peg, "fast", lambda x: True)
     whole = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
     assert max(errors(step(model, images, whole), expected)) < 1e-5
 
@@ -371,7 +371,7 @@ def test_kernels_on_a_gpu(B, grid, D, dtype, bound, k):
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
     found = []
     for _ in range(2):
-        out = kernels.peg(*inputs, *grid)
+        out = fused_peg.peg(*inputs, *grid)
         found.append([out.detach(), *torch.autograd.grad(out, inputs, g)])
     expected = exact(x, g, weight, bias, grid)
     assert max(errors(found[0], expected)) < bound
@@ -398,7 +398,7 @@ def test_either_way_on_a_gpu(monkeypatch, encoding, compiled):
     expected = gradients(copy.deepcopy(model).double(), images.double())
     worst = []
     for fused in (False, True):
-        monkeypatch.setattr(kernels, "FUSED", fused)
+        monkeypatch.setattr(fused_peg, "FUSED", fused)
         torch.compiler.reset()
         worst.append(errors([gradients(model, images)], [expected])[0])
     assert worst[1] < 0.05 and worst[1] < 1.5 * worst[0] + 2**-8, worst

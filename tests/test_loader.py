@@ -10,10 +10,10 @@ import pytest
 import torch
 from pictures import draw_pictures, small_run
 
-from cpvt.config import ConfigError
 from cpvt.data import loader
 from cpvt.data.loader import AHEAD, Batch, Share, open_batches
-from cpvt.training.loop import train
+from cpvt.errors import ConfigError
+from cpvt.training.train import train
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -24,9 +24,9 @@ def pictures(tmp_path_factory):
 
 
 def opened(config, device="cpu", micro=0):
-    options = dict(augment=config.augment, smoothing=config.optim.smoothing)
+    options = dict(augment=config.augment, smoothing=config.optim.label_smoothing)
     return open_batches(
-        config.data, config.optim.batch, config.run.seed, device, Share(micro=micro), **options
+        config.data, config.optim.global_batch_size, config.run.seed, device, Share(micro=micro), **options
     )
 
 
@@ -151,7 +151,7 @@ def test_a_gpu_gives_the_batches_of_the_cpu(pictures, decode):
 @on_gpu
 def test_batches_made_ahead_are_not_overwritten(pictures):
     """Each batch is summed as it comes, while others are made; and again, one at a time."""
-    config = small_run(pictures, batch=24, micro_batch=24)
+    config = small_run(pictures, batch=24, micro_batch_size=24)
     batches = opened(config, "cuda")
     sums = []
     for batch in islice(batches.micro_batches(0), 30):

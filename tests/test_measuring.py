@@ -6,12 +6,12 @@ import signal
 
 import pytest
 
-from cpvt.config import ConfigError
+from cpvt.errors import ConfigError, ResultsError
 from cpvt.lab import measuring
 from cpvt.lab.arrays import read_arrays
 from cpvt.lab.experiments import diagnostic, score_diagnostic
-from cpvt.lab.measuring import Planned, measure_missing
-from cpvt.lab.results import ResultsError, append_row, read_rows
+from cpvt.lab.results import append_row, read_rows
+from cpvt.lab.runner import Planned, measure_missing
 from cpvt.lab.tables import changed
 from cpvt.training.distributed import Stopped
 
@@ -49,7 +49,7 @@ def test_a_row_of_another_configuration_does_not_count_as_done(tmp_path):
     path = tmp_path / "x.jsonl"
     measure_missing([plan("a")], path)
     assert measure_missing([plan("a")], path) == 0
-    with pytest.raises(ResultsError, match=r"'a', seed 0, of another configuration: optim.rate"):
+    with pytest.raises(ResultsError, match=r"'a', seed 0, of another configuration: optim.lr"):
         measure_missing([plan("a", rate=0.5)], path)
     assert measure_missing([plan("a", seed=1, rate=0.5)], path) == 0
 

@@ -35,10 +35,11 @@ from torchvision.transforms.v2 import functional as transforms
 
 from cpvt.data import pack as module
 from cpvt.data import shards
-from cpvt.data.datasets import DataError, Shards, open_dataset
+from cpvt.data.datasets import Shards, open_dataset
 from cpvt.data.examine import Shrink
 from cpvt.data.pack import pack
 from cpvt.data.sources import DEVKIT, KAGGLE, MAPPING, SOLUTION, TRAIN, VAL
+from cpvt.errors import DataError
 
 
 @pytest.fixture(params=LAYOUTS)

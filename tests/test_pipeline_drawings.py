@@ -5,11 +5,11 @@ import re
 import pytest
 from test_figures import texts
 
-from cpvt.data.stream import Share, Stream
+from cpvt.data.sampler import Share, Stream
+from cpvt.lab.pipeline_drawings import FLOAT, STAGES, UINT8, pipeline_picture, places_picture
 from cpvt.training.recipes import deit
-from cpvt.views.pipeline import FLOAT, STAGES, UINT8, pipeline_picture, places_picture
 
-STREAM = Stream(images=1000, batch=48, seed=3, group=12, repeats=3)
+STREAM = Stream(images=1000, batch=48, seed=3, group=12, repeated_aug=3)
 DRAWN = {
     "pipeline": pipeline_picture,
     "places": lambda: places_picture(STREAM, world=2, micro=12),
@@ -33,7 +33,7 @@ def test_texts_are_large_enough_whole_and_apart(drawn):
 
 def test_the_numbers_in_the_squares_are_the_streams():
     numbers = [int(t.get_text()) for t in texts(places_picture(STREAM)) if t.get_text().isdigit()]
-    assert numbers == (STREAM.places(0)[1] // STREAM.repeats).tolist()
+    assert numbers == (STREAM.places(0)[1] // STREAM.repeated_aug).tolist()
     rows = [numbers[i : i + STREAM.group] for i in range(0, STREAM.batch, STREAM.group)]
     assert all(len(set(row)) == len(row) for row in rows)  # no group has two copies of an image
 

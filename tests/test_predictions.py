@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cpvt.data.diagnostics import draw
+from cpvt.data.synthetic import draw
 from cpvt.lab.experiments import ENCODINGS, GRIDS, READOUTS
 from cpvt.lab.predictions import Prediction, arrangement_ceiling, judge, predicted, where_ceiling
 from cpvt.lab.results import read_rows
@@ -44,10 +44,10 @@ def test_the_recorded_rows_are_judged_as_in_the_chapter():
     """Which has the same rule written out, and prints how often each verdict fell."""
     rows = read_rows("diagnostics")
     tally = Counter(
-        judge(rows, task, encoding, readout)[0]
+        judge(rows, task, encoding, global_pool)[0]
         for task in GRIDS
         for encoding in ENCODINGS
-        for readout in READOUTS
+        for global_pool in READOUTS
     )
     printed = "".join(
         "".join(output.get("text", ""))

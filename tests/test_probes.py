@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cpvt.config import ConfigError, ModelConfig, Peg
+from cpvt.config import ModelConfig, Peg
+from cpvt.errors import ConfigError
 from cpvt.lab import probes
 from cpvt.lab.probes import (
     ProbeError,
@@ -29,12 +30,12 @@ ROUNDING = 1e-13  # float64; what is visible on these models is above 1e-12
 
 
 @cache
-def model(encoding: str, readout: str = "class", grid=(14, 14), width=32, depth=4) -> VisionTransformer:
+def model(encoding: str, global_pool: str = "class", grid=(14, 14), width=32, depth=4) -> VisionTransformer:
     torch.manual_seed(0)
     return VisionTransformer(
         ModelConfig(
             image_size=grid, patch_size=1, num_classes=4, width=width, depth=depth, heads=4,
-            encoding=encoding, readout=readout,
+            encoding=encoding, global_pool=global_pool,
         )
     )  # fmt: skip
 
@@ -54,19 +55,19 @@ PEGS = [
 ]
 
 
-@pytest.mark.parametrize("readout", ["class", "gap"])
+@pytest.mark.parametrize("global_pool", ["class", "gap"])
 @pytest.mark.parametrize(("encoding", "last"), PEGS)
-def test_an_object_shows_its_place_up_to_2k_minus_1_and_no_farther(encoding, last, readout):
+def test_an_object_shows_its_place_up_to_2k_minus_1_and_no_farther(encoding, last, global_pool):
     assert theory(encoding)[0] == last
-    seen = reach(model(encoding, readout), range(7)) > ROUNDING
+    seen = reach(model(encoding, global_pool), range(7)) > ROUNDING
     assert seen.tolist() == [d <= last for d in range(7)]
 
 
-@pytest.mark.parametrize("readout", ["class", "gap"])
+@pytest.mark.parametrize("global_pool", ["class", "gap"])
 @pytest.mark.parametrize("encoding", ["none", "peg", "peg(positions=(0, 1))", "peg(positions=(0, 1, 2))"])
-def test_two_objects_show_their_order_up_to_2k_and_no_farther(encoding, readout):
+def test_two_objects_show_their_order_up_to_2k_and_no_farther(encoding, global_pool):
     last = theory(encoding)[1]
-    seen = order_reach(model(encoding, readout), range(1, 10)) > ROUNDING
+    seen = order_reach(model(encoding, global_pool), range(1, 10)) > ROUNDING
     assert seen.tolist() == [s <= last for s in range(1, 10)]
 
 
@@ -135,13 +136,13 @@ def test_shuffling_moves_whole_patches():
     assert torch.equal(other[0], images[0]) and torch.equal(other[1, :, :2, :3], images[1, :, :2, 3:])
 
 
-@pytest.mark.parametrize("readout", ["class", "gap"])
-def test_only_without_an_encoding_may_patches_be_shuffled(readout):
+@pytest.mark.parametrize("global_pool", ["class", "gap"])
+def test_only_without_an_encoding_may_patches_be_shuffled(global_pool):
     images = torch.rand(2, 3, 14, 14, generator=torch.Generator().manual_seed(1))
-    error = permutation_error(model("none", readout), images)
+    error = permutation_error(model("none", global_pool), images)
     assert error.tokens < ROUNDING and error.head < ROUNDING
     for encoding in ("learned", "sine", "peg", "relative", "relative(wrap=True)", "rotary"):
-        error = permutation_error(model(encoding, readout), images)
+        error = permutation_error(model(encoding, global_pool), images)
         assert error.tokens > 1e-9 and error.head > 1e-12, encoding
 
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from cpvt.config import ConfigError
 from cpvt.data import device, randaugment
 from cpvt.data.randaugment import NAMES, OPERATIONS, Policy, RandAugment, draw_policy, parse, run_layer
+from cpvt.errors import ConfigError
 
 TEXT = "rand-m9-mstd0.5-inc1"
 FILL = (124, 116, 104)  # ImageNet's mean colour, as timm rounds it

@@ -11,9 +11,9 @@ def test_fresh_seeds_and_nothing_else_differ_from_the_matrix():
     matrix = {(p.row, p.config.run.seed): p.config for p in diagnostics()}
     short = [p for p in readouts(repeated=()) if "steps" not in p.row]
     assert {(p.row, p.config.run.seed) for p in short} == {
-        (f"{task}, {encoding}, {readout}", seed)
+        (f"{task}, {encoding}, {global_pool}", seed)
         for task, encoding in HINTS
-        for readout in READOUTS
+        for global_pool in READOUTS
         for seed in range(3, 8)
     }
     for plan in short:
@@ -45,5 +45,5 @@ def test_recorded_rows_are_those_that_were_planned():
     for row in read_rows("readouts"):
         config = planned[row.row, row.seed]
         assert row.config["model"]["encoding"] == config.model.encoding
-        assert row.config["model"]["readout"] == config.model.readout
+        assert row.config["model"]["global_pool"] == config.model.global_pool
         assert row.config["optim"]["steps"] == config.optim.steps

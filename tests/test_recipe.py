@@ -13,22 +13,22 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
-from cpvt.config import ConfigError, DistillConfig, ModelConfig, OptimConfig, Quirks, TrainConfig
-from cpvt.data.datasets import DataError
+from cpvt.config import DistillConfig, ModelConfig, OptimConfig, Quirks, TrainConfig
 from cpvt.data.loader import Share, open_batches
 from cpvt.data.pack import pack
+from cpvt.errors import ConfigError, DataError
 from cpvt.model.vit import VisionTransformer
 from cpvt.training import objective
 from cpvt.training.checkpoint import load_model
 from cpvt.training.distributed import World
-from cpvt.training.loop import train
-from cpvt.training.monitor import Monitor
-from cpvt.training.objective import Objective, cross_entropy
+from cpvt.training.logger import Monitor
+from cpvt.training.loss import Criterion, cross_entropy
 from cpvt.training.optim import Average, Skips, learning_rate, parameter_groups, rate_of, resolved
 from cpvt.training.plan import describe
 from cpvt.training.recipes import RECIPES
 from cpvt.training.setup import drop_path_factors, set_up
 from cpvt.training.state import State
+from cpvt.training.train import train
 
 DEIT = resolved(RECIPES["deit"]("cpvt_tiny"), epoch_steps=625)
 SMALL = ModelConfig(
@@ -46,9 +46,9 @@ def pictures(tmp_path_factory):
 
 def reference_rates(optim: OptimConfig, epochs: int, resumed_at: int | None = None) -> list[float]:
     """The rate in each epoch, as DeiT's main.py drives timm's scheduler."""
-    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=optim.rate)
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=optim.lr)
     scheduler = CosineLRScheduler(
-        optimiser, t_initial=300, lr_min=optim.final_rate, warmup_t=5, warmup_lr_init=optim.warmup_rate
+        optimiser, t_initial=300, lr_min=optim.min_lr, warmup_t=5, warmup_lr_init=optim.warmup_lr
     )
     rates = []
     for epoch in range(epochs):
@@ -78,21 +78,19 @@ def test_the_quirk_of_the_schedule_is_that_of_the_reference(resumed_at):
 
 def test_without_quirks_the_rate_is_a_function_of_the_step_alone():
     optim = DEIT.optim
-    assert optim.rate == 5e-4 * 2048 / 512 and optim.steps == 300 * 625 and optim.warmup_steps == 5 * 625
+    assert optim.lr == 5e-4 * 2048 / 512 and optim.steps == 300 * 625 and optim.warmup_steps == 5 * 625
     rates = [rate_of(step, optim, Quirks(), 625, resumed_at=625) for step in range(0, optim.steps, 125)]
     assert rates == [learning_rate(step, optim) for step in range(0, optim.steps, 125)]
-    assert max(rates) <= optim.rate and rates[0] == pytest.approx(1e-6, rel=0.7)
-    assert learning_rate(optim.warmup_steps - 1, optim) == optim.rate
+    assert max(rates) <= optim.lr and rates[0] == pytest.approx(1e-6, rel=0.7)
+    assert learning_rate(optim.warmup_steps - 1, optim) == optim.lr
     half = optim.steps // 2
-    assert learning_rate(half, optim) == pytest.approx(
-        (optim.rate + 1e-5) / 2
-    )  # the cosine counts from step 0
+    assert learning_rate(half, optim) == pytest.approx((optim.lr + 1e-5) / 2)  # the cosine counts from step 0
 
 
 def test_fine_tuning_runs_at_one_rate():
     optim = resolved(RECIPES["deit-384"]("deit_tiny"), 2500).optim
     assert {learning_rate(step, optim) for step in range(0, optim.steps, 999)} == {5e-6}
-    assert optim.batch == 512 and optim.weight_decay == 1e-8
+    assert optim.global_batch_size == 512 and optim.weight_decay == 1e-8
 
 
 # --------------------------------------------------------------------------- groups, average, skips
@@ -129,7 +127,7 @@ def test_the_average_is_timms():
 
 def test_a_half_life_is_half_a_life():
     config = replace(TrainConfig(), optim=OptimConfig(ema_half_life=2.0, epochs=30))
-    assert resolved(config, 50).optim.ema ** 100 == pytest.approx(0.5)
+    assert resolved(config, 50).optim.ema_decay ** 100 == pytest.approx(0.5)
     assert 0.99996**2900 == pytest.approx(
         0.89, abs=0.005
     )  # a short run's average is mostly its initial weights
@@ -137,7 +135,7 @@ def test_a_half_life_is_half_a_life():
 
 @pytest.mark.parametrize("spoil", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(spoil):
-    config = TrainConfig(model=SMALL, optim=OptimConfig(ema=0.9, clip=1.0))
+    config = TrainConfig(model=SMALL, optim=OptimConfig(ema_decay=0.9, clip_grad=1.0))
     torch.manual_seed(0)
     state = State(VisionTransformer(SMALL), config, "cpu")
     images = torch.randn(4, 3, 8, 8)
@@ -192,7 +190,7 @@ def test_distillation_written_out(kind, by_elements):
     images, labels = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 3])
     own, distilled = torch.randn(4, 5), torch.randn(4, 5, requires_grad=True)
     distill = DistillConfig(teacher="some", kind=kind, alpha=0.3, tau=2.0)
-    loss = Objective(0.1, distill, teacher, by_elements)((own, distilled), images, labels)
+    loss = Criterion(0.1, distill, teacher, by_elements)((own, distilled), images, labels)
     answers = teacher(images)
     if kind == "hard":
         taught = torch.nn.functional.cross_entropy(distilled, answers.argmax(-1))
@@ -345,7 +343,7 @@ def test_bad_images_are_named_counted_and_never_fatal(pictures, tmp_path):
     (folder / "0002.jpg").write_bytes(b"no picture at all")
     Image.new("CMYK", (30, 30)).save(folder / "0003.jpg")  # unusual, and fine
     config = replace(small_run(root, str(tmp_path / "out"), steps=18))
-    config = replace(config, augment=replace(config.augment, repeats=1))
+    config = replace(config, augment=replace(config.augment, repeated_aug=1))
     run = train(config)
     assert run.faults == 3 and run.steps == 18
     said = (tmp_path / "out" / "faults.jsonl").read_text()
@@ -355,7 +353,9 @@ def test_bad_images_are_named_counted_and_never_fatal(pictures, tmp_path):
     with pytest.raises(DataError, match="cannot be used .*see to the disk"):
         train(
             replace(
-                config, optim=replace(config.optim, batch=32, micro_batch=32), run=replace(config.run, out="")
+                config,
+                optim=replace(config.optim, batch=32, micro_batch_size=32),
+                run=replace(config.run, out=""),
             )
         )
 
@@ -388,7 +388,7 @@ def test_splits_with_other_classes_are_refused(tmp_path):
 
 def test_an_average_begins_at_the_weights_to_start_from(pictures, tmp_path):
     first = train(small_run(pictures, str(tmp_path / "first"), steps=2, store="memory"))
-    config = small_run(pictures, str(tmp_path / "second"), steps=1, store="memory", rate=0.0, final_rate=0.0)
+    config = small_run(pictures, str(tmp_path / "second"), steps=1, store="memory", rate=0.0, min_lr=0.0)
     config = replace(config, run=replace(config.run, init=str(tmp_path / "first" / "model.safetensors")))
     train(config)
     for name in ("model", "model_ema"):

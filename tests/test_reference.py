@@ -10,17 +10,18 @@ from pictures import EVERYTHING, draw_pictures, small_run
 from PIL import Image
 from torch import distributed
 
-from cpvt.config import AugmentConfig, ConfigError, DataConfig, replace
+from cpvt.config import AugmentConfig, DataConfig, replace
 from cpvt.data.datasets import open_dataset
 from cpvt.data.loader import MEAN, STD, Share
+from cpvt.errors import ConfigError
 from cpvt.lab.experiments import pipelines
-from cpvt.lab.measuring import measure
 from cpvt.lab.pipelines import score_pipeline
-from cpvt.lab.reference import Selected, TimmBatches, _posterize, mixer, selected, timm_loader
-from cpvt.training.loop import train
+from cpvt.lab.runner import measure
+from cpvt.lab.timm_baseline import Selected, TimmBatches, _posterize, mixer, selected, timm_loader
+from cpvt.training.train import train
 
 CLASSES, EACH = 3, 24  # of the small folder
-ONCE = replace(EVERYTHING, repeats=1)
+ONCE = replace(EVERYTHING, repeated_aug=1)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(folder):
     """Batches of eight 16-pixel images by either side, with options."""
-    data = DataConfig(name=str(folder), image_size=16, store="files", workers=0, test_crop=0.875)
+    data = DataConfig(name=str(folder), image_size=16, store="files", workers=0, crop_pct=0.875)
     return lambda kind=TimmBatches, augment=ONCE, seed=0, **more: kind(
         data, 8, seed, augment=augment, smoothing=0.1, **more
     )
@@ -101,7 +102,7 @@ def test_held_out_images_are_the_same_bit_for_bit(opened):
 
 def test_repeats_follow_each_other_and_leave_no_process_group(folder):
     source = open_dataset(folder, "train")
-    augment = replace(EVERYTHING, repeats=3)
+    augment = replace(EVERYTHING, repeated_aug=3)
     loader = timm_loader(source, 8, 16, CLASSES, augment, 0.1, "cpu", 0)
     order = list(loader.sampler)
     assert not distributed.is_initialized()

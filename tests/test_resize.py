@@ -13,8 +13,8 @@ from encoded import picture
 from PIL import Image
 from torchvision.transforms import functional as transforms
 
-from cpvt.data.diagnostics import DataError
 from cpvt.data.resize import PILLOW, SUPPORT, by_matrices, by_pillow, centre_box, crop_resize
+from cpvt.errors import DataError
 
 ROOT = Path(__file__).parent.parent
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

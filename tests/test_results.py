@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from cpvt.config import ModelConfig, TrainConfig
+from cpvt.errors import ResultsError
 from cpvt.lab import results
 from cpvt.lab.results import (
     NOT_YET,
     Published,
-    ResultsError,
     Row,
     append_row,
     beside,

@@ -15,14 +15,15 @@ import pytest
 import torch
 from pictures import draw_pictures, small_run
 
-from cpvt.config import ConfigError, replace
+from cpvt.config import replace
 from cpvt.data.loader import Images
+from cpvt.errors import ConfigError
 from cpvt.training import checkpoint
 from cpvt.training.checkpoint import Checkpoints
-from cpvt.training.loop import train
+from cpvt.training.train import train
 
 WORLD = multiprocessing.get_context("forkserver")  # a clean process each, with the imports done once
-WORLD.set_forkserver_preload(["cpvt.training.loop", "torchvision.transforms.v2"])
+WORLD.set_forkserver_preload(["cpvt.training.train", "torchvision.transforms.v2"])
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +189,9 @@ def test_a_run_that_is_done_is_not_done_again(whole, pictures):
 
 def test_another_run_in_the_same_folder_is_refused(whole, pictures):
     config = small_run(pictures, whole.config.run.out, seed=8, rate=2e-3)
-    with pytest.raises(ConfigError, match=r"optim.rate: 0.001 there, 0.002 here; run.seed: 7 there, 8 here"):
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.001 there, 0.002 here; run.seed: 7 there, 8 here"):
         train(config)
-    free = small_run(pictures, whole.config.run.out, micro_batch=8, log_every=3, save_every=4)
+    free = small_run(pictures, whole.config.run.out, micro_batch_size=8, log_every=3, save_every=4)
     assert train(free).metrics == whole.metrics  # how it is cut and how often it speaks is no other run
 
 

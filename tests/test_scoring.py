@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from cpvt.config import ConfigError, DataConfig, ModelConfig, TrainConfig, replace
+from cpvt.config import DataConfig, ModelConfig, TrainConfig, replace
 from cpvt.data import loader
 from cpvt.data.datasets import FASHION_MNIST_CLASSES, ImageDataset
 from cpvt.data.loader import keep_images, open_batches
+from cpvt.errors import ConfigError, ResultsError
 from cpvt.lab import fashion, tables
 from cpvt.lab.arrays import arrays_of, gap_by_image, keep_arrays, read_arrays, right
 from cpvt.lab.experiments import EXPERIMENTS, planned_rows
+from cpvt.lab.metrics import score_attention, score_maps, score_oblong, score_shifts, score_tuning
 from cpvt.lab.probes import attention_maps
-from cpvt.lab.results import ResultsError
-from cpvt.lab.scoring import score_attention, score_maps, score_oblong, score_shifts, score_tuning
 from cpvt.lab.tables import changed, fine_tune
 from cpvt.lab.teacher import teach, teacher_top1, train_teacher
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.evaluate import correct
-from cpvt.training.loop import train
+from cpvt.training.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def clothes(monkeypatch):
 
 def short(encoding="peg", **model) -> TrainConfig:
     config = changed(fashion.fashion_model(encoding), {"model": {"width": 16, "depth": 2, **model}})
-    return changed(config, {"optim": {"batch": 10, "steps": 3, "warmup_steps": 1}})
+    return changed(config, {"optim": {"global_batch_size": 10, "steps": 3, "warmup_steps": 1}})
 
 
 def untrained(encoding, **model) -> VisionTransformer:
@@ -87,7 +87,7 @@ def test_the_grid_of_rates_is_the_same_for_every_encoding():
     for name, module in (("tuning", tables), ("fashion-tuning", fashion)):
         found: dict[str, set] = {}
         for plan in planned_rows(name):
-            found.setdefault(plan.config.model.encoding, set()).add(plan.config.optim.rate)
+            found.setdefault(plan.config.model.encoding, set()).add(plan.config.optim.lr)
         assert len(found) >= 3 and all(rates == set(module.RATES) for rates in found.values())
 
 
@@ -139,7 +139,7 @@ def test_attention_maps_are_what_attention_multiplies_the_values_with():
 
 
 def test_blocks_without_attention_have_no_map():
-    assert set(attention_maps(untrained("none", bare_blocks=1), pictures(2))) == {1}
+    assert set(attention_maps(untrained("none", mlp_only_blocks=1), pictures(2))) == {1}
 
 
 def test_attention_distance_of_who_reads_evenly_and_of_who_reads_itself():
@@ -261,7 +261,7 @@ def test_a_teacher_is_trained_once_on_the_students_images(tmp_path):
 
 
 def test_a_teacher_learns():
-    student = changed(short(), {"optim": {"steps": 12, "rate": 3e-3}})
+    student = changed(short(), {"optim": {"steps": 12, "lr": 3e-3}})
     _, top1 = train_teacher(student)
     assert top1 > 20  # of ten classes
 
@@ -270,7 +270,7 @@ def test_fine_tuning_goes_on_from_the_trained_weights_at_the_other_size():
     run = train(short("learned"))
     tuned = fine_tune(run, 40)
     assert tuned.model.config.grid == (20, 20) and tuned.steps == 1
-    assert tuned.config.optim.rate == pytest.approx(run.config.optim.rate / 10)
+    assert tuned.config.optim.lr == pytest.approx(run.config.optim.lr / 10)
     data = replace(run.config.data, stored_size=50)
     run.config = changed(
         replace(run.config, data=data), {"augment": {"crop": True, "crop_scale": (0.25, 1.0)}}
@@ -278,7 +278,7 @@ def test_fine_tuning_goes_on_from_the_trained_weights_at_the_other_size():
     low, high = fine_tune(run, 40).config.augment.crop_scale
     assert (low, high) == (pytest.approx(0.64), 1.0)  # 40 of 50 pixels and more
     moved = (tuned.model.head.weight - run.model.head.weight).abs().max()
-    assert 0 < moved < 2 * tuned.config.optim.rate  # AdamW's first step is about the rate
+    assert 0 < moved < 2 * tuned.config.optim.lr  # AdamW's first step is about the rate
 
 
 # --------------------------------------------------------------------------- the rows

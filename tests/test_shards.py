@@ -14,15 +14,9 @@ import torch
 from PIL import Image
 
 from cpvt.data import shards as module
-from cpvt.data.datasets import (
-    DataError,
-    Shards,
-    check_resolution,
-    load_tensors,
-    open_dataset,
-    stored_side_needed,
-)
+from cpvt.data.datasets import Shards, check_resolution, load_tensors, open_dataset, stored_side_needed
 from cpvt.data.shards import KEY_BYTES, ShardWriter, written_aside
+from cpvt.errors import DataError
 
 CLASSES = ("n00000001", "n00000002", "n00000003")
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from cpvt.config import ConfigError
-from cpvt.data.stream import Share, Stream
-from cpvt.randomness import bits, integers, normal, permutation, uniform
+from cpvt.data.sampler import Share, Stream
+from cpvt.errors import ConfigError
+from cpvt.rng import bits, integers, normal, permutation, uniform
 
-REPEATED = Stream(images=1000, batch=96, seed=5, group=16, repeats=3)
+REPEATED = Stream(images=1000, batch=96, seed=5, group=16, repeated_aug=3)
 
 
 def test_random_numbers_are_functions_of_key_and_counters():
@@ -59,7 +59,7 @@ def test_repeated_augmentation_as_in_deit():
         for group in index.view(-1, REPEATED.group):
             assert group.unique().numel() == len(group)
     assert sorted(seen.unique().tolist()) == [0, 3]
-    assert Stream(images=1281167, batch=2048, repeats=3, group=128).samples == 1281024
+    assert Stream(images=1281167, batch=2048, repeated_aug=3, group=128).samples == 1281024
 
 
 def test_positions_and_groups_are_named_once_an_epoch():
@@ -82,11 +82,11 @@ def test_shares_cut_the_batch_into_equal_parts_between_groups(world, micro):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Stream(1000, 100, group=16), "optim.batch=100 with augment.mix_group=16"),
+        (lambda: Stream(1000, 100, group=16), "optim.global_batch_size=100 with augment.mix_group=16"),
         (lambda: Stream(50, 64), "50 training images"),
         (lambda: Share(0, 5).parts(96, 16), "5 processes"),
         (lambda: Share(0, 4).parts(96, 16), "whole groups"),
-        (lambda: Share(0, 2, micro=8).parts(96, 16), "optim.micro_batch=8 is smaller"),
+        (lambda: Share(0, 2, micro=8).parts(96, 16), "optim.micro_batch_size=8 is smaller"),
     ],
 )
 def test_batches_that_cannot_be_cut_are_refused(make, words):

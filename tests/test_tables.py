@@ -7,16 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from cpvt.config import ConfigError, TrainConfig, from_json, replace, to_json
-from cpvt.data.augment import crop_boxes
+from cpvt.config import TrainConfig, from_json, replace, to_json
 from cpvt.data.loader import normalise, open_batches
+from cpvt.data.transforms import crop_boxes
+from cpvt.errors import ConfigError
 from cpvt.lab.experiments import EXPERIMENTS, planned_rows, run_missing, tables
+from cpvt.lab.metrics import spread_images
 from cpvt.lab.results import read_rows
-from cpvt.lab.scoring import spread_images
 from cpvt.lab.tables import PIXELS, SEEDS, SIZES, TABLES, changed, rows, scale_model, score_scale
 from cpvt.lab.teacher import teach
-from cpvt.training.loop import train
 from cpvt.training.optim import resolved
+from cpvt.training.train import train
 
 ROWS = {row.name: row for row in rows()}
 
@@ -43,7 +44,7 @@ def short(config: TrainConfig, root) -> TrainConfig:
         {
             "model": {"width": 32, "heads": 2},
             "data": {"root": str(root)},
-            "optim": {"batch": 4, "epochs": 0, "steps": 2, "warmup_steps": 1, "warmup_epochs": 0},
+            "optim": {"global_batch_size": 4, "epochs": 0, "steps": 2, "warmup_steps": 1, "warmup_epochs": 0},
             "run": {"device": "cpu", "precision": "fp32", "compile_blocks": False},
         },
     )
@@ -69,7 +70,7 @@ def test_the_grids_are_those_of_the_paper():
         "parameters",
         "padding",
         "resolution",
-        "readout",
+        "global_pool",
         "length",
     }
 
@@ -83,7 +84,7 @@ def test_every_row_trains_and_is_scored(name, root):
     assert all(numpy.isfinite(value) for value in metrics.values())
     # Without padding the map is smaller, and has no counterpart under a shift.
     assert ("shift_error/window/border" in metrics) == (name != "no padding")
-    blocks = run.model.config.depth - run.model.config.bare_blocks
+    blocks = run.model.config.depth - run.model.config.mlp_only_blocks
     seen = [key for key in metrics if key.startswith("attention_distance")]
     assert len(seen) == (1 if name == "no padding" else blocks)
 
@@ -129,7 +130,7 @@ def test_rows_are_plain_data():
 def test_log_n_attention_trains_as_the_plain_model_does(root):
     """At the trained size its factor is 1: so it is a test of the trained weights, and no row of its own."""
     plain = short(ROWS["one PEG"].config(), root)
-    found = [train(changed(plain, {"model": {"log_attention": on}})).model for on in (False, True)]
+    found = [train(changed(plain, {"model": {"logn_scale": on}})).model for on in (False, True)]
     for one, other in zip(*(model.parameters() for model in found), strict=True):
         assert torch.equal(one, other)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -9,16 +9,9 @@ import torch
 from PIL import Image
 
 from cpvt.cli import main
-from cpvt.config import (
-    AugmentConfig,
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
+from cpvt.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cpvt.data.loader import open_batches
+from cpvt.errors import ConfigError
 from cpvt.lab.experiments import ENCODINGS, PADDINGS, diagnostic, diagnostics, paddings, run_missing
 from cpvt.lab.results import read_rows
 from cpvt.model.vit import VisionTransformer
@@ -31,7 +24,7 @@ def tiny(encoding="peg", data="where", **kw) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(patch_size=1, width=16, depth=2, heads=1, encoding=encoding, init_std=0.1),
         data=DataConfig(name=data, grid=(6, 8), train_size=64, test_size=40),
-        optim=OptimConfig(batch=8, steps=4, rate=1e-3, warmup_steps=2),
+        optim=OptimConfig(global_batch_size=8, steps=4, lr=1e-3, warmup_steps=2),
         run=RunConfig(device="cpu", log_every=2, **kw),
     )
 
@@ -44,10 +37,10 @@ def weights(run):
     "encoding",
     ["none", "learned", "sine", "relative", "rotary", "peg", "learned + peg", "peg(positions=(-1, 0, 1))"],
 )
-@pytest.mark.parametrize("readout", ["class", "gap"])
-def test_every_encoding_trains(encoding, readout):
+@pytest.mark.parametrize("global_pool", ["class", "gap"])
+def test_every_encoding_trains(encoding, global_pool):
     config = tiny(encoding)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, readout=readout))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, global_pool=global_pool))
     run = loop.train(config)
     assert [entry["step"] for entry in run.history] == [2, 4]
     assert all(math.isfinite(entry["loss"]) for entry in run.history)
@@ -72,7 +65,7 @@ def test_training_learns_what_can_be_learnt():
 def test_one_step_is_adamw_written_out():
     """Loss gradient, clipping, rate and decay of the first step, against the formula in plain tensors."""
     config = tiny()
-    optim = dataclasses.replace(config.optim, steps=1, weight_decay=0.1, smoothing=0.1, clip=0.05)
+    optim = dataclasses.replace(config.optim, steps=1, weight_decay=0.1, label_smoothing=0.1, clip_grad=0.05)
     run = loop.train(dataclasses.replace(config, optim=optim))
     torch.manual_seed(0)
     model = VisionTransformer(run.config.model)
@@ -81,7 +74,7 @@ def test_one_step_is_adamw_written_out():
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert norm > 0.05  # so that the clipping is at work
     decayed = {id(p) for p in parameter_groups(model, 0.1)[0]["params"]}
-    rate = optim.rate / 2  # the first of two warm-up steps
+    rate = optim.lr / 2  # the first of two warm-up steps
     for (name, before), after in zip(model.named_parameters(), run.model.parameters(), strict=True):
         grad = before.grad * 0.05 / (norm + 1e-6)
         kept = before * (1 - rate * 0.1 * (id(before) in decayed))
@@ -107,7 +100,7 @@ def test_frozen_pegs_are_in_no_group():
 
 
 def test_the_rate_rises_then_falls_as_a_cosine():
-    optim = OptimConfig(steps=100, rate=1.0, warmup_steps=10, final_rate=0.1)
+    optim = OptimConfig(steps=100, lr=1.0, warmup_steps=10, min_lr=0.1)
     assert learning_rate(0, optim) == pytest.approx(0.1) and learning_rate(9, optim) == pytest.approx(1.0)
     assert learning_rate(50, optim) == pytest.approx(0.55) and learning_rate(100, optim) == pytest.approx(0.1)
     falling = [learning_rate(step, optim) for step in range(10, 101)]
@@ -138,7 +131,7 @@ def test_batches_follow_from_seed_and_step(tmp_path):
                     tmp_path / split / wnid / f"{i}.png"
                 )
     data = DataConfig(name=str(tmp_path), image_size=8)
-    flips = AugmentConfig(flip=0.5)
+    flips = AugmentConfig(hflip=0.5)
     one, two = (open_batches(data, 4, seed=3, augment=flips) for _ in range(2))
     two.batch(0)
     for step in (5, 1):  # in any order
@@ -150,7 +143,7 @@ def test_batches_follow_from_seed_and_step(tmp_path):
         TrainConfig(
             model=ModelConfig(patch_size=2, width=16, depth=1, heads=1, encoding="peg"),
             data=data,
-            optim=OptimConfig(batch=4, steps=2, warmup_steps=1),
+            optim=OptimConfig(global_batch_size=4, steps=2, warmup_steps=1),
             run=RunConfig(device="cpu"),
         )
     )
@@ -241,7 +234,16 @@ SMALL = "--data where --data.grid 6 6 --model.patch-size 1 --model.width 8 --mod
 
 
 def test_train_evaluate_export_from_the_command_line(tmp_path, capsys):
-    steps = ["--optim.steps", "3", "--optim.batch", "4", "--data.test-size", "20", "--run.device", "cpu"]
+    steps = [
+        "--optim.steps",
+        "3",
+        "--optim.global_batch_size",
+        "4",
+        "--data.test-size",
+        "20",
+        "--run.device",
+        "cpu",
+    ]
     status, out, err = run_cli("train", *SMALL, *steps, "--run.out", str(tmp_path), capsys=capsys)
     assert status == 0 and "done: 3 steps" in out, err
     saved = str(tmp_path / "model.safetensors")
@@ -259,7 +261,10 @@ def test_train_evaluate_export_from_the_command_line(tmp_path, capsys):
         (["train", "--data", "nowhere"], "no folder and no data set 'nowhere'"),
         (["train", "--model.encoding", "pegg"], "did you mean peg"),
         (["train", "--run.device", "tpu"], "expected 'auto', 'cpu' or 'cuda'"),
-        (["train", "--model.readout", "gap", "--model.distilled"], "distilled=True with readout='gap'"),
+        (
+            ["train", "--model.global_pool", "gap", "--model.distilled"],
+            "distilled=True with global_pool='avg'",
+        ),
         (["train", "--data", "where", "--data.grid", "5", "5"], "multiples of the patch size"),
         (["evaluate", "nothing.safetensors"], "no such file"),
         (["export", "cpvt_tny", "x.onnx"], "did you mean cpvt_tiny"),

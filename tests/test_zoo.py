@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 
 import cpvt
 from cpvt import ModelConfig, create_model, model_names
-from cpvt.config import ConfigError
+from cpvt.errors import ConfigError
 from cpvt.model.encodings import PEG, resample_table
 from cpvt.model.zoo import load_weights, model_config
 
@@ -96,7 +96,7 @@ def test_at_another_size_logits_are_timms(distilled):
 def test_gap_is_timms_average_of_normed_patches():
     options = {"class_token": False, "global_pool": "avg", "fc_norm": False}
     theirs, _ = small_pair(**options)
-    ours = create_model(ModelConfig(**SMALL, readout="gap")).eval()
+    ours = create_model(ModelConfig(**SMALL, global_pool="avg")).eval()
     ours.load_state_dict(theirs.state_dict(), strict=False)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     x = torch.randn(2, 3, 32, 48)
@@ -216,7 +216,7 @@ def test_names():
     for name in names:
         config = model_config(name)
         assert config.distilled == name.endswith("_distilled")
-        assert config.readout == ("gap" if "_gap" in name else "class")
+        assert config.global_pool == ("gap" if "_gap" in name else "class")
         five = "peg(positions=(0, 1, 2, 3, 4))" if "5peg" in name else "peg"
         assert config.encoding == ("learned" if name.startswith("deit") else five)
         assert (config.depth, config.width // config.heads, config.mlp_ratio) == (12, 64, 4.0)
@@ -240,7 +240,7 @@ def test_overrides():
         ("deit_tiny_5peg", {}, ["'deit_tiny_5peg'", "no PEG", "cpvt_tiny_5peg"]),
         ("cpvt_tiny", {"classes": 3}, ["'classes'", "num_classes"]),
         ("cpvt_tiny", {"image_size": 100}, ["100x100", "multiples"]),
-        ("cpvt_tiny_gap", {"distilled": True}, ["distilled=True", "readout='gap'"]),
+        ("cpvt_tiny_gap", {"distilled": True}, ["distilled=True", "global_pool='avg'"]),
     ],
 )
 def test_unknown_names_and_options(name, overrides, words):

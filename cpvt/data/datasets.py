@@ -24,11 +24,11 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as transforms
 
-from cpvt.data.diagnostics import DataError, Diagnostic, draw
 from cpvt.data.shards import Shards, check_resolution, decode, opened, stored_side_needed
+from cpvt.data.synthetic import Diagnostic, draw
+from cpvt.errors import DataError
 
 __all__ = [
-    "DataError",
     "Diagnostic",
     "ImageDataset",
     "ImageTensors",

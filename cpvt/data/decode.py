@@ -18,9 +18,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cpvt.data.diagnostics import DataError
 from cpvt.data.header import Header, hide_exif, read_header
-from cpvt.randomness import integers
+from cpvt.errors import DataError
+from cpvt.rng import integers
 
 try:
     from torchcodec.decoders import decode_jpeg

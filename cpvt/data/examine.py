@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple, get_args
 import PIL
 from PIL import Image
 
-from cpvt.config import ConfigError
 from cpvt.data.sources import Entry
+from cpvt.errors import ConfigError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit: an image of more is taken for a decompression bomb
 MAX_BYTES = 1 << 30

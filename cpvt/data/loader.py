@@ -16,16 +16,16 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from cpvt.checked import ConfigError
 from cpvt.config import AugmentConfig, DataConfig
-from cpvt.data.augment import MEAN, STD, Recipe, normalise
 from cpvt.data.datasets import ImageDataset, load_tensors, open_dataset
 from cpvt.data.decode import Fault
-from cpvt.data.diagnostics import CLASSES, DataError, draw
 from cpvt.data.reading import Filed, Held, refuse_ruins
 from cpvt.data.resize import centre_box, crop_resize
+from cpvt.data.sampler import Share, Stream
 from cpvt.data.shards import check_resolution
-from cpvt.data.stream import Share, Stream
+from cpvt.data.synthetic import CLASSES, draw
+from cpvt.data.transforms import MEAN, STD, Recipe, normalise
+from cpvt.errors import ConfigError, DataError
 
 __all__ = ["MEAN", "STD", "Batch", "Diagnostics", "Images", "Share", "normalise", "open_batches"]
 
@@ -141,7 +141,6 @@ class Images(_Batches):
         share: Share = Share(),
         augment: AugmentConfig = AugmentConfig(),
         smoothing: float = 0.0,
-        fixed_order: bool = False,
         train: bool = True,
     ):
         """`train`: whether there is anything to train on; without it only `test` gives batches."""
@@ -160,8 +159,8 @@ class Images(_Batches):
         self.fingerprint = self.train.fingerprint
         self.recipe = Recipe(augment, data.image_size, self.num_classes, smoothing, seed)
         group = augment.mix_group if augment.mixup or augment.cutmix else 1
-        order = 0 if fixed_order and augment.repeats > 1 else seed
-        self.stream = Stream(len(self.train), batch, order, group, augment.repeats)
+        order = seed
+        self.stream = Stream(len(self.train), batch, order, group, augment.repeated_aug)
         share.parts(batch, group)  # refused before anything starts, where it cannot be cut
 
     @property
@@ -215,7 +214,7 @@ class Images(_Batches):
     def upsampled(self, allow: bool = False) -> float:
         if self.data.store == "memory":
             return 0.0
-        return check_resolution(self.held_out.source, self.data.image_size, allow, self.data.test_crop)
+        return check_resolution(self.held_out.source, self.data.image_size, allow, self.data.crop_pct)
 
     def test(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
         size = self.data.image_size
@@ -226,8 +225,8 @@ class Images(_Batches):
             spoiled = {fault.index: fault for fault in found.faults}
             self.unread |= {fault.key: fault for fault in spoiled.values()}
             labels[[i for i, sample in enumerate(index.tolist()) if sample in spoiled]] = -1
-            if not (same and images.shape[-2:] == (size, size) and self.data.test_crop == 1):
-                boxes = [centre_box(*image.shape[1:], size, self.data.test_crop) for image in images]
+            if not (same and images.shape[-2:] == (size, size) and self.data.crop_pct == 1):
+                boxes = [centre_box(*image.shape[1:], size, self.data.crop_pct) for image in images]
                 boxes = torch.tensor(boxes, dtype=torch.float64)
                 images = crop_resize(images, boxes, (size, size), bound="image")
             yield normalise(images.float() / 255), labels
@@ -297,7 +296,7 @@ def open_batches(
 ) -> Diagnostics | Images:
     """The batches that `data` names: a diagnostic, a known set of images, or a folder of files or shards.
 
-    `images`: `augment`, `smoothing` and `fixed_order` of `Images`; a diagnostic is never augmented.
+    `images`: `augment` and `smoothing` of `Images`; a diagnostic is never augmented.
     """
     if data.name in CLASSES:
         augment = images.get("augment", AugmentConfig())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cpvt.config import AugmentConfig
 from cpvt.data.device import fused, send
-from cpvt.randomness import uniform
+from cpvt.rng import uniform
 
 
 class Mix(NamedTuple):
@@ -34,7 +34,7 @@ def draw_mix(config: AugmentConfig, seed: int, epoch: int, groups: Tensor, size:
     where = seed, epoch, groups
     cut = torch.full(groups.shape, bool(config.cutmix))
     if config.mixup and config.cutmix:
-        cut = uniform("mix/which", *where) < config.mix_switch
+        cut = uniform("mix/which", *where) < config.mixup_switch_prob
     share = torch.ones(groups.shape, dtype=torch.float64)
     for alpha, mine in ((config.mixup, ~cut), (config.cutmix, cut)):
         if alpha:

@@ -25,11 +25,11 @@ import PIL
 from tqdm import tqdm
 
 from cpvt.data.datasets import Shards, check_resolution, stored_side_needed
-from cpvt.data.diagnostics import DataError
 from cpvt.data.examine import Shrink, between, examine_all, known
 from cpvt.data.shards import ShardWriter, written_aside
 from cpvt.data.sources import Entry, Layout, Listing, Refused, find_layout
-from cpvt.randomness import permutation
+from cpvt.errors import DataError
+from cpvt.rng import permutation
 
 IMAGENET = {"train": 1_281_167, "val": 50_000}  # images of ILSVRC2012 (Russakovsky et al. 2015, table 2)
 IMAGENET_CLASSES = 1000

@@ -28,9 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpvt.config import ConfigError
 from cpvt.data.device import fused, send
-from cpvt.randomness import integers, normal, uniform
+from cpvt.errors import ConfigError
+from cpvt.rng import integers, normal, uniform
 
 _EDGE = 10  # timm's largest magnitude
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cpvt.checked import ConfigError
 from cpvt.config import DataConfig
 from cpvt.data import decode
 from cpvt.data.datasets import ImageTensors
 from cpvt.data.decode import Decoded, Decoder, Fault, Reader
-from cpvt.data.diagnostics import DataError
+from cpvt.errors import ConfigError, DataError
 
 CHUNK = 128  # images that one reading process handles at a time
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cpvt.data.diagnostics import DataError
+from cpvt.errors import DataError
 
 SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}  # of the filter, in pixels of the coarser grid
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

@@ -29,7 +29,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cpvt.data.diagnostics import DataError
+from cpvt.errors import DataError
 
 VERSION = 1
 COLUMNS = {"shard": "<i4", "offset": "<i8", "length": "<i8", "label": "<i4", "height": "<i4", "width": "<i4"}

@@ -23,8 +23,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from tqdm import tqdm
 
 from cpvt.data.datasets import Shards, open_dataset
-from cpvt.data.diagnostics import DataError
 from cpvt.data.shards import KEY_BYTES
+from cpvt.errors import DataError
 
 TRAIN = "ILSVRC2012_img_train.tar"  # a tar for each class, named by its WordNet id
 VAL = "ILSVRC2012_img_val.tar"

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cpvt.data.loader import open_batches
+from cpvt.errors import ResultsError
+from cpvt.lab.metrics import first_images
 from cpvt.lab.probes import attention_maps
-from cpvt.lab.results import ResultsError, find
-from cpvt.lab.scoring import first_images
+from cpvt.lab.results import find
 from cpvt.model.encodings import PEG, LearnedTable
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.evaluate import correct
-from cpvt.training.loop import Run
+from cpvt.training.train import Run
 
 LARGEST = 200_000  # numbers; a larger weight is no small array
 

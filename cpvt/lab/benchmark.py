@@ -38,9 +38,9 @@ import timm
 import torch
 from torch import Tensor
 
-from cpvt.config import ConfigError, nearest, replace
+from cpvt.config import replace
+from cpvt.errors import ConfigError, nearest
 from cpvt.lab.jpegs import Filled, Repeated, decoding, pieces, prepare
-from cpvt.lab.reference import timm_loader
 from cpvt.lab.results import Row
 from cpvt.lab.steps import (
     AGREE,
@@ -55,6 +55,7 @@ from cpvt.lab.steps import (
     step_bytes,
 )
 from cpvt.lab.timing import Budget, drain, feed, in_rounds, joined, ratios, seconds_of, spread
+from cpvt.lab.timm_baseline import timm_loader
 from cpvt.training.setup import pick_device
 
 LENGTH = 64  # batches in an epoch of repeated files
@@ -109,7 +110,7 @@ def _pipeline(bench: Bench) -> None:
         megabytes = metrics["images_per_s"] * source.mean_bytes / 1e6
         metrics |= {"bytes_per_image": source.mean_bytes, "megabytes_per_s": megabytes}
         # The copies of an image follow each other in the stream: a disk is asked once for all of them.
-        metrics["disk_megabytes_per_s"] = megabytes / bench.recipe.augment.repeats
+        metrics["disk_megabytes_per_s"] = megabytes / bench.recipe.augment.repeated_aug
         if not alone:
             metrics |= spread("idle_percent", idle[kind, side])
             synthetic = bench.rates.get(f"step: cpvt_tiny, {feeding.mode}")
@@ -134,7 +135,7 @@ def _jpeg_row(bench: Bench, name: str, metrics: dict, source: Repeated, **more) 
 def our_batches(bench: Bench, source: Repeated) -> Iterator[tuple[Tensor, Tensor]]:
     recipe = bench.recipe
     data = replace(recipe.data, image_size=bench.side, workers=bench.workers)
-    options = {"augment": recipe.augment, "smoothing": recipe.optim.smoothing, "source": source}
+    options = {"augment": recipe.augment, "smoothing": recipe.optim.label_smoothing, "source": source}
     with closing(Filled(data, bench.size.batch, 0, bench.device, **options).micro_batches()) as batches:
         for batch in batches:
             yield batch.images, batch.targets
@@ -142,7 +143,7 @@ def our_batches(bench: Bench, source: Repeated) -> Iterator[tuple[Tensor, Tensor
 
 def timm_batches(bench: Bench, source: Repeated) -> Iterator[tuple[Tensor, Tensor]]:
     """As timm's training script has them: mixed where a batch is put together, on the GPU ahead of time."""
-    augment, smoothing, size = bench.recipe.augment, bench.recipe.optim.smoothing, bench.size
+    augment, smoothing, size = bench.recipe.augment, bench.recipe.optim.label_smoothing, bench.size
     loader = timm_loader(
         source,
         size.loader_batch,

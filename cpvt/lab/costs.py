@@ -36,7 +36,7 @@ from cpvt.lab.results import Row, append_row, commit, fingerprint, read_rows
 from cpvt.lab.steps import Bench, Size, Step, each_compiled
 from cpvt.lab.tables import TableRow, rows
 from cpvt.lab.timing import Budget, in_rounds, ratios, seconds_of
-from cpvt.model.kernels import FUSED
+from cpvt.model.fused_peg import FUSED
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_config
 

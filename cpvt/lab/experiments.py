@@ -19,30 +19,23 @@ from pathlib import Path
 
 import torch
 
-from cpvt.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    nearest,
-)
-from cpvt.data.diagnostics import draw
+from cpvt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cpvt.data.loader import normalise
+from cpvt.data.synthetic import draw
+from cpvt.errors import ConfigError, nearest
 from cpvt.lab.arrays import arrays_of
 from cpvt.lab.fashion import lengths, score_fashion
 from cpvt.lab.fashion import rows as fashion_rows
 from cpvt.lab.fashion import tuning as fashion_tuning_rows
-from cpvt.lab.measuring import Planned, measure_missing, rooted
+from cpvt.lab.metrics import score_tuning, spread_images
 from cpvt.lab.pipelines import PIPELINES, pipeline, score_pipeline
 from cpvt.lab.results import Row, fingerprint
-from cpvt.lab.scoring import score_tuning, spread_images
+from cpvt.lab.runner import Planned, measure_missing, rooted
 from cpvt.lab.tables import FIVE, TABLES, rows, score_scale
 from cpvt.lab.tables import SEEDS as TABLE_SEEDS
 from cpvt.lab.tables import tuning as tuning_rows
 from cpvt.training.evaluate import correct
-from cpvt.training.loop import Run
+from cpvt.training.train import Run
 
 # The grids are as small as the questions allow: distances 0-4 to the border, separations 2-9 with two rows and
 # columns of margin, and two places on either side for the bars of *what*.
@@ -64,11 +57,11 @@ ENCODINGS = (
     "peg(positions=(-1,), kernel=27, compute='matrix')",
     "learned + peg",
 )
-READOUTS = ("class", "gap")
+READOUTS = ("token", "avg")
 SEEDS = (0, 1, 2)
 
 
-def diagnostic(task: str, encoding: str, readout: str = "class", seed: int = 0, **optim) -> TrainConfig:
+def diagnostic(task: str, encoding: str, global_pool: str = "token", seed: int = 0, **optim) -> TrainConfig:
     """The configuration of one diagnostic run: one pixel a token, three blocks of width 32.
 
     Five PEGs after blocks 0-4 need six blocks; all else is the same for every encoding.
@@ -87,12 +80,14 @@ def diagnostic(task: str, encoding: str, readout: str = "class", seed: int = 0, 
             heads=1,
             mlp_ratio=2.0,
             encoding=encoding,
-            readout=readout,
+            global_pool=global_pool,
             init_std=0.1,
         ),
         data=DataConfig(name=task, grid=GRIDS[task], train_size=1 << 16, test_size=512),
         optim=replace(
-            OptimConfig(batch=32, steps=500, rate=3e-3, warmup_steps=30, final_rate=1e-5, stop_loss=0.01),
+            OptimConfig(
+                global_batch_size=32, steps=500, lr=3e-3, warmup_steps=30, min_lr=1e-5, stop_loss=0.01
+            ),
             **optim,
         ),
         run=RunConfig(seed=seed, device="cpu", log_every=100),
@@ -143,11 +138,11 @@ def diagnostics(
     """The full matrix, first seeds first, so that a run cut short leaves a whole table."""
     encodings, tasks = list(encodings), list(tasks)
     for seed in seeds:
-        for readout in readouts:
+        for global_pool in readouts:
             for encoding in encodings:
                 for task in tasks:
-                    config = diagnostic(task, encoding, readout, seed)
-                    name = f"{task}, {config.model.encoding}, {readout}"
+                    config = diagnostic(task, encoding, global_pool, seed)
+                    name = f"{task}, {config.model.encoding}, {global_pool}"
                     yield Planned("diagnostics", name, "seconds", config, score_diagnostic)
 
 
@@ -171,7 +166,7 @@ def paddings(seeds: Iterable[int] = SEEDS) -> Iterator[Planned]:
     any distance is above the ceiling of a reach of 1 for no padding, zeros and reflect, of 0 for replicate and for
     the border alone, of nothing for circular; and without padding the place is learnt at both visible distances.
     """
-    for plan in diagnostics(("where",), PADDINGS, ("class",), seeds):
+    for plan in diagnostics(("where",), PADDINGS, ("token",), seeds):
         yield replace(plan, experiment="paddings")
 
 
@@ -198,10 +193,10 @@ def readouts(
             for plan in diagnostics((task,), (encoding,), READOUTS, (seed,)):
                 yield replace(plan, experiment="readouts")
     for seed in long:
-        config = diagnostic("where", FIVE, "gap", seed, steps=2000)
-        name = f"where, {FIVE}, gap, 2000 steps"
+        config = diagnostic("where", FIVE, "avg", seed, steps=2000)
+        name = f"where, {FIVE}, avg, 2000 steps"
         yield Planned("readouts", name, "seconds", config, score_diagnostic)
-    for plan in diagnostics(("where",), (FIVE,), ("gap",), repeated):
+    for plan in diagnostics(("where",), (FIVE,), ("avg",), repeated):
         yield replace(plan, experiment="readouts")
 
 

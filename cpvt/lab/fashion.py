@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 
 from cpvt.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cpvt.data.loader import open_batches
-from cpvt.lab.claims import combination, verdicts
+from cpvt.lab.metrics import first_images, score_attention, score_maps, score_place, score_shifts
 from cpvt.lab.results import Row, Spread, difference, fingerprint
-from cpvt.lab.scoring import first_images, score_attention, score_maps, score_place, score_shifts
+from cpvt.lab.stats import combination, verdicts
 from cpvt.lab.tables import ENCODINGS, changed
 from cpvt.lab.tables import rows as table_rows
-from cpvt.training.loop import Run
+from cpvt.training.train import Run
 
 SEEDS = (0, 1, 2)
 STEPS = 300
@@ -89,8 +89,8 @@ def fashion_model(encoding: str, seed: int = 0, rate: float = RATE) -> TrainConf
             init_std=0.1,  # DeiT's 0.02 suits widths from 192 on
         ),
         data=DataConfig(name="fashion-mnist", image_size=28),
-        augment=AugmentConfig(flip=0.5),
-        optim=OptimConfig(batch=64, steps=STEPS, rate=rate, warmup_steps=30, final_rate=1e-5),
+        augment=AugmentConfig(hflip=0.5),
+        optim=OptimConfig(global_batch_size=64, steps=STEPS, lr=rate, warmup_steps=30, min_lr=1e-5),
         run=RunConfig(seed=seed, device="cpu", log_every=100),
     )
 
@@ -114,7 +114,7 @@ LENGTHENED = ("none", "learned", "one PEG", "circular padding")
 
 
 def _lead(better: str, worse: str, steps: str = "", sign: int = 1) -> tuple[tuple[int, str, str], ...]:
-    """Terms of `claims.combination`: by how much one row is ahead of another after so many steps."""
+    """Terms of `stats.combination`: by how much one row is ahead of another after so many steps."""
     return (sign, better + steps, "top1@14"), (-sign, worse + steps, "top1@14")
 
 

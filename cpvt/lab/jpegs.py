@@ -21,13 +21,14 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from cpvt.config import TrainConfig
 from cpvt.data import decode
-from cpvt.data.augment import Recipe
-from cpvt.data.datasets import DataError, ImageDataset, Shards, open_dataset
+from cpvt.data.datasets import ImageDataset, Shards, open_dataset
 from cpvt.data.decode import Decoder, Reader
 from cpvt.data.examine import Shrink
 from cpvt.data.loader import Images
 from cpvt.data.pack import pack
 from cpvt.data.resize import crop_resize
+from cpvt.data.transforms import Recipe
+from cpvt.errors import DataError
 from cpvt.lab.timing import seconds_of
 
 QUALITY = 90  # of drawn JPEGs; with the noise it gives ImageNet's usual bytes a pixel, a little over one half
@@ -194,7 +195,7 @@ def pieces(
     """
     augment, index = recipe.augment, list(range(batch))
     reader, decoder = Reader(source, "cuda" in device), Decoder(device)
-    made = Recipe(augment, side, len(source.classes), recipe.optim.smoothing, 0)
+    made = Recipe(augment, side, len(source.classes), recipe.optim.label_smoothing, 0)
     fetched = reader[index]
     decoded = decoder(fetched, source)
     positions, groups = torch.arange(batch), torch.arange(batch // augment.mix_group)

@@ -9,9 +9,9 @@ from functools import partial
 
 from cpvt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cpvt.data.datasets import open_dataset
-from cpvt.lab.reference import Selected, TimmBatches, selected
-from cpvt.training.loop import Run
+from cpvt.lab.timm_baseline import Selected, TimmBatches, selected
 from cpvt.training.recipes import DEIT_AUGMENT
+from cpvt.training.train import Run
 
 CLASSES = 20  # the first of Tiny-ImageNet's 200: 10,000 images to train on, 1,000 held out
 PIPELINES: dict[str, Callable] = {
@@ -40,9 +40,11 @@ def pipeline(seed: int = 0, epochs: int = 6) -> TrainConfig:
             drop_path=0.1,
             init_std=0.1,  # see `experiments.diagnostic`
         ),
-        data=DataConfig(name="tiny-imagenet", image_size=28, store="files", workers=0, test_crop=0.875),
-        augment=replace(DEIT_AUGMENT, mix_group=64, repeats=1),
-        optim=OptimConfig(batch=64, epochs=epochs, rate=2e-3, warmup_epochs=1, smoothing=0.1, clip=0.0),
+        data=DataConfig(name="tiny-imagenet", image_size=28, store="files", workers=0, crop_pct=0.875),
+        augment=replace(DEIT_AUGMENT, mix_group=64, repeated_aug=1),
+        optim=OptimConfig(
+            global_batch_size=64, epochs=epochs, lr=2e-3, warmup_epochs=1, label_smoothing=0.1, clip_grad=0.0
+        ),
         run=RunConfig(seed=seed, device="cpu", log_every=100),
     )
 

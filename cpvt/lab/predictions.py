@@ -89,12 +89,12 @@ def predicted(task: str, encoding: str) -> Prediction:
     return Prediction("ceiling", best - 5, min(best + _luck(best), 100.0))
 
 
-def judge(rows: Iterable[Row], task: str, encoding: str, readout: str) -> tuple[str, list[float]] | None:
+def judge(rows: Iterable[Row], task: str, encoding: str, global_pool: str) -> tuple[str, list[float]] | None:
     """Rows of the diagnostics -> (verdict, accuracies by seed); None without rows.
 
     *What* counts only where every seed solves the trained side; else it is not resolved.
     """
-    found = [row.metrics for row in rows if row.row == f"{task}, {encoding}, {readout}"]
+    found = [row.metrics for row in rows if row.row == f"{task}, {encoding}, {global_pool}"]
     if not found:
         return None
     values = [metrics[METRIC[task]] for metrics in found]

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from cpvt.config import Peg, parse_encoding
-from cpvt.data.diagnostics import BACKGROUND, COLOUR_A, COLOUR_B
+from cpvt.data.synthetic import BACKGROUND, COLOUR_A, COLOUR_B
+from cpvt.errors import UserError
 
 Grid = tuple[int, int]
 Place = tuple[int, int]
 
 
-class ProbeError(ValueError):
+class ProbeError(UserError):
     """A probe that makes no sense; one line: what was given, what was expected, what to do."""
 
 

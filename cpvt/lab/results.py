@@ -24,13 +24,11 @@ from typing import Any
 
 from torch import Tensor
 
+from cpvt.errors import ResultsError
+
 NOT_YET = "not yet measured"
 _METRIC = re.compile(r"[a-z][a-z0-9_]*(@\d+(x\d+)?)?(/[a-z][a-z0-9_.-]*)*")
 _PERCENT = ("top1", "top5")
-
-
-class ResultsError(ValueError):
-    """Results that cannot be used; one line: what was given, what was expected, what to do."""
 
 
 # --------------------------------------------------------------------------- measured

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from cpvt.config import ModelConfig, TrainConfig, replace
 from cpvt.lab.jpegs import Repeated
-from cpvt.lab.reference import MODES, timm_model
 from cpvt.lab.results import Row, append_row, commit, fingerprint
 from cpvt.lab.timing import Budget, in_rounds, ratios, seconds_of, spread
+from cpvt.lab.timm_baseline import MODES, timm_model
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_config
-from cpvt.training.objective import cross_entropy
+from cpvt.training.loss import cross_entropy
 from cpvt.training.optim import parameter_groups
 from cpvt.training.recipes import deit
 from cpvt.training.setup import drop_path_factors

@@ -25,8 +25,7 @@ from cpvt.config import (
     replace,
 )
 from cpvt.data.loader import open_batches
-from cpvt.lab.results import fingerprint
-from cpvt.lab.scoring import (
+from cpvt.lab.metrics import (
     score_attention,
     score_maps,
     score_oblong,
@@ -34,12 +33,13 @@ from cpvt.lab.scoring import (
     score_shifts,
     spread_images,
 )
+from cpvt.lab.results import fingerprint
 from cpvt.lab.teacher import TEACHER
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import save_model
 from cpvt.training.distributed import Stopped
 from cpvt.training.evaluate import accuracy
-from cpvt.training.loop import Run, train
+from cpvt.training.train import Run, train
 
 PIXELS = 2  # a token, each way
 SIZES = (20, 28, 48, 56, 64)  # of test images, in pixels; the second is trained
@@ -82,12 +82,18 @@ def scale_model(encoding: str, seed: int = 0) -> TrainConfig:
             encoding=encoding,
             drop_path=0.1,
         ),
-        data=DataConfig(name="tiny-imagenet", image_size=28, stored_size=64, test_crop=1.0),
-        augment=AugmentConfig(crop=True, crop_scale=(0.25, 1.0), flip=0.5),
+        data=DataConfig(name="tiny-imagenet", image_size=28, stored_size=64, crop_pct=1.0),
+        augment=AugmentConfig(crop=True, crop_scale=(0.25, 1.0), hflip=0.5),
         optim=OptimConfig(
-            batch=1024, epochs=60, rate=1.5e-3, warmup_epochs=5, final_rate=1e-5, smoothing=0.1, clip=1.0
+            global_batch_size=1024,
+            epochs=60,
+            lr=1.5e-3,
+            warmup_epochs=5,
+            min_lr=1e-5,
+            label_smoothing=0.1,
+            clip_grad=1.0,
         ),
-        run=RunConfig(seed=seed, precision="bf16", compile_blocks=True, log_every=100),
+        run=RunConfig(seed=seed, precision="bf16", compile="blocks", log_every=100),
     )
 
 
@@ -115,10 +121,10 @@ ENCODINGS = {
     "relative + one PEG": ("relative + peg", "extended"),
     "rotary": ("rotary", "claim"),
 }
-STEM, GAP = {"model": {"stem": "conv"}}, {"model": {"readout": "gap"}}
+STEM, GAP = {"model": {"stem": "conv"}}, {"model": {"global_pool": "avg"}}
 TWO_HEADS = {"model": {"distilled": True}}  # the control of TAUGHT: both heads learn the labels
 TAUGHT = {**TWO_HEADS, "distill": {"teacher": TEACHER}}
-BARE = {"model": {"bare_blocks": 1}}
+BARE = {"model": {"mlp_only_blocks": 1}}
 # Crops of 56 of 64 pixels, wherever they lie: pictures still move, and no object changes its size.
 ONE_SCALE = (56 / 64) ** 2
 NO_JITTER = {"augment": {"crop_scale": (ONE_SCALE, ONE_SCALE), "crop_ratio": (1.0, 1.0)}}
@@ -172,13 +178,13 @@ def rows() -> Iterator[TableRow]:
 
     for name in ("none", "learned", "one PEG", "five PEGs"):
         encoding, rank = ENCODINGS[name]
-        yield TableRow("readout", name, encoding, rank)
-        yield TableRow("readout", f"{name}, GAP", encoding, "claim" if "PEG" in name else "core", GAP)
+        yield TableRow("global_pool", name, encoding, rank)
+        yield TableRow("global_pool", f"{name}, GAP", encoding, "claim" if "PEG" in name else "core", GAP)
     for name in ("learned", "one PEG"):
         encoding, _ = ENCODINGS[name]
-        yield TableRow("readout", f"{name}, two heads", encoding, "core", TWO_HEADS)
+        yield TableRow("global_pool", f"{name}, two heads", encoding, "core", TWO_HEADS)
         rank = "claim" if name == "one PEG" else "core"
-        yield TableRow("readout", f"{name}, distilled", encoding, rank, TAUGHT)
+        yield TableRow("global_pool", f"{name}, distilled", encoding, rank, TAUGHT)
 
     for name in ("none", "learned", "one PEG"):
         encoding, _ = ENCODINGS[name]
@@ -202,7 +208,7 @@ def tuning() -> Iterator[tuple[str, TrainConfig]]:
     tuned = [name for name, (_, rank) in ENCODINGS.items() if rank == "claim"]
     for rate in RATES:
         for name in tuned:
-            changes = {"data": {"hold_out": 10}, "optim": {"rate": rate, "epochs": 20, "warmup_epochs": 2}}
+            changes = {"data": {"hold_out": 10}, "optim": {"lr": rate, "epochs": 20, "warmup_epochs": 2}}
             yield f"{name}, rate {rate:g}", changed(scale_model(ENCODINGS[name][0]), changes)
 
 
@@ -258,7 +264,7 @@ def fine_tune(run: Run, size: int) -> Run:
             {
                 "data": {"image_size": size},
                 "augment": {"crop_scale": (max(crops[0], detail), max(crops[1], detail))},
-                "optim": {"steps": max(optim.steps // 20, 1), "rate": optim.rate / 10, "warmup_steps": 0},
+                "optim": {"steps": max(optim.steps // 20, 1), "lr": optim.lr / 10, "warmup_steps": 0},
                 "run": {"init": str(weights), "out": ""},
             },
         )
@@ -271,7 +277,7 @@ def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, Vision
     yield "", model
     if size == config.image_size[0]:
         return
-    others = {"/logn": replace(config, log_attention=True)}
+    others = {"/logn": replace(config, logn_scale=True)}
     if text in ("sine", "rotary"):
         (part,) = parse_encoding(text)
         (rules,) = (f for f in fields(part) if f.name == "resize")

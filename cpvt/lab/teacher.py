@@ -17,7 +17,7 @@ from torch import nn
 from cpvt.config import TrainConfig, replace, to_json
 from cpvt.data.loader import open_batches
 from cpvt.training.evaluate import accuracy
-from cpvt.training.objective import cross_entropy
+from cpvt.training.loss import cross_entropy
 from cpvt.training.optim import learning_rate, parameter_groups, resolved
 from cpvt.training.setup import pick_device
 
@@ -30,14 +30,19 @@ def train_teacher(student: TrainConfig, name: str = TEACHER) -> tuple[nn.Module,
     -> the model in evaluation mode, and its top-1 in percent on the held-out images.
     """
     device, seed = pick_device(student.run.device), student.run.seed
-    smoothing = student.optim.smoothing
+    smoothing = student.optim.label_smoothing
     batches = open_batches(
-        student.data, student.optim.batch, seed, device, augment=student.augment, smoothing=smoothing
+        student.data,
+        student.optim.global_batch_size,
+        seed,
+        device,
+        augment=student.augment,
+        smoothing=smoothing,
     )
     optim = resolved(student, batches.stream.steps).optim
     torch.manual_seed(seed)
     model = timm.create_model(name, num_classes=batches.num_classes).to(device)
-    optimiser = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.rate)
+    optimiser = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr)
     with closing(batches.micro_batches()) as micro_batches:
         for step, batch in enumerate(islice(micro_batches, optim.steps)):
             for group in optimiser.param_groups:

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from cpvt.config import ConfigError
+from cpvt.errors import ConfigError
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # images and targets
 

@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from cpvt.config import ConfigError, Learned, Peg, Relative, Rotary, Sine, format_encoding, parse_encoding
-from cpvt.model import kernels
+from cpvt.config import Learned, Peg, Relative, Rotary, Sine, format_encoding, parse_encoding
+from cpvt.errors import ConfigError
+from cpvt.model import fused_peg
 from cpvt.model.tables import Grid, axial_angles, offsets, resample_table, sine_table
 
 
@@ -139,13 +140,13 @@ class RelativeTable(PositionEncoding):
         return rows, columns
 
     def lengthen(self, block, q, k, grid):
-        if not kernels.lengthens(self.config, self.keys_rows, q, grid):
+        if not fused_peg.lengthens(self.config, self.keys_rows, q, grid):
             return q, k
         entry = self.keys_prefix[block, 0] if self.prefix_tokens else None
-        return kernels.lengthen(q, k, *self._gather("keys", block, grid), entry, grid)
+        return fused_peg.lengthen(q, k, *self._gather("keys", block, grid), entry, grid)
 
     def logits(self, block, q, grid):
-        if kernels.lengthens(self.config, self.keys_rows, q, grid):
+        if fused_peg.lengthens(self.config, self.keys_rows, q, grid):
             return None
         P, scale = self.prefix_tokens, q.shape[-1] ** -0.5
         rows, columns = self._gather("keys", block, grid)
@@ -245,10 +246,10 @@ class PEG(nn.Module):
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         if grid is None or x.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"PEG: {x.shape[1]} tokens with grid={grid}; pass grid=(H, W) with H * W tokens")
-        if kernels.fuses(self.config, x):
-            return kernels.peg(x, self.proj.weight, self.proj.bias, *grid)
+        if fused_peg.fuses(self.config, x):
+            return fused_peg.peg(x, self.proj.weight, self.proj.bias, *grid)
         if self.covers(grid):
-            out = kernels.peg_matrix(x, self.proj.weight, grid)
+            out = fused_peg.peg_matrix(x, self.proj.weight, grid)
             out = out if self.proj.bias is None else out + self.proj.bias.to(out.dtype)
         else:
             # Behind a class token the slice strides over it; a convolution would copy it in any case. Contiguous
@@ -302,10 +303,10 @@ class PegEncoding(PositionEncoding):
         return list(self.pegs[first : first + self.config.repeat])
 
     def encode(self, place, x, prefix_tokens, grid):
-        if not kernels.fuses(self.config, x):
+        if not fused_peg.fuses(self.config, x):
             return super().encode(place, x, prefix_tokens, grid)
         for peg in self.generators(place):  # over the whole stream: nothing to take apart and put together
-            x = kernels.peg(x, peg.proj.weight, peg.proj.bias, *grid)
+            x = fused_peg.peg(x, peg.proj.weight, peg.proj.bias, *grid)
         return x, grid
 
     def at(self, place, patches, prefix, grid):

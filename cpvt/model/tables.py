@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpvt.config import ConfigError
+from cpvt.errors import ConfigError
 
 Grid = tuple[int, int]
 

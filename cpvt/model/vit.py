@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cpvt.config import ConfigError, ModelConfig
+from cpvt.config import ModelConfig
+from cpvt.errors import ConfigError
 from cpvt.model.conventions import TimmConventions
 from cpvt.model.encodings import Grid, PositionEncoding, build_encoding
 
@@ -173,10 +174,12 @@ class VisionTransformer(TimmConventions, nn.Module):
             grid=config.grid,
             prefix_tokens=P,
         )
-        trained = config.grid if config.log_attention else None
+        trained = config.grid if config.logn_scale else None
         self.blocks = nn.ModuleList(
             Block(
-                D, config.mlp_ratio, Attention(D, config.heads, trained) if i >= config.bare_blocks else None
+                D,
+                config.mlp_ratio,
+                Attention(D, config.heads, trained) if i >= config.mlp_only_blocks else None,
             )
             for i in range(config.depth)
         )
@@ -234,7 +237,7 @@ class VisionTransformer(TimmConventions, nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, T, D) -> (B, num_classes), or (B, D) with `pre_logits`."""
-        if self.config.readout == "gap":
+        if self.config.global_pool == "avg":
             x = x.mean(1)
             return x if pre_logits else self.head(x)
         if not self.config.distilled:
@@ -275,7 +278,7 @@ class VisionTransformer(TimmConventions, nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, or none for 0 classes. The read-out is part of the configuration and stays."""
-        own = "avg" if self.config.readout == "gap" else "token"
+        own = "avg" if self.config.global_pool == "avg" else "token"
         if global_pool not in (None, own):
             raise ConfigError(
                 f"global_pool={global_pool!r} in a model that reads out by {own!r}; build it so instead"

@@ -28,7 +28,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
-from cpvt.config import ConfigError, Learned, ModelConfig, Peg, nearest, parse_encoding, replace
+from cpvt.config import Learned, ModelConfig, Peg, parse_encoding, replace
+from cpvt.errors import ConfigError, nearest
 from cpvt.model.encodings import PEG, Grid, resample_table
 from cpvt.model.vit import VisionTransformer
 
@@ -72,7 +73,7 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
         width=width,
         heads=heads,
         encoding=ENCODINGS[family + (five or "")],
-        readout="gap" if gap else "class",
+        global_pool="avg" if gap else "token",
         distilled=bool(distilled),
     )
     if isinstance(overrides.get("image_size"), int):
@@ -115,7 +116,7 @@ def _from_timm_arguments(name: str, **kw: Any) -> VisionTransformer:
     config = model_config(
         name, **{_TIMM_ARGUMENTS.get(key, key): v for key, v in kw.items() if key != "global_pool"}
     )
-    pool = "avg" if config.readout == "gap" else "token"
+    pool = "avg" if config.global_pool == "avg" else "token"
     if kw.get("global_pool", pool) != pool:
         raise ConfigError(
             f"{name}: global_pool={kw['global_pool']!r}; its read-out is {pool!r}, chosen by _gap"

@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cpvt.config import ConfigError, TrainConfig, from_json, to_json
+from cpvt.config import TrainConfig, from_json, to_json
+from cpvt.errors import ConfigError
 from cpvt.model.vit import VisionTransformer
 
 _NAME = re.compile(r"step-(\d{9})\.([0-9a-f]{16})\.pt")
@@ -161,13 +162,13 @@ def differences(own: TrainConfig, saved: TrainConfig, drawn: str = "") -> list[s
 
     `drawn`: the fingerprint of the data; "drawn" for diagnostics, which are known by their configuration.
     """
-    free = {"out", "log_every", "save_every", "keep", "evaluate_every", "tensorboard", "device"}
-    free |= {"compile", "compile_blocks", "workers", "decode", "root", "micro_batch", "skip_limit"}
+    free = {"out", "log_every", "save_every", "keep_checkpoints", "evaluate_every", "tensorboard", "device"}
+    free |= {"compile", "workers", "decode", "root", "micro_batch_size", "skip_limit"}
     free |= {"init", "weights"}
     if drawn != "drawn":
         free |= {"name"}  # wherever the images lie: they are known by their fingerprint
     found = []
-    for group in ("model", "data", "augment", "optim", "distill", "quirks", "run"):
+    for group in ("model", "data", "augment", "optim", "distill", "run"):
         one, other = vars(getattr(own, group)), vars(getattr(saved, group))
         found += [
             f"{group}.{name}: {other[name]!r} there, {value!r} here"

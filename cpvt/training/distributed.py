@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cpvt.checked import ConfigError
-from cpvt.data.diagnostics import DataError
+from cpvt.errors import ConfigError, DataError
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM announces the end of a job with SIGUSR1
@@ -132,14 +131,14 @@ class Stopped(RuntimeError):
     """A signal came before the end; nothing of what was under way is kept."""
 
 
-class Interruption:
+class SignalHandler:
     """Notes a signal and lets the step end. A second Ctrl-C is as deadly as ever; torchrun and the kernel may well
     send the same SIGTERM twice."""
 
     def __init__(self):
         self.name, self._before = "", {}
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)

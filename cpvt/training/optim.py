@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cpvt.config import OptimConfig, Quirks, TrainConfig, replace
+from cpvt.config import OptimConfig, TrainConfig, replace
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_pegs: bool = True) -> list[dict]:
@@ -31,29 +31,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_pegs: bool = T
 def learning_rate(step: int, optim: OptimConfig) -> float:
     """Linear over the warm-up up to the peak, then a cosine to the final rate, counted from step 0."""
     if step < optim.warmup_steps:
-        return optim.warmup_rate + (optim.rate - optim.warmup_rate) * (step + 1) / optim.warmup_steps
+        return optim.warmup_lr + (optim.lr - optim.warmup_lr) * (step + 1) / optim.warmup_steps
     return _cosine(step / max(optim.steps, 1), optim)
 
 
-def rate_of(step: int, optim: OptimConfig, quirks: Quirks, epoch_steps: int, resumed_at: int = 0) -> float:
-    """The rate of a step, with the reference's quirks where they are asked for.
-
-    DeiT's code sets the rate at the end of an epoch, for the number of that epoch: epoch 0 runs at the warm-up
-    rate, and epoch 1 too. At a resume it sets that of the coming epoch, one too far, until the next epoch ends.
-    """
-    if not quirks.epoch_schedule:
-        return learning_rate(step, optim)
-    epoch = step // epoch_steps
-    ahead = quirks.resume_ahead and resumed_at and epoch == resumed_at // epoch_steps
-    epoch = epoch if ahead else max(epoch - 1, 0)
-    warm, epochs = optim.warmup_steps // epoch_steps, max(optim.steps // epoch_steps, 1)
-    if epoch < warm:
-        return optim.warmup_rate + (optim.rate - optim.warmup_rate) * epoch / warm
-    return _cosine(epoch / epochs, optim)
-
-
 def _cosine(share: float, optim: OptimConfig) -> float:
-    return optim.final_rate + (optim.rate - optim.final_rate) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+    return optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
 def resolved(config: TrainConfig, epoch_steps: int) -> TrainConfig:
@@ -63,8 +46,8 @@ def resolved(config: TrainConfig, epoch_steps: int) -> TrainConfig:
     if optim.epochs:
         changes = {"steps": optim.epochs * epoch_steps, "warmup_steps": optim.warmup_epochs * epoch_steps}
         changes |= {"epochs": 0, "warmup_epochs": 0}
-    if optim.scale_rate:
-        changes["rate"], changes["scale_rate"] = optim.rate * optim.batch / 512, False
+    if optim.scale_lr:
+        changes["rate"], changes["scale_lr"] = optim.lr * optim.global_batch_size / 512, False
     if optim.ema_half_life:
         changes["ema"] = 0.5 ** (1 / (optim.ema_half_life * epoch_steps))
         changes["ema_half_life"] = 0.0

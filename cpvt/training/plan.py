@@ -9,7 +9,7 @@ import torch
 from cpvt.config import TrainConfig
 from cpvt.data.loader import Batch
 from cpvt.model.encodings import PEG
-from cpvt.training.optim import rate_of
+from cpvt.training.optim import learning_rate
 from cpvt.training.setup import Session
 
 
@@ -36,18 +36,15 @@ def describe(session: Session, seconds: float | None = None) -> list[str]:
         f"augment   {_augmentation(config)}",
         f"rate      {_rates(config, stream.steps)}",
         f"length    {optim.steps:,} steps, {epochs:.4g} epochs, {run.precision}"
-        + (", compiled" if run.compile else ", blocks compiled" if run.compile_blocks else "")
+        + ("" if run.compile == "off" else f", {run.compile} compiled")
         + (", deterministic" if run.deterministic else "")
-        + (f", average of the weights with decay {optim.ema:.8g} a step" if optim.ema else ""),
+        + (f", average of the weights with decay {optim.ema_decay:.8g} a step" if optim.ema_decay else ""),
     ]
     if config.distill.teacher:
         d = config.distill
         lines.append(f"teacher   {d.teacher}, {d.kind}, alpha {d.alpha:g}, tau {d.tau:g}")
-    quirks = [name for name, on in vars(config.quirks).items() if on]
-    if quirks:
-        lines.append(f"quirks    {', '.join(quirks)}")
     if run.out:
-        lines.append(f"keeps     {run.keep} checkpoints, log and model in {run.out}")
+        lines.append(f"keeps     {run.keep_checkpoints} checkpoints, log and model in {run.out}")
     if seconds:
         left = optim.steps - state.steps
         lines.append(
@@ -58,7 +55,7 @@ def describe(session: Session, seconds: float | None = None) -> list[str]:
     return lines
 
 
-def time_step(session: Session, repeats: int = 3) -> float:
+def time_step(session: Session, repeated_aug: int = 3) -> float:
     """Seconds of a step on images of noise, without the optimiser. It leaves no trace in the run's state."""
     batches, device = session.batches, session.world.device
     size = batches.stream.batch // session.world.size // batches.parts
@@ -69,10 +66,10 @@ def time_step(session: Session, repeats: int = 3) -> float:
     session.backward(batch, 1.0)  # compiles, and takes its memory
     wait()
     started = time.perf_counter()
-    for _ in range(repeats):  # as many in every process, since they wait for each other
+    for _ in range(repeated_aug):  # as many in every process, since they wait for each other
         session.backward(batch, 1.0)
     wait()
-    seconds = (time.perf_counter() - started) / repeats * batches.parts
+    seconds = (time.perf_counter() - started) / repeated_aug * batches.parts
     session.state.optimiser.zero_grad(set_to_none=True)
     return seconds
 
@@ -86,8 +83,8 @@ def _augmentation(config: TrainConfig) -> str:
         f"erasing {a.erase:g}" if a.erase else "",
         f"mixup {a.mixup:g}" if a.mixup else "",
         f"CutMix {a.cutmix:g}" if a.cutmix else "",
-        f"{a.repeats} copies of an image" if a.repeats > 1 else "",
-        f"smoothing {config.optim.smoothing:g}" if config.optim.smoothing else "",
+        f"{a.repeated_aug} copies of an image" if a.repeated_aug > 1 else "",
+        f"smoothing {config.optim.label_smoothing:g}" if config.optim.label_smoothing else "",
         f"drop path {config.model.drop_path:g}" if config.model.drop_path else "",
     ]
     return ", ".join(filter(None, parts)) or "none"
@@ -102,7 +99,7 @@ def _rates(config: TrainConfig, epoch_steps: int) -> str:
         optim.steps - 1: "last",
     }
     return ", ".join(
-        f"{rate_of(step, optim, config.quirks, epoch_steps):.3g} {'at ' if step == 0 else ''}{name}"
+        f"{learning_rate(step, optim):.3g} {'at ' if step == 0 else ''}{name}"
         for step, name in sorted(keys.items())
         if step < optim.steps
     )

@@ -20,13 +20,13 @@ from cpvt.model.zoo import model_config
 
 DEIT_AUGMENT = AugmentConfig(
     crop=True,
-    flip=0.5,
+    hflip=0.5,
     randaugment="rand-m9-mstd0.5-inc1",
-    erase=0.25,
+    random_erasing=0.25,
     mixup=0.8,
     cutmix=1.0,
     mix_group=128,
-    repeats=3,
+    repeated_aug=3,
 )
 
 
@@ -41,27 +41,27 @@ def deit(model: str) -> TrainConfig:
         cpvt train --recipe deit --model cpvt_tiny_5peg --data PATH --run.out runs/cpvt_tiny_5peg
 
     Published for this recipe: CPVT-Ti 73.4 (five PEGs), 72.4 (one); DeiT-tiny 72.2. The rate grows with the
-    batch, so a smaller optim.batch needs no other change; one GPU takes 2048 images in micro-batches.
+    batch, so a smaller optim.global_batch_size needs no other change; one GPU takes 2048 images in micro-batches.
     """
     return TrainConfig(
         model=model_config(model, drop_path=0.1),
-        data=DataConfig(image_size=224, store="files", test_crop=0.875),
+        data=DataConfig(image_size=224, store="files", crop_pct=0.875),
         augment=DEIT_AUGMENT,
         optim=OptimConfig(
-            batch=2048,
-            micro_batch=1024,
+            global_batch_size=2048,
+            micro_batch_size=1024,
             epochs=300,
-            rate=5e-4,
-            scale_rate=True,
+            lr=5e-4,
+            scale_lr=True,
             warmup_epochs=5,
-            warmup_rate=1e-6,
-            final_rate=1e-5,
+            warmup_lr=1e-6,
+            min_lr=1e-5,
             weight_decay=0.05,
-            smoothing=0.1,
-            clip=0.0,
-            ema=0.99996,
+            label_smoothing=0.1,
+            clip_grad=0.0,
+            ema_decay=0.99996,
         ),
-        run=RunConfig(precision="bf16", compile=True, log_every=100, evaluate_every=10, tensorboard=True),
+        run=RunConfig(precision="bf16", compile="model", log_every=100, evaluate_every=10, tensorboard=True),
     )
 
 
@@ -80,15 +80,15 @@ def deit_384(model: str) -> TrainConfig:
     """
     start = deit(model)
     optim = OptimConfig(
-        batch=512,
-        micro_batch=256,
+        global_batch_size=512,
+        micro_batch_size=256,
         epochs=30,
-        rate=5e-6,
+        lr=5e-6,
         warmup_steps=0,
-        final_rate=5e-6,  # with the usual 1e-5 the rate would rise
+        min_lr=5e-6,  # with the usual 1e-5 the rate would rise
         weight_decay=1e-8,
-        smoothing=0.1,
-        clip=0.0,
+        label_smoothing=0.1,
+        clip_grad=0.0,
     )
     return replace(
         start,

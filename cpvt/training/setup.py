@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cpvt.config import ConfigError, TrainConfig
+from cpvt.config import TrainConfig
 from cpvt.data.device import send
 from cpvt.data.loader import Batch, Diagnostics, Images, Share, open_batches
+from cpvt.errors import ConfigError
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import load_weights
-from cpvt.randomness import uniform
+from cpvt.rng import uniform
 from cpvt.training.checkpoint import Checkpoints
 from cpvt.training.distributed import World
-from cpvt.training.objective import Objective, load_teacher
+from cpvt.training.loss import Criterion, load_teacher
 from cpvt.training.optim import resolved
 from cpvt.training.state import State
 
@@ -39,7 +40,7 @@ class Session:
     world: World
     batches: Diagnostics | Images
     state: State
-    objective: Objective
+    objective: Criterion
     forward: nn.Module
     checkpoints: Checkpoints
     first: int = 0
@@ -66,26 +67,23 @@ def set_up(config: TrainConfig, world: World, open_data: Callable = open_batches
 
     `open_data`: what gives the batches, with the arguments and the result of `cpvt.data.loader.open_batches`.
     """
-    run, quirks, augment = config.run, config.quirks, config.augment
+    run, augment = config.run, config.augment
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(run.deterministic)
-    if quirks.lone_no_repeats and world.size == 1:
-        augment = replace(augment, repeats=1)
-    checkpoints = Checkpoints(Path(run.out) / "checkpoints" if run.out else "", run.keep)
+    checkpoints = Checkpoints(Path(run.out) / "checkpoints" if run.out else "", run.keep_checkpoints)
     if run.out and world.chief:
         checkpoints.lock()
     batches = world.first(
         lambda: open_data(
             config.data,
-            config.optim.batch,
+            config.optim.global_batch_size,
             run.seed,
             world.device,
-            Share(world.rank, world.size, config.optim.micro_batch),
+            Share(world.rank, world.size, config.optim.micro_batch_size),
             augment=augment,
-            smoothing=config.optim.smoothing,
-            fixed_order=quirks.fixed_order,
+            smoothing=config.optim.label_smoothing,
         )
     )
     config = _settled(replace(config, augment=augment), batches)
@@ -95,17 +93,15 @@ def set_up(config: TrainConfig, world: World, open_data: Callable = open_batches
     if run.init:
         load_weights(model, run.init, resample=True)
     teacher = world.first(lambda: load_teacher(config.distill, config.model, world.device))
-    objective = Objective(config.optim.smoothing, config.distill, teacher, quirks.kl_by_elements)
+    objective = Criterion(config.optim.label_smoothing, config.distill, teacher)
     state = State(model, config, world.device, batches.fingerprint)
     notes: list[str] = []
     _take_up(state, checkpoints, world, notes)
-    if quirks.forget_best:
-        state.best = 0.0
-    if run.compile:
+    if run.compile == "model":
         model.compile()  # in place: the parameters keep their names
         if teacher:
             teacher.compile()
-    if run.compile_blocks:
+    if run.compile == "blocks":
         _compile_blocks(model)
     forward = world.wrap(model)
     return Session(config, world, batches, state, objective, forward, checkpoints, state.steps, notes)

@@ -7,8 +7,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from cpvt.checked import ConfigError
 from cpvt.config import TrainConfig, from_json, to_json
+from cpvt.errors import ConfigError
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import differences
 from cpvt.training.optim import Average, Skips, parameter_groups
@@ -22,9 +22,9 @@ class State:
         optim = config.optim
         self.model, self.config, self.steps, self.fingerprint = model, config, 0, fingerprint
         groups = parameter_groups(model, optim.weight_decay, optim.decay_pegs)
-        self.optimiser = torch.optim.AdamW(groups, lr=optim.rate, fused=True)
+        self.optimiser = torch.optim.AdamW(groups, lr=optim.lr, fused=True)
         self.parameters = [p for group in groups for p in group["params"]]
-        self.average = Average(model, optim.ema) if optim.ema else None
+        self.average = Average(model, optim.ema_decay) if optim.ema_decay else None
         self.scaler = torch.amp.GradScaler(
             torch.device(device).type, enabled=config.run.precision == "fp16", growth_interval=1000
         )
@@ -43,7 +43,7 @@ class State:
             self.scaler.unscale_(self.optimiser)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         taken = self.skips.see(loss, norm, scaled=fp16)
-        if clip := self.config.optim.clip:
+        if clip := self.config.optim.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
         for group in self.optimiser.param_groups:
             group["lr"] = rate

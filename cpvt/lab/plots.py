@@ -16,9 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from cpvt.lab.probes import Probe, theory
-from cpvt.lab.results import NOT_YET, PROVENANCES, Published, Row, Spread, over_seeds
-from cpvt.views.drawings import (
+from cpvt.lab.drawings import (
     attention_map,
     encoding_maps,
     image_and_patches,
@@ -27,7 +25,9 @@ from cpvt.views.drawings import (
     similarity_map,
     token_grid,
 )
-from cpvt.views.styles import BLACK, GREY, PALE, STYLES, WIDTH, Style, figure, style_of
+from cpvt.lab.probes import Probe, theory
+from cpvt.lab.results import NOT_YET, PROVENANCES, Published, Row, Spread, over_seeds
+from cpvt.lab.styles import BLACK, GREY, PALE, STYLES, WIDTH, Style, figure, style_of
 
 __all__ = [
     "STYLES", "Style", "accuracy_and_reach", "accuracy_by_distance", "attention_map", "differences",

@@ -17,15 +17,16 @@ from pathlib import Path
 
 import torch
 
-from cpvt.config import ConfigError, DataConfig, TrainConfig, from_json
+from cpvt.config import DataConfig, TrainConfig, from_json
 from cpvt.data.loader import keep_images, open_batches
+from cpvt.errors import ConfigError, ResultsError
 from cpvt.lab.arrays import keep_arrays
-from cpvt.lab.results import ResultsError, Row, append_row, commit, read_rows
+from cpvt.lab.results import Row, append_row, commit, read_rows
 from cpvt.lab.teacher import teach, teacher_top1
 from cpvt.lab.timing import Budget
 from cpvt.training.checkpoint import differences
 from cpvt.training.distributed import SIGNALS, Stopped
-from cpvt.training.loop import Run, train
+from cpvt.training.train import Run, train
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Monitor:
         timed = dict(entry)
         if "loss" in entry:
             now, (before, step) = time.perf_counter(), self._since
-            speed = (entry["step"] - step) * self.config.optim.batch / max(now - before, 1e-9)
+            speed = (entry["step"] - step) * self.config.optim.global_batch_size / max(now - before, 1e-9)
             self._since = now, entry["step"]
             timed["images_per_s"] = float(f"{speed:.4g}")
             if self.refused:

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from torch import Tensor
 
-from cpvt.data.stream import Share, Stream
-from cpvt.randomness import uniform
-from cpvt.views.styles import BLUE, GREEN, GREY, ORANGE, PALE, SKY, VERMILLION, figure
+from cpvt.data.sampler import Share, Stream
+from cpvt.lab.styles import BLUE, GREEN, GREY, ORANGE, PALE, SKY, VERMILLION, figure
+from cpvt.rng import uniform
 
 BYTES, UINT8, FLOAT = PALE, "#CBE6F7", "#F8DFA8"  # paler than the lines, so that black reads on them
 
@@ -92,7 +92,7 @@ def places_picture(stream: Stream, world: int = 1, micro: int = 0, marked: Seque
         axes = fig.subplots()
         for place, position in enumerate(positions.tolist()):
             row, column = divmod(place, size)
-            image = position // stream.repeats
+            image = position // stream.repeated_aug
             look = {"facecolor": colours.get(image, "white"), "edgecolor": GREY, "linewidth": 0.6}
             axes.add_patch(Rectangle((column, row + 0.19), 1, 0.62, **look))
             axes.text(

@@ -18,10 +18,10 @@ from cpvt.config import TrainConfig
 from cpvt.data.loader import open_batches
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import save_model
-from cpvt.training.distributed import Interruption, join_world
+from cpvt.training.distributed import SignalHandler, join_world
 from cpvt.training.evaluate import accuracy
-from cpvt.training.monitor import Monitor
-from cpvt.training.optim import rate_of
+from cpvt.training.logger import Monitor
+from cpvt.training.optim import learning_rate
 from cpvt.training.plan import describe, time_step
 from cpvt.training.setup import PRECISIONS, Session, pick_device, set_up
 
@@ -56,7 +56,7 @@ def train(
     FloatingPointError after `optim.skip_limit` steps in a row without a finite gradient.
     """
     started = time.perf_counter()
-    with join_world(pick_device(config.run.device)) as world, Interruption() as interruption:
+    with join_world(pick_device(config.run.device)) as world, SignalHandler() as interruption:
         session = set_up(config, world, open_data)
         if announce:
             seconds = time_step(session)
@@ -75,7 +75,7 @@ def train(
                 raise
 
 
-def _run(session: Session, monitor: Monitor, interruption: Interruption, started: float) -> Run:
+def _run(session: Session, monitor: Monitor, interruption: SignalHandler, started: float) -> Run:
     config, world, batches, state = session.config, session.world, session.batches, session.state
     optim, run, epoch_steps = config.optim, config.run, batches.stream.steps
     model, forward, parts = state.model, session.forward, batches.parts
@@ -94,7 +94,7 @@ def _run(session: Session, monitor: Monitor, interruption: Interruption, started
                 state.best = max(state.best, scores["top1"])
                 monitor.entry({"step": state.steps, **scores, "best": round(state.best, 3)})
 
-            rate = rate_of(state.steps, optim, config.quirks, epoch_steps, session.first)
+            rate = learning_rate(state.steps, optim)
             loss = torch.zeros((), device=world.device, dtype=state.parameters[0].dtype)
             for i, batch in enumerate(islice(micro_batches, parts), start=1):
                 monitor.data(state.steps, batch.faults, batch.refused)
@@ -147,7 +147,7 @@ def _log(session: Session, monitor: Monitor, rate: float, norm: Tensor) -> None:
     if skips["in_a_row"] >= min(optim.skip_limit, optim.steps):
         raise FloatingPointError(
             f"step {state.steps}: no finite loss or gradient in the last {skips['in_a_row']} steps; begin "
-            f"anew, in another folder: with a lower rate ({optim.rate:g}), a clipped gradient or without fp16"
+            f"anew, in another folder: with a lower rate ({optim.lr:g}), a clipped gradient or without fp16"
         )
     monitor.entry(entry)
 
@@ -162,7 +162,7 @@ def _save(session: Session, monitor: Monitor) -> None:
     session.world.any(False)  # nobody leaves, and is counted as lost, before it is written
 
 
-def _evaluate(session: Session, monitor: Monitor, interruption: Interruption) -> dict[str, float]:
+def _evaluate(session: Session, monitor: Monitor, interruption: SignalHandler) -> dict[str, float]:
     """Top-1 and top-5 of the weights and, as `ema_top1`, of their average; cut short by a signal."""
     state, batches, world = session.state, session.batches, session.world
     options = {"precision": PRECISIONS[session.config.run.precision], "stop": lambda: bool(interruption.name)}

@@ -10,12 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cpvt.randomness import mix, start
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message is one line: what was given, what was expected, what to do."""
-
+from cpvt.errors import DataError
+from cpvt.rng import mix, start
 
 CLASSES = {
     "where": ("top left", "top right", "bottom left", "bottom right"),

@@ -19,10 +19,11 @@ from timm.data import FastCollateMixup, ImageDataset, Mixup, create_loader
 from timm.data.auto_augment import posterize
 from torch import Tensor, distributed, nn
 
-from cpvt.config import AugmentConfig, ConfigError, ModelConfig
+from cpvt.config import AugmentConfig, ModelConfig
 from cpvt.data.datasets import ImageDataset as ImageFiles
 from cpvt.data.decode import Source
 from cpvt.data.loader import Batch, Images
+from cpvt.errors import ConfigError
 
 # What torch.compile is asked for, by name. Graphs are replayed without Python; autotuning tries many kernels.
 MODES: dict[str, dict] = {
@@ -55,24 +56,26 @@ def timm_loader(
     if augment.randaugment and not augment.crop:
         raise ConfigError("augment.crop=False: timm's training loader always crops; use augment.crop=True")
     mixes = mix_in_workers and (augment.mixup or augment.cutmix)
-    repeats = augment.repeats if augment.repeats > 1 else 0
+    repeated_aug = augment.repeated_aug if augment.repeated_aug > 1 else 0
     dataset = ImageDataset("", reader=_Encoded(source))
-    with _lone_world() if repeats else nullcontext():  # timm repeats for several processes only; one will do
+    with (
+        _lone_world() if repeated_aug else nullcontext()
+    ):  # timm repeated_aug for several processes only; one will do
         loader = create_loader(
             dataset,
             (3, image_size, image_size),
             batch,
             is_training=True,
             no_aug=not augment.crop,
-            re_prob=augment.erase,
+            re_prob=augment.random_erasing,
             re_mode="pixel",
             scale=augment.crop_scale,
             ratio=augment.crop_ratio,
-            hflip=augment.flip,
+            hflip=augment.hflip,
             color_jitter=None,
             auto_augment=augment.randaugment or None,
-            num_aug_repeats=repeats,
-            distributed=bool(repeats),
+            num_aug_repeats=repeated_aug,
+            distributed=bool(repeated_aug),
             interpolation="bicubic",
             num_workers=workers,
             collate_fn=_mixup(FastCollateMixup, augment, smoothing, classes) if mixes else None,
@@ -109,7 +112,7 @@ def mixer(augment: AugmentConfig, smoothing: float, classes: int) -> Callable[[T
 
 
 def _mixup(kind: type, augment: AugmentConfig, smoothing: float, classes: int):
-    switch = {"switch_prob": augment.mix_switch, "label_smoothing": smoothing, "num_classes": classes}
+    switch = {"switch_prob": augment.mixup_switch_prob, "label_smoothing": smoothing, "num_classes": classes}
     return kind(augment.mixup, augment.cutmix, **switch)
 
 
@@ -187,7 +190,7 @@ class TimmBatches(Selected):
         mix, places = mixer(augment, smoothing, classes), self._places(start)
         while True:
             epoch = self.stream.position(start)[0]
-            if augment.repeats > 1:
+            if augment.repeated_aug > 1:
                 loader.sampler.set_epoch(epoch)
             for i, (images, labels) in enumerate(loader, start=1):
                 epoch, positions, _ = next(places)

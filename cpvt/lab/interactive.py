@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cpvt.views.styles import PALE, RC, WIDTH
+from cpvt.lab.styles import PALE, RC, WIDTH
 
 PAD = 0.1  # inches that a notebook leaves around a saved figure; frames.js takes them off again
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpvt.checked import ConfigError
 from cpvt.config import DistillConfig, ModelConfig
+from cpvt.errors import ConfigError
 from cpvt.model.zoo import load_weights
 
 
@@ -22,7 +22,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
     return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
-class Objective:
+class Criterion:
     """The loss of a model's logits; with a teacher, the second head learns its answers (Touvron et al.).
 
     teacher  (B, 3, S, S) -> (B, C), kept in evaluation mode, or None
@@ -33,10 +33,8 @@ class Objective:
         smoothing: float = 0.0,
         distill: DistillConfig = DistillConfig(),
         teacher: nn.Module | None = None,
-        kl_by_elements: bool = False,
     ):
         self.smoothing, self.distill, self.teacher = smoothing, distill, teacher
-        self.kl_by_elements = kl_by_elements
 
     def __call__(self, logits: Tensor | tuple[Tensor, Tensor], images: Tensor, targets: Tensor) -> Tensor:
         """Logits (B, C), or those of the two heads; -> a scalar in the logits' precision, fp32 at least."""
@@ -58,7 +56,7 @@ class Objective:
         tau = self.distill.tau
         own, its = ((x / tau).log_softmax(-1) for x in (logits, answers))
         divergence = F.kl_div(own, its, reduction="sum", log_target=True) * tau**2
-        return divergence / (logits.numel() if self.kl_by_elements else len(logits))
+        return divergence / len(logits)
 
 
 def load_teacher(distill: DistillConfig, model: ModelConfig, device: str) -> nn.Module | None:

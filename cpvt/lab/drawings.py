@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from cpvt.views.styles import BLUE, GREY, ORANGE, SKY, VERMILLION, WIDTH, figure
+from cpvt.lab.styles import BLUE, GREY, ORANGE, SKY, VERMILLION, WIDTH, figure
 
 Grid = tuple[int, int]
 Place = tuple[int, int]

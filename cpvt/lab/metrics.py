@@ -27,7 +27,7 @@ from cpvt.lab.probes import (
 from cpvt.lab.results import fingerprint
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.evaluate import correct
-from cpvt.training.loop import Run
+from cpvt.training.train import Run
 
 
 def first_images(batches: Images, count: int) -> tuple[Tensor, Tensor]:

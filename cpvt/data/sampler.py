@@ -14,8 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cpvt.checked import ConfigError
-from cpvt.randomness import permutation
+from cpvt.errors import ConfigError
+from cpvt.rng import permutation
 
 REFERENCE_CHUNK = 256  # DeiT cuts an epoch of repeated samples to a multiple of this
 
@@ -27,7 +27,7 @@ class Stream:
     images   in the data set
     batch    samples a step, over all processes
     group    samples that are mixed among each other; they lie next to each other in the batch
-    repeats  copies of an image that stand one behind the other in the stream (repeated augmentation); they
+    repeated_aug  copies of an image that stand one behind the other in the stream (repeated augmentation); they
              fall into different groups, as they fall on different processes in DeiT
     """
 
@@ -35,23 +35,23 @@ class Stream:
     batch: int
     seed: int = 0
     group: int = 1
-    repeats: int = 1
+    repeated_aug: int = 1
 
     def __post_init__(self):
         if self.batch % self.group:
             raise ConfigError(
-                f"optim.batch={self.batch} with augment.mix_group={self.group}: "
+                f"optim.global_batch_size={self.batch} with augment.mix_group={self.group}: "
                 "a step holds whole groups; choose a divisor"
             )
-        if self.group > 1 and self.batch // self.group < self.repeats:
+        if self.group > 1 and self.batch // self.group < self.repeated_aug:
             raise ConfigError(
-                f"optim.batch={self.batch} with augment.mix_group={self.group} makes {self.batch // self.group} "
-                f"groups, fewer than augment.repeats={self.repeats}: an image would be mixed with its own copy; "
+                f"optim.global_batch_size={self.batch} with augment.mix_group={self.group} makes {self.batch // self.group} "
+                f"groups, fewer than augment.repeated_aug={self.repeated_aug}: an image would be mixed with its own copy; "
                 "choose smaller groups"
             )
         if self.samples < self.batch:
             raise ConfigError(
-                f"{self.images} training images, {self.samples} samples an epoch, optim.batch={self.batch}: "
+                f"{self.images} training images, {self.samples} samples an epoch, optim.global_batch_size={self.batch}: "
                 "choose a smaller batch"
             )
 
@@ -59,7 +59,7 @@ class Stream:
     def samples(self) -> int:
         """Samples that the stream of an epoch offers; the last incomplete step is left out."""
         chunks = self.images // REFERENCE_CHUNK * REFERENCE_CHUNK
-        return chunks if self.repeats > 1 and chunks else self.images
+        return chunks if self.repeated_aug > 1 and chunks else self.images
 
     @property
     def steps(self) -> int:
@@ -69,7 +69,7 @@ class Stream:
     @property
     def distinct(self) -> int:
         """Different images in an epoch."""
-        return -(-self.steps * self.batch // self.repeats)
+        return -(-self.steps * self.batch // self.repeated_aug)
 
     def position(self, step: int) -> tuple[int, int]:
         """A step of the run, counted from 0 -> (epoch, step of that epoch)."""
@@ -89,7 +89,7 @@ class Stream:
 
     def indices(self, epoch: int, positions: Tensor) -> Tensor:
         """Positions of an epoch -> indices into the data set."""
-        return _order(self.images, self.seed, epoch)[positions // self.repeats]
+        return _order(self.images, self.seed, epoch)[positions // self.repeated_aug]
 
 
 @lru_cache(maxsize=2)
@@ -112,13 +112,13 @@ class Share:
         """
         if batch % self.world or batch // self.world % group:
             raise ConfigError(
-                f"optim.batch={batch} for {self.world} processes with augment.mix_group={group}: each process "
+                f"optim.global_batch_size={batch} for {self.world} processes with augment.mix_group={group}: each process "
                 "needs an equal number of whole groups; change the batch or the group"
             )
         share = batch // self.world
         if self.micro and self.micro < group:
             raise ConfigError(
-                f"optim.micro_batch={self.micro} is smaller than augment.mix_group={group}: "
+                f"optim.micro_batch_size={self.micro} is smaller than augment.mix_group={group}: "
                 "a group is mixed in one piece; choose a smaller group"
             )
         sizes = (size for size in range(min(self.micro or share, share), 0, -1) if share % size == 0)

@@ -20,12 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpvt.config import AugmentConfig, ConfigError
+from cpvt.config import AugmentConfig
 from cpvt.data.device import fused, send
 from cpvt.data.mixing import Mix, draw_mix, mix_images, mix_labels
 from cpvt.data.randaugment import Policy, RandAugment
 from cpvt.data.resize import centre_box, crop_resize
-from cpvt.randomness import bits, mix, uniform
+from cpvt.errors import ConfigError
+from cpvt.rng import bits, mix, uniform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, the field's convention
 TRIES = 10  # places drawn for a crop or for a box to erase, of which the first that fits is taken
