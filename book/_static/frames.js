@@ -1,8 +1,8 @@
-// A cell tagged frames-RxC holds a sheet of R rows and C columns of equal frames. This shows one of them at a
-// time, chosen by a slider that the mouse, a finger or the arrow keys move; a button brings the whole sheet back.
-// Without this script the sheet is simply there.
+// A cell tagged frames-RxC holds small multiples: R rows and C columns of equal frames. This shows one frame at a
+// time, chosen by a slider that the mouse, a finger or the arrow keys move; a button brings all of them back.
+// Without this script all of them are simply there.
 document.addEventListener("DOMContentLoaded", () => {
-  const WIDTH = 7.0, PAD = 0.1; // inches: those of cpvt/views/frames.py
+  const WIDTH = 7.0, PAD = 0.1; // inches: those of cpvt/lab/interactive.py
   for (const cell of document.querySelectorAll("[class*='tag_frames-']")) {
     const [, rows, columns] = cell.className.match(/tag_frames-(\d+)x(\d+)/).map(Number);
     const image = cell.querySelector("img");

@@ -1,7 +1,7 @@
-"""Many views of one thing: a sheet of equal frames for the page, controls over the same drawing for the notebook.
+"""Many views of one thing: small multiples for the page, controls over the same drawing for the notebook.
 
-On the page a small script (book/_static/frames.js) turns a sheet into a slider that shows one frame at a time;
-where no script runs, the whole sheet is there. With a kernel, `explore` draws any frame anew.
+On the page a small script (book/_static/frames.js) turns small multiples into a slider that shows one frame at a
+time; where no script runs, all of them are there. With a kernel, `explore` draws any frame anew.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cpvt.lab.styles import PALE, RC, WIDTH
 PAD = 0.1  # inches that a notebook leaves around a saved figure; frames.js takes them off again
 
 
-def sheet(
+def small_multiples(
     draw: Callable[[Axes, Any], None],
     values: Sequence,
     titles: Sequence[str],
@@ -31,33 +31,28 @@ def sheet(
 ) -> Figure:
     """One frame for each value, `draw(axes, value)` in it, row by row; frames are equal in size.
 
-    Tag the cell `frames-RxC`, with the rows and columns of the sheet. `aspect`: height / width of a frame's
-    axes. Raises ValueError where the frames do not fill their rows, or a title is missing.
+    Tag the cell `frames-RxC`, with the numbers of rows and columns. `aspect`: height / width of a frame's axes.
+    Raises ValueError where the frames do not fill their rows, or a title is missing.
     """
     if len(values) != len(titles) or not values or len(values) % columns:
         raise ValueError(
             f"{len(values)} frames, {len(titles)} titles, {columns} columns: give a title a frame, and full rows"
         )
-    rows = len(values) // columns
-    wide, title, margin = WIDTH / columns, 0.34, 0.12
-    high = (wide - 2 * margin) * aspect + title + margin
+    rows, width, title, margin = len(values) // columns, WIDTH / columns, 0.34, 0.12  # inches
+    wide = width - 2 * margin
+    height = wide * aspect + title + margin
     with mpl.rc_context(RC):
-        figure = plt.figure(figsize=(WIDTH, rows * high))
-        # The whole sheet counts as drawn on, or a notebook would cut off what is empty at its edges.
+        figure = plt.figure(figsize=(WIDTH, rows * height))
+        # All of it counts as drawn on, or a notebook would cut off what is empty at its edges.
         figure.add_artist(Rectangle((0, 0), 1, 1, fill=False, edgecolor=PALE, linewidth=0.5))
         for i, (value, words) in enumerate(zip(values, titles, strict=True)):
-            row, column = divmod(i, columns)
+            left, bottom = i % columns * width + margin, (rows - 1 - i // columns) * height + margin
+            whole = WIDTH, rows * height
             axes = figure.add_axes(
-                (
-                    (column * wide + margin) / WIDTH,
-                    1 - ((row + 1) * high - margin) / (rows * high),
-                    (wide - 2 * margin) / WIDTH,
-                    (high - title - margin) / (rows * high),
-                )
+                (left / whole[0], bottom / whole[1], wide / whole[0], wide * aspect / whole[1])
             )
             draw(axes, value)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
             axes.set_title(words, fontsize=10)
         figure.draw_without_rendering()
         plt.close(figure)
@@ -68,27 +63,27 @@ def explore(draw: Callable[..., Figure], **choices: Sequence | tuple[int, int]) 
     """Controls over `draw(**values) -> Figure`: a pair of whole numbers is a slider between them, any other
     sequence a list to choose from. For a notebook with a kernel; tag the cell `remove-output`.
 
-    >>> explore(lambda encoding, shift: picture(encoding, shift), encoding=["learned", "peg"], shift=(-3, 3))
+    >>> explore(lambda encoding, shift: shifted(encoding, shift), encoding=["learned", "peg"], shift=(-3, 3))
     """
     controls = {name: _control(name, choice) for name, choice in choices.items()}
-    picture = _Picture(format="png")
+    image = _Image(format="png")
 
     def redraw(*_) -> None:
         file, figure = io.BytesIO(), draw(**{name: control.value for name, control in controls.items()})
         figure.savefig(file, format="png", bbox_inches="tight", pad_inches=PAD)
-        picture.value = file.getvalue()
+        image.value = file.getvalue()
 
     for control in controls.values():
         control.observe(redraw, "value")
     redraw()
-    return ipywidgets.VBox([*controls.values(), picture])
+    return ipywidgets.VBox([*controls.values(), image])
 
 
-class _Picture(ipywidgets.Image):
+class _Image(ipywidgets.Image):
     """An image as a widget: an output widget's would count as the cell's own where no front end collects it."""
 
     def __repr__(self) -> str:  # else its bytes would stand in the notebook
-        return "Picture()"
+        return "Image()"
 
 
 def _control(name: str, choice: Sequence | tuple[int, int]) -> ipywidgets.Widget:

@@ -1,4 +1,4 @@
-"""Sheets of frames and the controls over them."""
+"""Small multiples and the controls over them."""
 
 import io
 import re
@@ -7,11 +7,11 @@ from pathlib import Path
 import ipywidgets
 import numpy
 import pytest
-from cpvt.views import frames
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from cpvt.lab.interactive import explore, sheet
+from cpvt.lab import interactive
+from cpvt.lab.interactive import explore, small_multiples
 
 SCRIPT = Path(__file__).parent.parent / "book" / "_static" / "frames.js"
 
@@ -29,11 +29,11 @@ def saved(figure) -> numpy.ndarray:
 
 @pytest.mark.parametrize(("count", "columns"), [(4, 4), (6, 3), (8, 4), (2, 1)])
 def test_frames_are_where_the_script_cuts_them(count, columns):
-    """The script's arithmetic on the saved picture: in the middle of frame i stands the shade of value i."""
+    """The script's arithmetic on the saved figure: in the middle of frame i stands the shade of value i."""
     values = [(i + 1) / (count + 2) for i in range(count)]
-    pixels = saved(sheet(shade, values, [f"frame {i}" for i in range(count)], columns))
-    inch = pixels.shape[1] / (frames.WIDTH + 2 * frames.PAD)
-    pad, rows = frames.PAD * inch, count // columns
+    pixels = saved(small_multiples(shade, values, [f"frame {i}" for i in range(count)], columns))
+    inch = pixels.shape[1] / (interactive.WIDTH + 2 * interactive.PAD)
+    pad, rows = interactive.PAD * inch, count // columns
     wide, high = (pixels.shape[1] - 2 * pad) / columns, (pixels.shape[0] - 2 * pad) / rows
     for i, value in enumerate(values):
         x, y = pad + (i % columns + 0.5) * wide, pad + (i // columns + 0.55) * high
@@ -42,14 +42,14 @@ def test_frames_are_where_the_script_cuts_them(count, columns):
         assert edge == 255  # the corner of a frame is empty
 
 
-def test_the_script_knows_the_sizes_of_the_sheet():
+def test_the_script_knows_the_sizes_of_small_multiples():
     width, pad = re.search(r"WIDTH = ([\d.]+), PAD = ([\d.]+)", SCRIPT.read_text()).groups()
-    assert (float(width), float(pad)) == (frames.WIDTH, frames.PAD)
+    assert (float(width), float(pad)) == (interactive.WIDTH, interactive.PAD)
 
 
-def test_sheets_that_do_not_fill_their_rows_are_refused():
+def test_frames_that_do_not_fill_their_rows_are_refused():
     with pytest.raises(ValueError, match="3 frames, 3 titles, 2 columns"):
-        sheet(shade, [0, 1, 2], ["a", "b", "c"], 2)
+        small_multiples(shade, [0, 1, 2], ["a", "b", "c"], 2)
 
 
 def test_controls_draw_what_they_say():
@@ -62,9 +62,9 @@ def test_controls_draw_what_they_say():
         return figure
 
     box = explore(draw, encoding=["learned", "peg"], shift=(-3, 3))
-    choice, slider, picture = box.children
+    choice, slider, image = box.children
     assert isinstance(choice, ipywidgets.Dropdown) and isinstance(slider, ipywidgets.IntSlider)
     choice.value = "peg"
     slider.value = 2
-    assert numpy.asarray(Image.open(io.BytesIO(picture.value))).size and "PNG" not in repr(box)
+    assert numpy.asarray(Image.open(io.BytesIO(image.value))).size and "PNG" not in repr(box)
     assert drawn == [("learned", -3), ("peg", -3), ("peg", 2)]
