@@ -1,0 +1,59 @@
+"""What test files share: a small folder of images, a run on it with every part of the recipe, waiting."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+from PIL import Image
+
+from cpvt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, replace
+from cpvt.training.recipes import DEIT_AUGMENT
+
+EVERYTHING = replace(DEIT_AUGMENT, mix_group=4, repeated_aug=2)
+
+
+def draw_images(root: Path, train: int = 24, val: int = 7, classes: int = 3) -> Path:
+    """<root>/<split>/<class>/<number>.jpg of varying sizes: coloured noise over gradients."""
+    rng = numpy.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            folder = root / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = rng.integers(20, 40, 2)
+                slope = numpy.linspace(0, 120, width)[None, :, None] * (label == numpy.arange(3))
+                pixels = rng.integers(0, 120, (height, width, 3)) + slope
+                Image.fromarray(pixels.astype("uint8")).save(folder / f"{i:04d}.jpg", quality=90)
+    return root
+
+
+def small_run(root: Path, out: str = "", store: str = "files", **changes) -> TrainConfig:
+    """Twelve steps, two epochs, of a two-block model: everything of the recipe, EMA, two micro-batches.
+
+    `changes` are fields of OptimConfig and RunConfig.
+    """
+    optim = dict(global_batch_size=8, micro_batch_size=4, steps=12, warmup_steps=2, clip_grad=0.0)
+    optim |= dict(label_smoothing=0.1, ema_decay=0.8)
+    run = dict(device="cpu", log_every=2, out=out, seed=7)
+    for name, value in changes.items():
+        (optim if name in OptimConfig.__dataclass_fields__ else run)[name] = value
+    return TrainConfig(
+        model=ModelConfig(
+            patch_size=4, width=16, depth=2, heads=2, encoding="peg", drop_path=0.3, image_size=(16, 16)
+        ),
+        data=DataConfig(
+            name=str(root), image_size=16, store=store, stored_size=24, workers=0, crop_pct=0.875
+        ),
+        augment=EVERYTHING,
+        optim=OptimConfig(**optim),
+        run=RunConfig(**run),
+    )
+
+
+def wait_until(happened: Callable[[], object], limit: float = 600) -> None:
+    """Until `happened()`. The limit in seconds is for what never happens, not for what takes long."""
+    end = time.monotonic() + limit
+    while not happened():
+        assert time.monotonic() < end, f"waited {limit} s in vain"
+        time.sleep(0.02)
