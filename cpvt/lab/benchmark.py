@@ -12,7 +12,6 @@ tyro, which only the command line needs: python -c "from cpvt.lab.benchmark impo
                gradients agree in double precision; what each encoding costs beside none
     pipeline   the whole recipe from JPEG files, ours and timm's `create_loader` with as many workers: the loader
                alone, and feeding the step; from the files as they are, and shrunk beforehand
-    parts      where the time of a step goes
     memory     what the step's bytes take at the rate of a plain copy: an estimate of the bound
     inference  the forward pass
     teacher    a forward pass of regnety_160 beside the step (random weights: they change no speed)
@@ -26,7 +25,8 @@ first run pays for every answer all the same; only more students on the same see
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,7 +40,8 @@ from torch import Tensor
 
 from cpvt.config import replace
 from cpvt.errors import ConfigError, nearest
-from cpvt.lab.jpegs import Filled, Repeated, decoding, pieces, prepare
+from cpvt.lab.costs import step_bytes
+from cpvt.lab.jpegs import Filled, Repeated, decoding, prepare
 from cpvt.lab.results import Row
 from cpvt.lab.steps import (
     AGREE,
@@ -48,19 +49,93 @@ from cpvt.lab.steps import (
     ENCODINGS,
     GPU,
     Bench,
-    Step,
-    each_compiled,
     gradient_error,
     race,
-    step_bytes,
 )
-from cpvt.lab.timing import Budget, drain, feed, in_rounds, joined, ratios, seconds_of, spread
+from cpvt.lab.timing import Budget, Step, each_compiled, in_rounds, ratios, seconds_of, summary, wait
 from cpvt.lab.timm_baseline import timm_loader
 from cpvt.training.setup import pick_device
 
 LENGTH = 64  # batches in an epoch of repeated files
 STARTING = 3.0  # seconds that a loader's processes may take to start
+Batches = Iterator[tuple[Tensor, Tensor]]  # images and targets
 ALONE, FED = "loader alone", "feeding cpvt_tiny"
+
+
+# --------------------------------------------------------------------------- loaders
+
+
+def drain(batches: Batches, seconds: float, device: str, warm: float = 1.0) -> float:
+    """Images a second of a loader that nobody slows down, over `seconds` after `warm` seconds and a batch."""
+    images = 0
+    next(batches)  # processes start, kernels are compiled
+    _until(batches, time.perf_counter() + warm)
+    wait(device)
+    started = time.perf_counter()
+    images = _until(batches, started + seconds)
+    wait(device)
+    return images / (time.perf_counter() - started)
+
+
+def _until(batches: Batches, end: float) -> int:
+    images = 0
+    while time.perf_counter() < end:
+        images += len(next(batches)[0])
+    return images
+
+
+def feed(
+    batches: Batches, step: Callable[[Tensor, Tensor], object], seconds: float, device: str, warm: float = 1.0
+) -> tuple[float, float]:
+    """-> images a second of a step that these batches feed, and the share of the time it stood idle, 0 to 1.
+
+    Idle is what passes between a step's last kernel and the moment when the next batch is there, on the
+    stream of the model, by its own clock; on a CPU what passes in waiting for the next batch.
+    """
+    waits, images, counting = [], 0, False
+    step(*next(batches))
+    wait(device)
+    started = time.perf_counter()
+    end = started + warm
+    while True:
+        if time.perf_counter() >= end:
+            if counting:
+                break
+            wait(device)
+            started, images, counting = time.perf_counter(), 0, True
+            end, waits = started + seconds, []
+        idle = _mark(device)
+        batch = next(batches)
+        waits.append((idle, _mark(device)))
+        step(*batch)
+        images += len(batch[0])
+    wait(device)
+    total = time.perf_counter() - started
+    return images / total, sum(_between(*pair) for pair in waits) / total
+
+
+def _mark(device: str) -> float | torch.cuda.Event:
+    if "cuda" not in device:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start, end) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+
+
+def joined(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Batches:
+    """`count` batches as one, without end: the loader's epochs follow each other."""
+    images, targets = [], []
+    while True:
+        for image, target in batches:
+            images.append(image)
+            targets.append(target)
+            if len(images) == count:
+                yield torch.cat(images), torch.cat(targets)
+                images, targets = [], []
 
 
 # --------------------------------------------------------------------------- the parts
@@ -106,17 +181,15 @@ def _pipeline(bench: Bench) -> None:
     found = in_rounds(measures, min(size.rounds, 3), bench.budget)
     for (kind, alone, side), rates in found.items():
         source = bench.sources[kind][side == "timm"]
-        metrics = spread("images_per_s", rates) | spread("ratio", ratios(rates, found[kind, alone, "timm"]))
+        metrics = summary("images_per_s", rates) | summary("ratio", ratios(rates, found[kind, alone, "timm"]))
         megabytes = metrics["images_per_s"] * source.mean_bytes / 1e6
         metrics |= {"bytes_per_image": source.mean_bytes, "megabytes_per_s": megabytes}
         # The copies of an image follow each other in the stream: a disk is asked once for all of them.
         metrics["disk_megabytes_per_s"] = megabytes / bench.recipe.augment.repeated_aug
         if not alone:
-            metrics |= spread("idle_percent", idle[kind, side])
+            metrics |= summary("idle_percent", idle[kind, side])
             synthetic = bench.rates.get(f"step: cpvt_tiny, {feeding.mode}")
             metrics |= {"ratio_to_step": metrics["images_per_s"] / synthetic} if synthetic else {}
-        if (kind, alone, side) == ("files", False, "ours"):
-            bench.idle = metrics["idle_percent"]
         name = f"pipeline: {side}, {kind}, {ALONE if alone else FED}"
         _jpeg_row(bench, name, metrics, source, ratio_to="timm", mode=feeding.mode)
 
@@ -161,26 +234,12 @@ def timm_batches(bench: Bench, source: Repeated) -> Iterator[tuple[Tensor, Tenso
 LOADERS = {"ours": our_batches, "timm": timm_batches}
 
 
-def _parts(bench: Bench) -> None:
-    """Each piece of a batch by itself; the device is waited for in between, so nothing overlaps."""
-    step, source = bench.cpvt_step(), bench.sources["files"][0]
-    seconds, batch = pieces(bench.recipe, source, bench.size.batch, bench.side, bench.device)
-    seconds["forward_backward"] = seconds_of(lambda: step.backward(*batch), bench.device, bench.size.steps, 1)
-    seconds["optimiser"] = seconds_of(step.optimiser.step, bench.device, bench.size.steps)
-    step.update()
-    there = {name: value for name, value in seconds.items() if name not in ("read_one_worker", "draw")}
-    metrics = {f"{name}_ms": 1000 * value for name, value in seconds.items()}
-    metrics |= {f"share_percent/{name}": 100 * value / sum(there.values()) for name, value in there.items()}
-    metrics |= {} if bench.idle is None else {"idle_percent": bench.idle}
-    _jpeg_row(bench, "parts: cpvt_tiny", metrics, source, mode=step.mode)
-
-
 def _memory(bench: Bench) -> None:
     """A copy reads and writes each byte."""
     here = torch.zeros(bench.size.copied, dtype=torch.uint8, device=bench.device)
     there, config = torch.empty_like(here), bench.model("learned")
     times = [seconds_of(lambda: there.copy_(here), bench.device, 5, 1) for _ in range(bench.size.rounds)]
-    metrics = spread("copy_gigabytes_per_s", [2 * len(here) / seconds / 1e9 for seconds in times])
+    metrics = summary("copy_gigabytes_per_s", [2 * len(here) / seconds / 1e9 for seconds in times])
     bound = 2 * len(here) / min(times) / step_bytes(config)
     metrics |= {"step_megabytes_per_image": step_bytes(config) / 1e6, "bound_images_per_s": bound}
     for label, rate in bench.rates.items():
@@ -197,7 +256,7 @@ def _teacher(bench: Bench) -> None:
     for mode in ("eager", "default") if bench.size.compiles else ("eager",):
         if mode == "eager" or bench.budget.allows(3 * bench.size.compiling):
             teacher = timm.create_model(name, num_classes=targets.shape[1])
-            runs[mode] = Step(bench, teacher, mode, training=False)
+            runs[mode] = Step(teacher, bench.device, mode, training=False)
             runs[mode](images, targets)
         else:
             bench.skip(f"teacher: {name}, {mode}")
@@ -210,8 +269,8 @@ def _teacher(bench: Bench) -> None:
     )
     for mode in [mode for mode in found if mode != "step"]:
         pairs = list(zip(found[mode], found["step"], strict=True))
-        metrics = spread("images_per_s", [len(images) / its for its, _ in pairs])
-        metrics |= spread("share_percent", [100 * its / (its + own) for its, own in pairs])
+        metrics = summary("images_per_s", [len(images) / its for its, _ in pairs])
+        metrics |= summary("share_percent", [100 * its / (its + own) for its, own in pairs])
         told = {"teacher": name, "student": "cpvt_tiny", "student_mode": runs["step"].mode}
         bench.row(f"teacher: {name}, {mode}", metrics, told, images[:8])
 
@@ -220,7 +279,6 @@ def _teacher(bench: Bench) -> None:
 PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "step": (_step, 0.55),
     "pipeline": (_pipeline, 0.80),
-    "parts": (_parts, 0.83),
     "memory": (_memory, 0.84),
     "inference": (_inference, 0.97),
     "teacher": (_teacher, 1.0),
@@ -238,7 +296,7 @@ class Benchmark:
     out: Path = Path("data/results")  # folder of benchmark.jsonl
     budget_minutes: float = 9.0  # begin nothing that would end after this; 0: no limit
     size: Literal["auto", "gpu", "cpu"] = "auto"  # cpu: a small version that takes seconds and proves little
-    only: tuple[str, ...] = ()  # some of: step pipeline parts memory inference teacher; none: all
+    only: tuple[str, ...] = ()  # some of: step pipeline memory inference teacher; none: all
 
     def __call__(self) -> None:
         device = pick_device({"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[self.size])
@@ -257,7 +315,7 @@ class Benchmark:
 
     def _measure(self, bench: Bench, chosen: dict, folder: Path) -> None:
         size = bench.size
-        if chosen.keys() & {"pipeline", "parts"}:
+        if "pipeline" in chosen:
             length, classes = LENGTH * size.batch, bench.model("none").num_classes
             workers = bench.workers if bench.cuda else 1
             drawn = size.images, size.jpeg, size.short_side
@@ -284,7 +342,7 @@ def table(rows: list[Row]) -> list[str]:
         cells = [_cell(values.get(name)) for name in COLUMNS]
         extremes = f"   {values['ratio/min']:.3f} - {values['ratio/max']:.3f}" if "ratio" in values else ""
         lines.append(f"{row.row:52}" + "".join(f"{cell:>10}" for cell in cells) + extremes)
-        if row.row.startswith(("parts", "memory")):
+        if row.row.startswith("memory"):
             lines += [f"    {name:46}{value:12.5g}" for name, value in values.items()]
     return lines
 

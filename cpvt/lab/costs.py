@@ -8,17 +8,15 @@ with `none`, in rounds: each round takes one training step (or a few) and one fo
 group, in an order drawn anew, and gives one ratio a row. "none, again" is a second model without encoding: its
 ratio shows what the stop-watch itself adds to the rows of its group.
 
-Letters: B images of a batch, N patches, D width, h heads, k width of a kernel.
+Letters: B images of a batch, N patches, T tokens, D width.
 """
 
 from __future__ import annotations
 
-import math
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -31,11 +29,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpvt.config import ModelConfig
-from cpvt.lab import steps, timing
 from cpvt.lab.results import Row, append_row, commit, fingerprint, read_rows
-from cpvt.lab.steps import Bench, Size, Step, each_compiled
 from cpvt.lab.tables import TableRow, rows
-from cpvt.lab.timing import Budget, in_rounds, ratios, seconds_of
+from cpvt.lab.timing import Budget, Step, each_compiled, in_rounds, noise, ratios, seconds_of, summary
 from cpvt.model.fused_peg import FUSED
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_config
@@ -43,9 +39,24 @@ from cpvt.model.zoo import model_config
 BASE, AGAIN = "none", "none, again"
 CLAIMED = ("one PEG", "five PEGs")  # of these the book predicts the time
 GROUP = 6  # rows that are timed together with the base: few, so that all of a round lie close in time
-# From six rounds on the ranks give a 95 % interval of the median; 20 leave out the five outermost on each side.
-GPU = replace(steps.GPU, rounds=12)
-CPU = replace(steps.CPU, model={}, rounds=20)  # the whole DeiT-Ti at 224 pixels, eight images
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is timed."""
+
+    scale: str  # of the rows
+    batch_size: int
+    rounds: (
+        int  # from six on their ranks give a 95 % interval of the median; 20 leave out the five on each side
+    )
+    steps: int  # at a stretch
+    mode: str  # see `timing.Step`
+    model: dict = field(default_factory=dict)  # changes of DeiT-Ti
+
+
+CPU = Size("seconds", 8, 20, 1, "eager")
+GPU = Size("minutes", 1024, 12, 10, "default")
 
 
 def cost_rows() -> dict[str, TableRow]:
@@ -93,6 +104,17 @@ def multiply_adds(config: ModelConfig, side: int | None = None) -> int:
     return counter.get_total_flops() // 2
 
 
+def step_bytes(config: ModelConfig) -> int:
+    """Bytes that a training step must move for each image, in 16 bits, counted kernel by kernel.
+
+    A block's forward pass reads and writes T x D values 38 times: norms 2 + 2, queries, keys and values 4,
+    attention 4, its projection 2, GELU 8, the MLP's layers 5 + 5, residuals 3 + 3; the backward pass twice that.
+    Weights, images and the head are left out: less than one in a hundred at a batch of 1024.
+    """
+    tokens = config.prefix_tokens + config.grid[0] * config.grid[1]
+    return 3 * 38 * tokens * config.width * config.depth * 2
+
+
 def saved_bytes(config: ModelConfig, images: int = 1) -> int:
     """Bytes that a forward pass on a CPU keeps for the backward pass, parameters apart; each storage once.
 
@@ -123,29 +145,6 @@ def saved_per_image(config: ModelConfig) -> int:
 # --------------------------------------------------------------------------- measured
 
 
-def median_interval(values: Sequence[float], inside: float = 0.95) -> tuple[float, float] | None:
-    """Two of the values between which the median lies, with a probability of at least `inside`; None: too few.
-
-    By ranks alone (the sign test), whatever the values' distribution.
-    """
-    ordered, n = sorted(values), len(values)
-    outside, rank = 0.0, -1
-    for below in range(n // 2):
-        outside += 2 * math.comb(n, below) / 2**n
-        if outside > 1 - inside:
-            break
-        rank = below
-    return None if rank < 0 else (ordered[rank], ordered[n - 1 - rank])
-
-
-def spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """`timing.spread`, and the interval of the median as `name`/low and `name`/high where there is one."""
-    found = timing.spread(name, values)
-    if interval := median_interval(values):
-        found |= dict(zip((f"{name}/low", f"{name}/high"), interval, strict=True))
-    return found
-
-
 def measure_costs(
     out: str | Path,
     device: str = "cpu",
@@ -162,15 +161,14 @@ def measure_costs(
     -> how many rows are still missing.
     """
     size = size or (GPU if "cuda" in device else CPU)
-    path, every = Path(out) / "costs.jsonl", cost_rows()
+    path, every, budget = Path(out) / "costs.jsonl", cost_rows(), Budget(budget_minutes)
     done = {row.row for row in read_rows("costs", out) if row.scale == size.scale} if path.exists() else set()
-    missing = [name for name in (every if names is None else names) if name not in done]
-    bench, took = Bench(size, device, Budget(budget_minutes), Path(out)), 0.0
-    with each_compiled(), _threads(device):
-        base = _Entrant(bench, every[BASE]) if missing else None
-        while missing and (not took or bench.budget.allows(took)):
+    missing, took = [name for name in (every if names is None else names) if name not in done], 0.0
+    with each_compiled(), _one_thread(device):
+        base = Entrant(every[BASE], size, device) if missing else None
+        while missing and (not took or budget.allows(took)):
             group, missing, started = missing[:GROUP], missing[GROUP:], time.monotonic()
-            for row in _group(bench, base, [every[name] for name in group]):
+            for row in _timed(base, [every[name] for name in group], size, device):
                 append_row(path, row)
                 if report:
                     report(row, len(missing))
@@ -179,8 +177,8 @@ def measure_costs(
 
 
 @contextmanager
-def _threads(device: str) -> Iterator[None]:
-    """One thread on a CPU: two would wait for whatever else runs there."""
+def _one_thread(device: str) -> Iterator[None]:
+    """On a CPU: two would wait for whatever else runs there."""
     before = torch.get_num_threads()
     try:
         if "cuda" not in device:
@@ -190,74 +188,65 @@ def _threads(device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Entrant:
-    """One row's model, twice: training, and reading only. `memory` (bytes): what a step takes at its peak."""
+class Entrant:
+    """One row's model, twice: "step" trains it, "inference" reads only. On a GPU `memory` is what one takes at its
+    peak, in bytes."""
 
-    def __init__(self, bench: Bench, row: TableRow):
-        self.row, self.config = row, cost_config(row, drop_path=0.1, **bench.size.model)
-        mode, work = "default" if bench.size.compiles else "eager", bench.noise()
-        others, self.memory, self.steps = bench.memory(), {}, {}
-        for name, training in (("step", True), ("inference", False)):
+    def __init__(self, row: TableRow, size: Size, device: str):
+        self.row, self.config = row, cost_config(row, drop_path=0.1, **size.model)
+        self.batch = noise(self.config, size.batch_size, device)
+        self.steps: dict[str, Step] = {}
+        self.memory: dict[str, int] = {}
+        for name in ("step", "inference"):
+            others = torch.cuda.memory_allocated()
             torch.manual_seed(0)
-            step = Step(bench, VisionTransformer(self.config), mode, training)
+            step = Step(VisionTransformer(self.config), device, size.mode, training=name == "step")
             for _ in range(2):  # compiles, and takes what memory it will keep
-                step(*work)
-            bench.memory()  # the peak counts from here
-            step(*work)
-            if bench.cuda:
+                step(*self.batch)
+            if "cuda" in device:
+                torch.cuda.reset_peak_memory_stats()
+                step(*self.batch)
                 self.memory[name] = torch.cuda.max_memory_allocated() - others
-                others = torch.cuda.memory_allocated()
             self.steps[name] = step
 
-    def seconds(self, bench: Bench, name: str) -> float:
-        """Of one step, the mean of so many in a row as the size says."""
-        return seconds_of(partial(self.steps[name], *bench.noise()), bench.device, bench.size.steps)
 
-
-def _group(bench: Bench, base: _Entrant, group: Sequence[TableRow]) -> Iterator[Row]:
-    """Times the group and the base in rounds; -> its rows."""
-    since, entrants = time.monotonic(), {BASE: base}
-    for row in group:
-        if row.name != BASE:
-            entrants[row.name] = _Entrant(bench, row)
+def _timed(base: Entrant, group: Sequence[TableRow], size: Size, device: str) -> Iterator[Row]:
+    """Times the group and the base in rounds; -> the group's rows."""
+    since = time.monotonic()
+    entrants = {row.name: base if row.name == BASE else Entrant(row, size, device) for row in group}
     measures = {
-        (name, kind): partial(entrant.seconds, bench, kind)
-        for name, entrant in entrants.items()
-        for kind in entrant.steps
+        (name, kind): partial(seconds_of, partial(step, *entrant.batch), device, size.steps)
+        for name, entrant in {BASE: base, **entrants}.items()
+        for kind, step in entrant.steps.items()
     }
-    found: dict[tuple[str, str], list[float]] = {key: [] for key in measures}
-    for number in range(bench.size.rounds):  # each in its own order: who follows whom must not count
-        order = random.Random(number).sample(list(measures), len(measures))
-        for key, values in in_rounds({key: measures[key] for key in order}, 1, bench.budget).items():
-            found[key] += values
-    seconds = round((time.monotonic() - since) / max(len(group), 1), 1)
-    for row in group:
-        yield _row(bench, entrants[row.name], found, seconds)
+    found = in_rounds(measures, size.rounds)
+    seconds = round((time.monotonic() - since) / len(group), 1)
+    for name, entrant in entrants.items():
+        metrics = {"parameters": parameters(entrant.config), "multiply_adds": multiply_adds(entrant.config)}
+        for kind in entrant.steps:
+            times = found[name, kind]
+            metrics |= summary(f"{kind}_ratio", ratios(times, found[BASE, kind]))
+            if "cuda" in device:  # on a CPU, one thread of one machine: nobody's speed
+                metrics |= summary(f"{kind}_images_per_s", [size.batch_size / t for t in times])
+                metrics[f"{kind}_gigabytes"] = entrant.memory[kind] / 1e9
+        yield _row(entrant, size, device, metrics, seconds)
 
 
-def _row(bench: Bench, entrant: _Entrant, found: dict, seconds: float) -> Row:
-    """`found`: (name, "step" or "inference") -> seconds of one, a value a round."""
-    name, size = entrant.row.name, bench.size
-    metrics = {"parameters": parameters(entrant.config), "multiply_adds": multiply_adds(entrant.config)}
-    for kind in entrant.steps:
-        times = found[name, kind]
-        metrics |= spread(f"{kind}_ratio", ratios(times, found[BASE, kind]))
-        if bench.cuda:  # on a CPU, one thread of one machine: nobody's speed
-            metrics |= spread(f"{kind}_images_per_s", [size.batch / t for t in times])
-            metrics[f"{kind}_gigabytes"] = entrant.memory[kind] / 1e9
+def _row(entrant: Entrant, size: Size, device: str, metrics: dict[str, float], seconds: float) -> Row:
+    cuda = "cuda" in device
     return Row(
         experiment="costs",
-        row=name,
+        row=entrant.row.name,
         scale=size.scale,
         dataset="noise",
-        dataset_sha256=fingerprint(bench.noise()[0][:8]),
+        dataset_sha256=fingerprint(entrant.batch[0][:8]),
         seed=0,
         config={
             "model": asdict(entrant.config),
-            "batch": size.batch,
-            "precision": "bf16" if bench.cuda else "fp32",
-            "mode": next(iter(entrant.steps.values())).mode,
-            "fused": FUSED and bench.cuda,
+            "batch": size.batch_size,
+            "precision": "bf16" if cuda else "fp32",
+            "mode": size.mode,
+            "fused": FUSED and cuda,
             "threads": torch.get_num_threads(),
             "rounds": size.rounds,
             "steps_a_round": size.steps,
@@ -266,7 +255,7 @@ def _row(bench: Bench, entrant: _Entrant, found: dict, seconds: float) -> Row:
         metrics=metrics,
         weights="raw",
         seconds=seconds,
-        device=torch.cuda.get_device_name() if bench.cuda else "cpu",
+        device=torch.cuda.get_device_name() if cuda else "cpu",
         torch=torch.__version__,
         cpvt_commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),

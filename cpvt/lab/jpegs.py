@@ -5,7 +5,6 @@ Letters: B images of a batch, S side of an image in pixels, K classes.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,17 +18,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from cpvt.config import TrainConfig
 from cpvt.data import decode
 from cpvt.data.datasets import ImageDataset, Shards, open_dataset
-from cpvt.data.decode import Decoder, Reader
 from cpvt.data.examine import Shrink
 from cpvt.data.loader import Images
 from cpvt.data.pack import pack
-from cpvt.data.resize import crop_resize
-from cpvt.data.transforms import Recipe
 from cpvt.errors import DataError
-from cpvt.lab.timing import seconds_of
 
 QUALITY = 90  # of drawn JPEGs; with the noise it gives ImageNet's usual bytes a pixel, a little over one half
 
@@ -180,50 +174,3 @@ def _by_torchvision(
     if isinstance(source, bytes | bytearray):
         source = torch.frombuffer(bytearray(source), dtype=torch.uint8)
     return decode_jpeg(source, ImageReadMode.RGB, device)
-
-
-# --------------------------------------------------------------------------- one batch, piece by piece
-
-
-def pieces(
-    recipe: TrainConfig, source: Repeated, batch: int, side: int, device: str
-) -> tuple[dict[str, float], tuple[Tensor, Tensor]]:
-    """-> seconds of each piece of a batch by itself, and the batch: images (B, 3, S, S), targets.
-
-    read (and, without a GPU, decoded) by one process; decode; draw, on the CPU; crop; randaugment; and finish:
-    normalise, erase, mix.
-    """
-    augment, index = recipe.augment, list(range(batch))
-    reader, decoder = Reader(source, "cuda" in device), Decoder(device)
-    made = Recipe(augment, side, len(source.classes), recipe.optim.label_smoothing, 0)
-    fetched = reader[index]
-    decoded = decoder(fetched, source)
-    positions, groups = torch.arange(batch), torch.arange(batch // augment.mix_group)
-    sides = torch.tensor([image.shape[1:] for image in decoded.images])
-    numbers = itertools.count()
-
-    def draw():
-        return made.draw(next(numbers), positions, groups, *sides.T)
-
-    draws = draw()
-
-    def crop() -> Tensor:
-        return crop_resize(decoded.images, draws.crop.double(), (side, side), draws.flip)
-
-    pixels = crop()
-
-    def whole() -> tuple[Tensor, Tensor]:
-        return made(decoded.images, decoded.labels, 0, positions, groups)
-
-    def timed(work) -> float:
-        return seconds_of(work, device, 3, 1)
-
-    seconds = {
-        "read_one_worker": seconds_of(lambda: reader[index], "cpu"),
-        "decode": timed(lambda: decoder(fetched, source)),
-        "draw": timed(draw),
-        "crop": timed(crop),
-        "randaugment": timed(lambda: made.randaugment(pixels, draws.policy)),
-    }
-    rest = timed(whole) - seconds["draw"] - seconds["crop"] - seconds["randaugment"]
-    return {**seconds, "finish": max(rest, 0.0)}, whole()

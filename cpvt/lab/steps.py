@@ -16,21 +16,18 @@ from statistics import median
 
 import timm
 import torch
-import torch._dynamo.config
 import torchvision
 from torch import Tensor, nn
 
 from cpvt.config import ModelConfig, TrainConfig, replace
 from cpvt.lab.jpegs import Repeated
 from cpvt.lab.results import Row, append_row, commit, fingerprint
-from cpvt.lab.timing import Budget, in_rounds, ratios, seconds_of, spread
-from cpvt.lab.timm_baseline import MODES, timm_model
+from cpvt.lab.timing import MODES, Budget, Step, in_rounds, noise, ratios, seconds_of, summary
+from cpvt.lab.timm_baseline import timm_model
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_config
 from cpvt.training.loss import cross_entropy
-from cpvt.training.optim import parameter_groups
 from cpvt.training.recipes import deit
-from cpvt.training.setup import drop_path_factors
 
 # --------------------------------------------------------------------------- how large
 
@@ -79,7 +76,6 @@ class Bench:
     """What the parts share, and what they leave for each other.
 
     rates    images a second of every step, by row
-    idle     per cent of the time that the model waited for our batches, once measured
     trained  cpvt_tiny's step, once built
     rows     what was measured, in order
     origin   name of the folder of JPEGs; empty: they are drawn
@@ -95,7 +91,6 @@ class Bench:
     decoder: str = ""
     sources: dict[str, tuple[Repeated, Repeated]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
-    idle: float | None = None
     trained: Step | None = None
     rows: list[Row] = field(default_factory=list)
     _noise: tuple[Tensor, Tensor] | None = None
@@ -127,14 +122,8 @@ class Bench:
     def noise(self) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) and mixed labels (B, K) on the device, always the same."""
         if self._noise is None:
-            dice, config = torch.Generator().manual_seed(0), self.model("none")
-            images = torch.randn(self.size.batch, 3, *config.image_size, generator=dice)
-            targets = (4 * torch.randn(self.size.batch, config.num_classes, generator=dice)).softmax(-1)
-            self._noise = images.to(self.device), targets.to(self.device)
+            self._noise = noise(self.model("none"), self.size.batch, self.device)
         return self._noise
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast("cuda" if self.cuda else "cpu", torch.bfloat16, enabled=self.cuda)
 
     def memory(self) -> int:
         """Bytes of the GPU that are taken now; its peak counts from here on."""
@@ -147,7 +136,7 @@ class Bench:
         """The step that the loaders feed."""
         if self.trained is None:
             mode = "default" if self.size.compiles else "eager"
-            self.trained = Step(self, VisionTransformer(self.model("peg")), mode)
+            self.trained = Step(VisionTransformer(self.model("peg")), self.device, mode)
             self.trained(*self.noise())
         return self.trained
 
@@ -189,54 +178,7 @@ class Bench:
         self._since = now
 
 
-# --------------------------------------------------------------------------- one step
-
-
-class Step:
-    """A training step, or a forward pass, of one model on one device; calling it does one."""
-
-    def __init__(self, bench: Bench, model: nn.Module, mode: str = "eager", training: bool = True):
-        self.model, self.bench, self.mode, self.count = model.to(bench.device).train(training), bench, mode, 0
-        if training:
-            groups = parameter_groups(model, 0.05)
-            self.optimiser = torch.optim.AdamW(groups, lr=1e-4, fused=True)
-        if mode != "eager":
-            model.compile(**MODES[mode])
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.count += 1
-        keep = ()  # ours takes its drop path as factors, which the loop draws on the CPU; timm's draws itself
-        if self.model.training and isinstance(self.model, VisionTransformer) and self.model.config.drop_path:
-            positions = self.count * len(images) + torch.arange(len(images))
-            keep = (drop_path_factors(self.model, 0, positions, 0).to(images.device, torch.float32),)
-        if self.mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned may be overwritten
-        with self.bench.autocast():
-            return self.model(images, *keep)
-
-    def backward(self, images: Tensor, targets: Tensor) -> None:
-        cross_entropy(self.forward(images).float(), targets).backward()
-
-    def update(self) -> None:
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-
-    def __call__(self, images: Tensor, targets: Tensor) -> None:
-        if self.model.training:
-            self.backward(images, targets)
-            self.update()
-        else:
-            with torch.no_grad():
-                self.forward(images)
-
-
-def each_compiled():
-    """A context in which any number of models can be compiled one after the other.
-
-    They are instances of one class, hence versions of one function to torch.compile; past 8 of them it would go
-    on without compiling, and warn.
-    """
-    return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+# --------------------------------------------------------------------------- side by side
 
 
 def gradient_error(bench: Bench) -> float:
@@ -260,20 +202,6 @@ def _gradients(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, T
     return model.state_dict()  # whose names are those of timm on both sides
 
 
-def step_bytes(config: ModelConfig) -> int:
-    """Bytes that a training step must move for each image, in 16 bits, counted kernel by kernel.
-
-    A block's forward pass reads and writes T x D values 38 times: norms 2 + 2, queries, keys and values 4,
-    attention 4, its projection 2, GELU 8, the MLP's layers 5 + 5, residuals 3 + 3; the backward pass twice that.
-    Weights, images and the head are left out: less than one in a hundred at a batch of 1024.
-    """
-    tokens = config.prefix_tokens + config.grid[0] * config.grid[1]
-    return 3 * 38 * tokens * config.width * config.depth * 2
-
-
-# --------------------------------------------------------------------------- side by side
-
-
 def race(bench: Bench, part: str, training: bool, names: Iterable[str], more: dict[str, float]) -> None:
     """timm's deit_tiny, eager and in every mode, and ours by `names`, in rounds; a row each.
 
@@ -289,7 +217,7 @@ def race(bench: Bench, part: str, training: bool, names: Iterable[str], more: di
             continue
         config, before = bench.model(ENCODINGS.get(name, "learned")), bench.memory()
         model = VisionTransformer(config) if name in ENCODINGS else timm_model(config)
-        step = Step(bench, model, mode, training)
+        step = Step(model, bench.device, mode, training)
         try:
             first = seconds_of(partial(step, images, targets), bench.device)
         except RuntimeError as error:  # one way to compile that fails here must not cost the others
@@ -309,9 +237,9 @@ def race(bench: Bench, part: str, training: bool, names: Iterable[str], more: di
     plain = next((rates for label, rates in found.items() if label.startswith("no encoding")), None)
     for label, rates in found.items():
         name = label.rpartition(", ")[0]
-        metrics = spread("images_per_s", rates) | spread("ratio", ratios(rates, found[best]))
+        metrics = summary("images_per_s", rates) | summary("ratio", ratios(rates, found[best]))
         if plain and name in ENCODINGS and rates is not plain:
-            metrics |= spread("cost_percent", [100 * (ratio - 1) for ratio in ratios(plain, rates)])
+            metrics |= summary("cost_percent", [100 * (ratio - 1) for ratio in ratios(plain, rates)])
         config = {"model": asdict(bench.model(ENCODINGS.get(name, "learned"))), "ratio_to": best}
         bench.row(f"{part}: {label}", metrics | facts[label] | more, config, images[:8])
         bench.rates[f"{part}: {label}"] = metrics["images_per_s"]

@@ -1,74 +1,38 @@
-"""Stop-watches: side by side in rounds, loaders drained or feeding a step, within a budget of minutes.
+"""Stop-watches, and the training step that they time.
 
-Machines are shared and their clocks wander, so what is compared is measured in turns, A B A B ..., and each
-round gives a ratio of its own.
+Machines are shared and their clocks wander: what is compared is timed in rounds, everything once in each, and
+every round gives a ratio of its own.
+
+Letters: B images of a batch, K classes, S side of an image in pixels.
 """
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from torch import Tensor
+from scipy.stats import quantile_test
+from torch import Tensor, nn
 
+from cpvt.config import ModelConfig
 from cpvt.errors import ConfigError
+from cpvt.model.vit import VisionTransformer
+from cpvt.training.loss import cross_entropy
+from cpvt.training.optim import parameter_groups
 
-Batches = Iterator[tuple[Tensor, Tensor]]  # images and targets
-
-
-def waiter(device: str) -> Callable[[], None]:
-    """What waits until the device has done all that it was given."""
-    return torch.cuda.synchronize if "cuda" in device else lambda: None
-
-
-def seconds_of(work: Callable[[], object], device: str, times: int = 1, warm: int = 0) -> float:
-    """Seconds of one call, the mean of `times` in a row; `warm` calls before are not counted."""
-    wait = waiter(device)
-    for _ in range(warm):
-        work()
-    wait()
-    started = time.perf_counter()
-    for _ in range(times):
-        work()
-    wait()
-    return (time.perf_counter() - started) / times
-
-
-def in_rounds(
-    measures: dict[str, Callable[[], float]], rounds: int, budget: Budget
-) -> dict[str, list[float]]:
-    """Each measure once a round, in turns; whole rounds while the budget lasts, one at least."""
-    found: dict[str, list[float]] = {name: [] for name in measures}
-    for number in range(rounds):
-        started = time.monotonic()
-        for name, measure in measures.items():
-            found[name].append(measure())
-        if number + 1 < rounds and not budget.allows(time.monotonic() - started):
-            break
-    return found
-
-
-def spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Metrics of a row: the median over rounds as `name`, the extremes as `name`/min and `name`/max."""
-    return {name: median(values), f"{name}/min": min(values), f"{name}/max": max(values)}
-
-
-def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Round by round."""
-    return [a / b for a, b in zip(values, others, strict=True)]
+# --------------------------------------------------------------------------- stop-watches
 
 
 @dataclass
 class Budget:
-    """Minutes that may be spent, 0: without end; parts of it can be held back for what comes later.
+    """Minutes that may be spent, 0: without end. `until`: the share of them that may be used up by now."""
 
-    until   share of the budget that may be used up by now
-    """
-
-    minutes: float
+    minutes: float = 0.0
     until: float = 1.0
     started: float = field(default_factory=lambda: time.monotonic())
 
@@ -82,77 +46,115 @@ class Budget:
         return not self.minutes or spent + seconds <= 60 * self.minutes * self.until
 
 
-# --------------------------------------------------------------------------- loaders
+def wait(device: str) -> None:
+    """Until the device has done all that it was given."""
+    if "cuda" in device:
+        torch.cuda.synchronize()
 
 
-def drain(batches: Batches, seconds: float, device: str, warm: float = 1.0) -> float:
-    """Images a second of a loader that nobody slows down, over `seconds` after `warm` seconds and a batch."""
-    wait, images = waiter(device), 0
-    next(batches)  # processes start, kernels are compiled
-    _until(batches, time.perf_counter() + warm)
-    wait()
+def seconds_of(work: Callable[[], object], device: str, times: int = 1, warm: int = 0) -> float:
+    """Seconds of one call, the mean of `times` in a row; `warm` calls before are not counted."""
+    for _ in range(warm):
+        work()
+    wait(device)
     started = time.perf_counter()
-    images = _until(batches, started + seconds)
-    wait()
-    return images / (time.perf_counter() - started)
+    for _ in range(times):
+        work()
+    wait(device)
+    return (time.perf_counter() - started) / times
 
 
-def _until(batches: Batches, end: float) -> int:
-    images = 0
-    while time.perf_counter() < end:
-        images += len(next(batches)[0])
-    return images
+def in_rounds(
+    measures: dict[Hashable, Callable[[], float]], rounds: int, budget: Budget | None = None
+) -> dict[Hashable, list[float]]:
+    """Each measure once a round; whole rounds while the budget lasts, one at least."""
+    found: dict[Hashable, list[float]] = {name: [] for name in measures}
+    for number in range(rounds):
+        started = time.monotonic()
+        # In an order drawn anew: who follows whom must not count.
+        for name in random.Random(number).sample(list(measures), len(measures)):
+            found[name].append(measures[name]())
+        if budget and not budget.allows(time.monotonic() - started):
+            break
+    return found
 
 
-def feed(
-    batches: Batches, step: Callable[[Tensor, Tensor], object], seconds: float, device: str, warm: float = 1.0
-) -> tuple[float, float]:
-    """-> images a second of a step that these batches feed, and the share of the time it stood idle, 0 to 1.
+def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(values, others, strict=True)]
 
-    Idle is what passes between a step's last kernel and the moment when the next batch is there, on the
-    stream of the model, by its own clock; on a CPU what passes in waiting for the next batch.
+
+def summary(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Metrics: the median over rounds as `name`, the extremes as `name`/min and `name`/max.
+
+    From six values on also a 95 % interval of the median, `name`/low and `name`/high: by ranks alone (the sign
+    test), whatever the values' distribution.
     """
-    wait, waits, images, counting = waiter(device), [], 0, False
-    step(*next(batches))
-    wait()
-    started = time.perf_counter()
-    end = started + warm
-    while True:
-        if time.perf_counter() >= end:
-            if counting:
-                break
-            wait()
-            started, images, counting = time.perf_counter(), 0, True
-            end, waits = started + seconds, []
-        idle = _mark(device)
-        batch = next(batches)
-        waits.append((idle, _mark(device)))
-        step(*batch)
-        images += len(batch[0])
-    wait()
-    total = time.perf_counter() - started
-    return images / total, sum(_between(*pair) for pair in waits) / total
+    found = {name: median(values), f"{name}/min": min(values), f"{name}/max": max(values)}
+    if len(values) > 5:
+        interval = quantile_test(values).confidence_interval(0.95)
+        found |= {f"{name}/low": float(interval.low), f"{name}/high": float(interval.high)}
+    return found
 
 
-def _mark(device: str) -> float | torch.cuda.Event:
-    if "cuda" not in device:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+# --------------------------------------------------------------------------- what is timed
+
+# What torch.compile is asked for, by name. Graphs are replayed without Python; autotuning tries many kernels.
+MODES: dict[str, dict] = {
+    "default": {},
+    "reduce-overhead": {"mode": "reduce-overhead"},
+    "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
+}
 
 
-def _between(start, end) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+def noise(config: ModelConfig, batch_size: int, device: str) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, S, S) and soft targets (B, K), always the same."""
+    dice = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, config.in_channels, *config.image_size, generator=dice)
+    targets = (4 * torch.randn(batch_size, config.num_classes, generator=dice)).softmax(-1)
+    return images.to(device), targets.to(device)
 
 
-def joined(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Batches:
-    """`count` batches as one, without end: the loader's epochs follow each other."""
-    images, targets = [], []
-    while True:
-        for image, target in batches:
-            images.append(image)
-            targets.append(target)
-            if len(images) == count:
-                yield torch.cat(images), torch.cat(targets)
-                images, targets = [], []
+class Step:
+    """A training step, or a forward pass, as in training: AdamW, and bf16 on a GPU. Calling it does one.
+
+    `mode`: "eager", or one of `MODES`.
+    """
+
+    def __init__(self, model: nn.Module, device: str, mode: str = "eager", training: bool = True):
+        self.model, self.mode = model.to(device).train(training), mode
+        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled="cuda" in device)
+        groups = parameter_groups(model, 0.05)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True) if training else None
+        if mode != "eager":
+            model.compile(**MODES[mode])
+
+    def forward(self, images: Tensor) -> Tensor:
+        scale = ()  # ours takes the factors of its drop path from the loop; timm's draws them itself
+        if self.model.training and isinstance(self.model, VisionTransformer) and self.model.config.drop_path:
+            draws = torch.rand(len(self.model.blocks), 2, len(images), device=images.device)
+            scale = (self.model.keep_factors(draws),)
+        if self.mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned may be overwritten
+        with self.autocast:
+            return self.model(images, *scale)
+
+    def __call__(self, images: Tensor, targets: Tensor) -> None:
+        if self.optimizer:
+            cross_entropy(self.forward(images).float(), targets).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            with torch.no_grad():
+                self.forward(images)
+
+
+def each_compiled() -> AbstractContextManager:
+    """A context in which any number of models can be compiled one after the other.
+
+    They are instances of one class, hence versions of one function to torch.compile; past 8 of them it would go
+    on without compiling, and warn.
+    """
+    import torch._dynamo.config  # a second that only this costs
+
+    return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)

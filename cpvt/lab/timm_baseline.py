@@ -25,13 +25,6 @@ from cpvt.data.decode import Source
 from cpvt.data.loader import Batch, Images
 from cpvt.errors import ConfigError
 
-# What torch.compile is asked for, by name. Graphs are replayed without Python; autotuning tries many kernels.
-MODES: dict[str, dict] = {
-    "default": {},
-    "reduce-overhead": {"mode": "reduce-overhead"},
-    "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
-}
-
 # --------------------------------------------------------------------------- its loader
 
 
