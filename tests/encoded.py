@@ -8,6 +8,8 @@ import numpy
 import torch
 from PIL import Image
 
+from cpvt.errors import UserError
+
 
 def picture(height=45, width=61, mode="RGB", seed=0):
     """A smooth random image with a few sharp edges, as photographs have."""
@@ -20,7 +22,7 @@ def picture(height=45, width=61, mode="RGB", seed=0):
 
 def encoded(image, kind="JPEG", **options):
     file = BytesIO()
-    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}), **options)
+    image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}) | options)
     return file.getvalue()
 
 
@@ -52,11 +54,13 @@ def with_size(jpeg, height, width):
 
 
 RGB = picture()
+SIXTEEN = numpy.array([[0, 255, 256, 1000, 32768, 65535]], dtype=numpy.uint16)
 PLAIN = {
     "4:4:4": encoded(RGB, subsampling=0),
     "4:2:2": encoded(RGB, subsampling=1),
     "4:2:0": encoded(RGB, subsampling=2),
     "4:0:0": encoded(picture(mode="L")),
+    "turned by EXIF": encoded(RGB, exif=exif(6)),
 }
 ODD = {
     "progressive": encoded(RGB, progressive=True),
@@ -64,19 +68,25 @@ ODD = {
     "stored as RGB": encoded(RGB, keep_rgb=True),
     "PNG named JPEG": encoded(RGB, "PNG"),
     "palette": encoded(picture(mode="P"), "GIF"),
+    "black and white": encoded(picture(mode="1"), "PNG"),
     "transparent": encoded(picture(mode="RGBA"), "PNG"),
+    "grey and transparent": encoded(picture(mode="LA"), "PNG"),
     "webp": encoded(RGB, "WEBP"),
     "bmp": encoded(RGB, "BMP"),
+    "tiff": encoded(RGB, "TIFF"),
 }
 BROKEN = {
     "empty": b"",
     "text": b"<html>404 not found</html>",
+    "a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     "cut in the middle": PLAIN["4:2:0"][: len(PLAIN["4:2:0"]) // 2],
     "cut in the header": PLAIN["4:2:0"][:100],
     "two bytes": b"\xff\xd8",
     "PNG cut off": ODD["PNG named JPEG"][:400],
     "JPEG bomb": with_size(PLAIN["4:4:4"], 60000, 60000),
     "PNG bomb": png(60000, 60000, 8, 2, b""),
+    "32 bits": encoded(picture(mode="I"), "TIFF"),
+    "floating point": encoded(picture(mode="F"), "TIFF"),
 }
 
 
@@ -100,3 +110,13 @@ class Folder:
 
 def plain_images(count):
     return [encoded(picture(40 + i, 50 - i, seed=i)) for i in range(count)]
+
+
+def refusal(call, *args, **kwargs):
+    """The one line with which a call refuses its arguments."""
+    try:
+        call(*args, **kwargs)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    raise AssertionError("nothing was refused")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from torch import nn
 
 from cpvt.cli import main
 from cpvt.config import ModelConfig, replace
-from cpvt.data import decode
 from cpvt.data.datasets import open_dataset
+from cpvt.data.decode import decode_image
 from cpvt.errors import DataError
 from cpvt.lab import benchmark, costs, timing
 from cpvt.lab.benchmark import Benchmark, drain, feed, joined, our_batches, timm_batches
-from cpvt.lab.jpegs import Repeated, decoding, draw_jpeg, prepare
+from cpvt.lab.jpegs import Repeated, draw_jpeg, jpeg_decoder, prepare
 from cpvt.lab.results import read_rows
 from cpvt.lab.steps import AGREE, CPU, ENCODINGS, GPU, TIMM, Bench, gradient_error, race
 from cpvt.lab.timing import MODES, Budget, Step, each_compiled, in_rounds, ratios, summary
@@ -347,18 +348,21 @@ def test_both_loaders_give_a_step_its_batch(tmp_path):
         assert torch.allclose(batch[1].sum(1), torch.ones(CPU.batch))
 
 
-@pytest.mark.filterwarnings("ignore:The image decoding")
-@pytest.mark.parametrize("gpu, stands_in", [(False, "Pillow, CPU"), (True, "torchvision, GPU")])
-def test_without_torchcodec_rows_say_so(tmp_path, monkeypatch, gpu, stands_in):
-    """And what stands in for it decodes the same picture, within a few grey levels."""
-    expected = decode.decode_cpu(draw_jpeg(0, 40, 50)).int()
-    monkeypatch.setattr(decode, "decode_jpeg", None)
+@pytest.mark.parametrize("device, stands_in", [("cpu", "Pillow, CPU"), ("cuda", "torchvision, GPU")])
+def test_without_torchcodec_rows_say_so(tmp_path, device, stands_in):
     desk = bench(tmp_path)
-    with decoding(gpu) as desk.decoder:
-        found = decode.decode_cpu(draw_jpeg(0, 40, 50)).int()
-    assert decode.decode_jpeg is None and (found - expected).abs().max() <= 3
+    desk.decoder, decode_jpegs = jpeg_decoder(device, None)
+    assert (decode_jpegs is not None) == (device == "cuda")
     benchmark._memory(desk)
     assert desk.rows[0].config["decoder"] == f"{stands_in}: torchcodec is missing"
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding")
+def test_what_stands_in_for_torchcodec_decodes_the_same_picture():
+    jpeg = draw_jpeg(0, 40, 50)
+    stand_in = partial(jpeg_decoder("cuda", None)[1], device="cpu")
+    (found,) = stand_in([torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)])
+    assert (found.int() - decode_image(jpeg).int()).abs().max() <= 3
 
 
 def test_what_does_not_fit_is_named(tmp_path, monkeypatch, capsys):

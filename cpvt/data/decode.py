@@ -1,15 +1,23 @@
-"""Bytes -> pixels: read and routed by worker processes, decoded in batches on the GPU, or else by the CPU.
+"""Bytes -> pixels: the one decoder of the package. What counts as an image is decided here, for every reader.
 
-What no decoder can read is replaced by another image, chosen by a fixed function of its index, and reported.
-Letters: n images in the source, h w height and width of one image in pixels.
+A worker process reads files and looks at their headers (`ChunkReader`): plain JPEGs stay bytes where a GPU will
+decode them, everything else is decoded on the spot. The main process decodes the rest, a chunk at a time
+(`Decoder`). What cannot be decoded is replaced by another image, a fixed function of its index, and named.
+
+Letters: B images of a chunk, h w height and width of one image in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from io import BytesIO
+from pathlib import Path
 from typing import Protocol
 
 import numpy
@@ -18,31 +26,187 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cpvt.data.header import Header, hide_exif, read_header
-from cpvt.errors import DataError
+from cpvt.errors import ConfigError, DataError
 from cpvt.rng import integers
 
-try:
-    from torchcodec.decoders import decode_jpeg
-except (ImportError, OSError, RuntimeError):  # no build of it for this machine: Pillow decodes everything
-    decode_jpeg = None
-
-GPU_DECODES = decode_jpeg is not None  # where there is a GPU
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: a quarter of a GB in RGB
-MAX_SIDE = 16_384  # of an image for the GPU
-GPU_SUBSAMPLING = ("4:0:0", "4:4:4", "4:2:2", "4:2:0", "4:4:0")
-ATTEMPTS = 8  # replacements tried for one unreadable image
-GREY, GREY_SIDE = 128, 16  # the image that stands in where every replacement failed too
 # Pillow opens more, some by calling other programs; these are what image folders hold.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+ENDINGS = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .ppm .pgm .tif .tiff".split())
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: a quarter of a GB in RGB
+MAX_BYTES = 1 << 28  # of one file: an image of so many pixels, not compressed
+ATTEMPTS = 8  # replacements tried for one unreadable image
+GREY, GREY_SIDE = 128, 16  # the image that stands in where every replacement failed too
 
 
 class DecodeError(DataError):
     """One image that cannot be decoded; the message is the reason."""
 
 
+# --------------------------------------------------------------------------- one image
+
+
+@contextmanager
+def open_image(source: bytes | Path) -> Iterator[Image.Image]:
+    """A file or its bytes -> a Pillow image whose pixels are not read yet.
+
+    Raises DecodeError for what is empty, of no known format, of more than MAX_PIXELS, or of 32 bits a pixel, where
+    no value is known to be white; and for whatever goes wrong within.
+    """
+    try:
+        if not source:
+            raise DecodeError("empty")
+        file = BytesIO(source) if isinstance(source, bytes) else _regular(source)
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DecodeError(f"{image.width} x {image.height}, more than {MAX_PIXELS:,} pixels")
+            if image.mode in ("I", "F"):
+                raise DecodeError("32 bits a pixel, of which none is known to be white")
+            yield image
+    except DecodeError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DecodeError(f"in none of the formats {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow's readers let anything through that broken data may cause
+        raise DecodeError(_reason(error)) from error
+
+
+def decode_image(data: bytes) -> Tensor:
+    """Encoded bytes -> (3, h, w) uint8 RGB, as stored, whatever EXIF says of rotation.
+
+    The pixels are those of Pillow's `convert("RGB")`, the reference's loader, but for 16-bit greyscale: there
+    Pillow cuts off at 255, which leaves nearly white images, and here the upper byte is kept, as Pillow does
+    with 16-bit colour. Plain JPEGs go through torchcodec, in two thirds of the time and with the same pixels.
+    Raises DecodeError.
+    """
+    decode_jpeg = find_jpeg_decoder()
+    if decode_jpeg and plain_jpeg_size(data):
+        try:
+            return decode_jpeg(hide_exif(data))
+        except RuntimeError:
+            pass  # Pillow decides, and words the reason
+    with open_image(data) as image:
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
+        pixels = numpy.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file, at most MAX_BYTES; else DecodeError, or OSError."""
+    return _regular(path).read_bytes()
+
+
+def _regular(path: Path) -> Path:
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise DecodeError("not a regular file")  # a pipe would be waited for, a device might never end
+    if about.st_size > MAX_BYTES:
+        raise DecodeError(f"{about.st_size:,} bytes, more than {MAX_BYTES:,}")
+    return path
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0]
+
+
+def find_jpeg_decoder() -> Callable | None:
+    """torchcodec's decoder, which takes a JPEG or a list of them and a device; None where it cannot be loaded."""
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return decode_jpeg
+
+
+def find_gpu_decoder(device: str | torch.device, decode: str = "auto") -> Callable | None:
+    """What decodes a list of JPEGs on this device in one call; None where the CPU is to decode.
+
+    decode  "auto": on the GPU where it can; "cpu"; "gpu": ConfigError where it cannot
+    """
+    cuda = torch.device(device).type == "cuda"
+    decode_jpeg = find_jpeg_decoder() if cuda and decode != "cpu" else None
+    if decode == "gpu" and not decode_jpeg:
+        why = (
+            ", but torchcodec cannot be loaded: install it, or" if cuda else f" with device {str(device)!r}:"
+        )
+        raise ConfigError(f"data.decode='gpu'{why} use 'auto'")
+    return decode_jpeg and partial(decode_jpeg, device=device)
+
+
+# --------------------------------------------------------------------------- the header of a JPEG
+
+START_OF_SCAN, APP0, APP1, APP14, APP15 = 0xDA, 0xE0, 0xE1, 0xEE, 0xEF
+BASELINE, FRAMES = 0xC0, frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # those three mean other things
+ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length
+LUMA_FACTORS = (0x11, 0x21, 0x22, 0x12)  # 4:4:4, 4:2:2, 4:2:0, 4:4:0, where the chroma has 0x11
+MAX_GPU_SIDE = 16_384
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """All bytes of a file -> (height, width) of a JPEG that a GPU decodes as Pillow does, up to rounding.
+
+    None for everything else. Plain is a baseline JPEG of 8 bits, grey or YCbCr, in one scan that is ended, of a
+    usual chroma subsampling. nvJPEG decodes cut-off files without a word and takes Adobe's RGB for YCbCr:
+    Pillow has to see those.
+    """
+    frame, jfif, adobe = b"", False, None
+    for marker, start, length in _blocks(data):
+        block = data[start : start + min(length, 64)]
+        if marker in FRAMES:
+            frame = block if marker == BASELINE else b""  # bits, height, width, then three bytes a component
+        elif marker == APP0 and block[:5] == b"JFIF\0":
+            jfif = True
+        elif marker == APP14 and block[:5] == b"Adobe" and len(block) >= 12:
+            adobe = block[11]
+        elif marker == START_OF_SCAN and frame[5:6] in (b"\1", b"\3") and len(frame) >= 6 + 3 * frame[5]:
+            names, factors = frame[6 : 6 + 3 * frame[5] : 3], frame[7 : 7 + 3 * frame[5] : 3]
+            usual = len(names) == 1 or (factors[0] in LUMA_FACTORS and factors[1:] == b"\x11\x11")
+            # libjpeg lets a JFIF mark win over Adobe's; decoders differ there.
+            rgb = len(names) == 3 and (adobe == 0 or (not jfif and adobe is None and names == b"RGB"))
+            # Inside a scan an FF is followed by 00, so FFD9 behind its start is the end of the image.
+            whole = block[:1] == frame[5:6] and data.rfind(b"\xff\xd9", start + length) >= 0
+            height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
+            fits = 0 < height * width <= MAX_PIXELS and max(height, width) <= MAX_GPU_SIDE
+            return (height, width) if frame[0] == 8 and usual and not rgb and whole and fits else None
+    return None
+
+
+def hide_exif(data: bytes) -> bytes | bytearray:
+    """The same JPEG in which no decoder finds an orientation: a copy with its APP1 blocks renamed, or `data`.
+
+    The marker is renamed and not the signature overwritten, because torchcodec's decoder for the CPU takes any
+    APP1 for Exif without looking.
+    """
+    places = [start - 3 for marker, start, _ in _blocks(data) if marker == APP1]
+    copy = bytearray(data) if places else data
+    for place in places:
+        copy[place] = APP15
+    return copy
+
+
+def _blocks(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """The marker, start and length of each block of a JPEG up to its first scan."""
+    place = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF or marker in ALONE:
+            place += 1 if marker == 0xFF else 2  # a fill byte, or a marker without a block
+            continue
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        if length < 2 or place + 2 + length > len(data):
+            return
+        yield marker, place + 4, length - 2
+        if marker == START_OF_SCAN:
+            return
+        place += 2 + length
+
+
+# --------------------------------------------------------------------------- replacement
+
+
 class Source(Protocol):
-    """Encoded images by number, as a packed data set or a folder offers them."""
+    """Encoded images by number, as shards or a folder offer them."""
 
     labels: Tensor | Sequence[int]  # (n,) int64
 
@@ -61,113 +225,6 @@ class Fault:
     replaced_by: int
 
 
-@dataclass
-class Fetched:
-    """A micro-batch as a worker hands it on.
-
-    data        uint8, 1-D: the images end to end
-    spans       for each image (start, length, height, width, encoded): its JPEG bytes, or its (h, w, 3) pixels
-    indices     the images asked for
-    taken       the images that came, other than asked for where one was replaced; -1 for plain grey
-    labels      (B,) int64, of the images that came; of the one asked for where that is plain grey
-    faults      what could not be had, in the order of reading
-    bytes_read  of encoded data, failed reads included
-    """
-
-    data: Tensor
-    spans: list[tuple[int, int, int, int, bool]]
-    indices: list[int]
-    labels: Tensor
-    faults: list[Fault]
-    bytes_read: int
-    taken: list[int]
-
-    def view(self, position: int) -> Tensor:
-        """The image at this position of the batch: 1-D where it is encoded, else (3, h, w)."""
-        start, length, height, width, encoded = self.spans[position]
-        data = self.data[start : start + length]
-        return data if encoded else data.view(height, width, 3).permute(2, 0, 1)
-
-
-@dataclass
-class Decoded:
-    """images (3, h, w) uint8 each, on the device; labels (B,) int64 on the CPU; faults of worker and decoder.
-
-    `refused` counts the images that the GPU would not decode and the CPU did.
-    """
-
-    images: list[Tensor]
-    labels: Tensor
-    faults: list[Fault] = field(default_factory=list)
-    refused: int = 0
-
-
-# --------------------------------------------------------------------------- one image
-
-
-def for_gpu(header: Header) -> bool:
-    """Whether the GPU's decoder takes this image and makes of it what Pillow does, up to rounding.
-
-    A whole baseline JPEG of 8 bits, grey or YCbCr in one scan, of a usual chroma subsampling. nvJPEG decodes
-    cut-off files without a word and takes Adobe's RGB for YCbCr; Pillow has to see those.
-    """
-    return (
-        header.kind == "jpeg"
-        and header.baseline
-        and header.whole
-        and header.bits == 8
-        and header.colour in ("grey", "ycbcr")
-        and header.subsampling in GPU_SUBSAMPLING
-        and 0 < header.height * header.width <= MAX_PIXELS
-        and max(header.height, header.width) <= MAX_SIDE
-    )
-
-
-def decode_cpu(data: bytes) -> Tensor:
-    """Encoded bytes -> (3, h, w) uint8 RGB, channels last in memory; as stored, whatever EXIF says of rotation.
-
-    The pixels are those of Pillow's `convert("RGB")`, the reference's loader, but for 16-bit greyscale: there
-    Pillow cuts off at 255, which leaves nearly white images, and here the upper byte is kept, as Pillow does
-    with 16-bit colour. Plain JPEGs go through torchcodec, faster and with the same pixels.
-
-    Raises DecodeError for what is empty, cut off, of no known format, or has more than MAX_PIXELS pixels.
-    """
-    if not len(data):
-        raise DecodeError("empty")
-    header = read_header(data)
-    _refuse_bombs(header.height, header.width)
-    if decode_jpeg is not None and for_gpu(header):
-        try:
-            return decode_jpeg(hide_exif(data, header))
-        except RuntimeError:
-            pass  # Pillow decides, and words the reason
-    try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            _refuse_bombs(image.height, image.width)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
-            pixels = numpy.array(image.convert("RGB"))
-    except DecodeError:
-        raise
-    except Exception as error:  # Pillow's readers let anything through that broken data may cause
-        unknown = isinstance(error, UnidentifiedImageError)
-        raise DecodeError("of no format that is known" if unknown else _reason(error)) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _refuse_bombs(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise DecodeError(f"claims {width} x {height} pixels; more than {MAX_PIXELS} are not decoded")
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0]
-
-
-# --------------------------------------------------------------------------- replacement
-
-
 def replacement(index: int, attempt: int, n: int) -> int:
     """Which of n images stands in for `index` at this attempt: a fixed function, never the image itself."""
     if n == 1:
@@ -175,78 +232,106 @@ def replacement(index: int, attempt: int, n: int) -> int:
     return (index + 1 + int(integers("replacement", n - 1, index, attempt))) % n
 
 
-def first_good(
-    source: Source, index: int, take: Callable[[bytes], object], faults: list[Fault], bad: str = ""
-):
+def first_good(source: Source, index: int, take: Callable[[bytes], object], faults: list[Fault]):
     """The image `index`, or the first of its replacements that can be had: (its index, take(its bytes)).
 
-    `bad` is the reason where `index` is known to fail. After ATTEMPTS replacements: (-1, None). Every failure
-    is added to `faults`.
+    After ATTEMPTS replacements: (-1, take's result for a grey image). Every failure is added to `faults`.
     """
-    failed = [(index, bad)] if bad else []
-    for attempt in range(len(failed), ATTEMPTS + 1):
+    failed = []
+    for attempt in range(ATTEMPTS + 1):
         i = replacement(index, attempt, len(source)) if attempt else index
         try:
             item = take(source.read(i))
             break
-        except (OSError, ValueError) as error:  # DataError and DecodeError among them
+        except (OSError, ValueError, MemoryError) as error:  # DataError and DecodeError among them
             failed.append((i, _reason(error)))
     else:
-        i, item = -1, None
+        i, file = -1, BytesIO()
+        Image.new("RGB", (GREY_SIDE, GREY_SIDE), (GREY,) * 3).save(file, "PNG")
+        item = take(file.getvalue())
     faults.extend(Fault(j, source.key(j), reason, i) for j, reason in failed)
     return i, item
 
 
-def _grey() -> Tensor:
-    return torch.full((3, GREY_SIDE, GREY_SIDE), GREY, dtype=torch.uint8)
+# --------------------------------------------------------------------------- worker processes
 
 
-# --------------------------------------------------------------------------- worker
+class Request(Protocol):
+    """Images asked for: `indices` (B,) int64, and whatever has to travel with them."""
+
+    indices: Tensor
 
 
-class Reader(Dataset):
-    """The worker's side: a list of indices -> Fetched. For DataLoader(batch_size=None, sampler=lists).
+@dataclass
+class ReadChunk:
+    """A chunk as a worker hands it on.
 
-    With `device_decodes`, plain JPEGs are handed on encoded, with their EXIF block hidden from the decoder;
+    request  what was asked for, as it was given
+    data     uint8, 1-D: the images end to end
+    spans    for each image (start, length, height, width, encoded): its JPEG bytes, or its (h, w, 3) pixels
+    taken    the images that came, other than asked for where one was replaced; -1 for plain grey
+    labels   (B,) int64, of the images that came; of the one asked for where that is plain grey
+    faults   what could not be had, in the order of reading
+    """
+
+    request: Request
+    data: Tensor
+    spans: list[tuple[int, int, int, int, bool]]
+    taken: list[int]
+    labels: Tensor
+    faults: list[Fault]
+
+
+class ChunkReader(Dataset):
+    """The worker's side: a request -> ReadChunk. For DataLoader(batch_size=None, sampler=requests).
+
+    With `keep_jpegs`, plain JPEGs are handed on encoded, with their EXIF block hidden from the decoder;
     everything else is decoded here.
     """
 
-    def __init__(self, source: Source, device_decodes: bool):
-        self.source, self.device_decodes = source, device_decodes
+    def __init__(self, source: Source, keep_jpegs: bool):
+        self.source, self.keep_jpegs = source, keep_jpegs
         self.labels = torch.as_tensor(source.labels)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: Sequence[int]) -> Fetched:
-        indices = [int(i) for i in indices]
+    def __getitem__(self, request: Request) -> ReadChunk:
+        indices = request.indices.tolist()
         pieces, spans, taken, faults, start = [], [], [], [], 0
-        self._bytes_read = 0
         for index in indices:
-            i, item = first_good(self.source, index, self._take, faults)
-            piece, height, width, encoded = item or _plain(_grey())
+            i, (piece, height, width, encoded) = first_good(self.source, index, self._take, faults)
             spans.append((start, len(piece), height, width, encoded))
             start += len(piece)
             pieces.append(piece)
             taken.append(i)
-        data = numpy.concatenate(pieces) if pieces else numpy.empty(0, numpy.uint8)
+        data = torch.from_numpy(numpy.concatenate(pieces) if pieces else numpy.empty(0, numpy.uint8))
         labels = self.labels[[i if i >= 0 else j for i, j in zip(taken, indices, strict=True)]]
-        return Fetched(torch.from_numpy(data), spans, indices, labels, faults, self._bytes_read, taken)
+        return ReadChunk(request, data, spans, taken, labels, faults)
 
-    def _take(self, data: bytes):
-        self._bytes_read += len(data)
-        header = read_header(data)
-        if self.device_decodes and for_gpu(header):
-            piece = numpy.frombuffer(hide_exif(data, header), numpy.uint8)
-            return piece, header.height, header.width, True
-        return _plain(decode_cpu(data))
-
-
-def _plain(image: Tensor):
-    return image.permute(1, 2, 0).reshape(-1).numpy(), image.shape[1], image.shape[2], False
+    def _take(self, data: bytes) -> tuple[numpy.ndarray, int, int, bool]:
+        size = plain_jpeg_size(data) if self.keep_jpegs else None
+        if size:
+            return numpy.frombuffer(hide_exif(data), numpy.uint8), *size, True
+        image = decode_image(data)
+        return image.permute(1, 2, 0).reshape(-1).numpy(), image.shape[1], image.shape[2], False
 
 
 # --------------------------------------------------------------------------- main process
+
+
+@dataclass
+class DecodedChunk:
+    """images (3, h, w) uint8 each, on the device; labels (B,) int64 on the CPU; faults of worker and decoder.
+
+    `refused` counts the images that the GPU would not decode and the CPU did.
+    """
+
+    request: Request
+    images: list[Tensor]
+    labels: Tensor
+    faults: list[Fault] = field(default_factory=list)
+    refused: int = 0
 
 
 def bisect(decode: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor]) -> list[Tensor | Exception]:
@@ -269,67 +354,73 @@ def bisect(decode: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor]) 
 
 
 class Decoder:
-    """The main process' side: Fetched -> Decoded, in the thread that calls.
+    """The main process' side: ReadChunk -> DecodedChunk, in the thread that calls; `reader` is the workers' side.
+
+    decode        as in `find_gpu_decoder`
+    decode_jpegs  use this instead: a list of JPEGs, uint8 1-D each -> their images on the device
 
     On CUDA, everything happens on a stream of its own, `stream`, and the images are ready for the stream that
-    is current at the call. A caller that crops within `torch.cuda.stream(decoder.stream)` and hands on only
-    the crops spares one `record_stream` an image.
-
-    nvJPEG's hardware path does not wait for the stream it is given (torchvision's pull request 9606): it may
-    write into a freed block that a queued kernel still reads. So blocks come from the own stream's pool, which
-    gets them back only after the consumer's kernels (`record_stream`), and the own stream is idle before each
-    decode.
+    is current at the call. nvJPEG's hardware path does not wait for the stream it is given (torchvision's pull
+    request 9606): it may write into a freed block that a queued kernel still reads. So blocks come from the own
+    stream's pool, which gets them back only after the consumer's kernels (`record_stream`), and the own stream
+    is idle before each decode.
     """
 
-    def __init__(self, device: str):
-        self.device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0", as images will say
-        self.cuda = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if self.cuda else None
-        # Without torchcodec nothing is handed on encoded (see `Reader`), and there is nothing to decode here.
-        by_gpu = self.cuda and decode_jpeg is not None
-        self.decode = partial(decode_jpeg, device=self.device) if by_gpu else _decode_all
+    def __init__(
+        self,
+        source: Source,
+        device: str | torch.device,
+        decode: str = "auto",
+        decode_jpegs: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ):
+        self.source, self.device = source, torch.device(device)
+        self.decode_jpegs = decode_jpegs or find_gpu_decoder(device, decode)
+        self.reader = ChunkReader(source, keep_jpegs=self.decode_jpegs is not None)
+        self.warned = False
 
-    def __call__(self, fetched: Fetched, source: Source) -> Decoded:
-        if not self.cuda:
-            return self._batch(fetched, source)
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(
+            self.device
+        )  # made when first used: workers may be forked before CUDA starts
+
+    def __call__(self, chunk: ReadChunk) -> DecodedChunk:
+        if self.device.type != "cuda":
+            return self._decode(chunk)
         consumer = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.stream):
             self.stream.synchronize()
-            decoded = self._batch(fetched, source)
+            decoded = self._decode(chunk)
         if consumer != self.stream:
             consumer.wait_stream(self.stream)
             for image in decoded.images:
                 image.record_stream(consumer)
         return decoded
 
-    def _batch(self, fetched: Fetched, source: Source) -> Decoded:
-        images = [fetched.view(position) for position in range(len(fetched.spans))]
-        encoded = [position for position, span in enumerate(fetched.spans) if span[-1]]
-        decoded = Decoded(images, fetched.labels.clone(), list(fetched.faults))
-        results = bisect(self.decode, [images[position] for position in encoded])
-        for position, result in zip(encoded, results, strict=True):
-            if isinstance(result, Tensor) and result.shape == (3, *fetched.spans[position][2:4]):
-                images[position] = result
-            else:
-                self._by_cpu(position, fetched, source, decoded)
-        decoded.images = [self._place(image) for image in images]
+    def _decode(self, chunk: ReadChunk) -> DecodedChunk:
+        jpegs = {i: chunk.data[s : s + n] for i, (s, n, *_, encoded) in enumerate(chunk.spans) if encoded}
+        # What the workers decoded goes to the device in one copy.
+        data = chunk.data.to(self.device) if len(jpegs) < len(chunk.spans) else chunk.data
+        images = [
+            None if encoded else data[s : s + n].view(h, w, 3).permute(2, 0, 1)
+            for s, n, h, w, encoded in chunk.spans
+        ]
+        decoded = DecodedChunk(chunk.request, images, chunk.labels.clone(), list(chunk.faults))
+        results = bisect(self.decode_jpegs, [*jpegs.values()])
+        for i, result in zip(jpegs, results, strict=True):
+            if isinstance(result, Tensor) and result.shape == (3, *chunk.spans[i][2:4]):
+                images[i] = result
+                continue
+            index = chunk.taken[i]
+            came, image = first_good(self.source, index, decode_image, decoded.faults)
+            decoded.refused += came == index
+            decoded.labels[i] = self.reader.labels[came if came >= 0 else index]
+            images[i] = image.to(self.device)
+        if decoded.refused == len(jpegs) > 1 and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"the GPU refused to decode all {len(jpegs)} JPEGs of a chunk (the first: {results[0]}): the main "
+                "process decodes them, one after the other and slowly; use data.decode='cpu'",
+                stacklevel=2,
+            )
         return decoded
-
-    def _by_cpu(self, position: int, fetched: Fetched, source: Source, decoded: Decoded) -> None:
-        """Decode what the batch's decoder refused; replace it where the CPU refuses it too."""
-        try:
-            decoded.images[position] = decode_cpu(fetched.view(position).numpy().tobytes())
-            decoded.refused += 1
-        except DecodeError as error:
-            index, bad = fetched.taken[position], _reason(error)
-            i, image = first_good(source, index, decode_cpu, decoded.faults, bad)
-            decoded.images[position] = _grey() if image is None else image
-            decoded.labels[position] = source.labels[i if i >= 0 else index]
-
-    def _place(self, image: Tensor) -> Tensor:
-        """The image on the device; there its planes lie apart, as nvJPEG leaves them."""
-        return image if image.device == self.device else image.to(self.device).contiguous()
-
-
-def _decode_all(batch: list[Tensor]) -> list[Tensor]:
-    return [decode_cpu(data.numpy().tobytes()) for data in batch]

@@ -142,9 +142,11 @@ class Images(_Batches):
         augment: AugmentConfig = AugmentConfig(),
         smoothing: float = 0.0,
         train: bool = True,
+        decode_jpegs=None,
     ):
         """`train`: whether there is anything to train on; without it only `test` gives batches."""
         super().__init__(data, seed, device, share)
+        self.decode_jpegs = decode_jpegs
         self.held_out = self._source("val")
         self.num_classes = len(self.held_out.classes)
         self.image_size = data.image_size, data.image_size
@@ -178,7 +180,7 @@ class Images(_Batches):
             if key not in _kept:
                 _kept[key] = Held(load_tensors(dataset, side), self.device)
             return _kept[key]
-        return Filed(dataset, self.data, self.device)
+        return Filed(dataset, self.data, self.device, self.decode_jpegs)
 
     def _open(self, split: str) -> ImageDataset:
         every, limit = self.data.hold_out, self.data.limit

@@ -12,18 +12,25 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cpvt.config import DataConfig
-from cpvt.data import decode
 from cpvt.data.datasets import ImageTensors
-from cpvt.data.decode import Decoded, Decoder, Fault, Reader
-from cpvt.errors import ConfigError, DataError
+from cpvt.data.decode import DecodedChunk, Decoder, Fault
+from cpvt.errors import DataError
 
 CHUNK = 128  # images that one reading process handles at a time
+
+
+class Indices(NamedTuple):
+    """A request for images and nothing else."""
+
+    indices: Tensor | numpy.ndarray
 
 
 class Held:
@@ -38,26 +45,22 @@ class Held:
 
     def start(self) -> None: ...
 
-    def read(self, lists: Iterable[Tensor]) -> Iterator[Decoded]:
+    def read(self, lists: Iterable[Tensor]) -> Iterator[DecodedChunk]:
         for index in lists:
             index = index.to(self.images.device)
-            yield Decoded(self.images[index], self.labels[index], [])
+            yield DecodedChunk(Indices(index), self.images[index], self.labels[index], [])
 
 
 class Filed:
     """Images in files or shards: bytes are read by processes of their own and decoded on the device."""
 
-    def __init__(self, source, data: DataConfig, device: str):
-        if data.decode == "gpu" and "cuda" not in device:
-            raise ConfigError(f"data.decode='gpu' with device {device!r}: use 'cpu' or 'auto'")
+    def __init__(self, source, data: DataConfig, device: str, decode_jpegs=None):
         self.source, self.device, self.classes = source, device, source.classes
-        if data.decode == "gpu" and not decode.GPU_DECODES:
-            raise ConfigError("data.decode='gpu', but torchcodec cannot be loaded: install it, or use 'auto'")
-        self.on_gpu = "cuda" in device and data.decode != "cpu" and decode.GPU_DECODES
+        self._decoder = Decoder(source, device, data.decode, decode_jpegs)
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this run on this machine
         own = max(1, min(len(os.sched_getaffinity(0)) // beside, 16))
         self.workers = own if data.workers < 0 else data.workers
-        self._lists, self._decoder = _Next(), None
+        self._lists = _Next()
         # The loader is held from outside, so that it is never part of a cycle: the garbage collector would
         # close its pipes in any order, some of them twice, and so perhaps a file of somebody else's.
         self._held: dict[str, DataLoader] = {}
@@ -78,23 +81,23 @@ class Filed:
             digest.update(f"{name}\t{int(label)}\n".encode())
         return digest.hexdigest()
 
-    def read(self, lists: Iterable[Tensor]) -> Iterator[Decoded]:
+    def read(self, lists: Iterable[Tensor]) -> Iterator[DecodedChunk]:
         pieces: deque[int] = deque()
 
-        def chunks() -> Iterator[list[int]]:
+        def chunks() -> Iterator[Indices]:
             for index in lists:
                 split = index.split(CHUNK)
                 pieces.append(len(split))
-                yield from (part.tolist() for part in split)
+                yield from (Indices(part.numpy()) for part in split)  # tensors would be shared memory
 
         self.start()
         self._lists.now = chunks()
         fetched = iter(self._held["loader"])
 
-        def decoded() -> Iterator[Decoded]:
+        def decoded() -> Iterator[DecodedChunk]:
             for first in fetched:
                 rest = islice(fetched, pieces.popleft() - 1)
-                yield _joined([self._decoder(part, self.source) for part in (first, *rest)], self.device)
+                yield _joined([self._decoder(part) for part in (first, *rest)], self.device)
 
         return decoded()
 
@@ -106,11 +109,9 @@ class Filed:
         if self.workers:
             options = {"prefetch_factor": 2, "multiprocessing_context": "fork", "persistent_workers": True}
             options["worker_init_fn"] = _stand_apart
-        reader = Reader(self.source, self.on_gpu)
         self._held["loader"] = DataLoader(
-            reader, batch_size=None, sampler=self._lists, num_workers=self.workers, **options
+            self._decoder.reader, batch_size=None, sampler=self._lists, num_workers=self.workers, **options
         )
-        self._decoder = Decoder(self.device)
         for _ in self._held["loader"]:  # nothing to read yet
             pass
 
@@ -130,9 +131,9 @@ class _Next:
     """A sampler that gives what `now` holds, once: DataLoader keeps its processes and is given new lists."""
 
     def __init__(self):
-        self.now: Iterable[list[int]] = ()
+        self.now: Iterable[Indices] = ()
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Indices]:
         lists, self.now = self.now, ()
         return iter(lists)
 
@@ -144,8 +145,9 @@ def _stand_apart(worker: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _joined(parts: list[Decoded], device: str) -> Decoded:
-    return Decoded(
+def _joined(parts: list[DecodedChunk], device: str) -> DecodedChunk:
+    return DecodedChunk(
+        parts[0].request,
         [image for part in parts for image in part.images],
         torch.cat([part.labels for part in parts]).to(device),
         [fault for part in parts for fault in part.faults],

@@ -39,9 +39,10 @@ import torch
 from torch import Tensor
 
 from cpvt.config import replace
+from cpvt.data.decode import find_jpeg_decoder
 from cpvt.errors import ConfigError, nearest
 from cpvt.lab.costs import step_bytes
-from cpvt.lab.jpegs import Filled, Repeated, decoding, prepare
+from cpvt.lab.jpegs import Filled, Repeated, jpeg_decoder, prepare
 from cpvt.lab.results import Row
 from cpvt.lab.steps import (
     AGREE,
@@ -209,6 +210,7 @@ def our_batches(bench: Bench, source: Repeated) -> Iterator[tuple[Tensor, Tensor
     recipe = bench.recipe
     data = replace(recipe.data, image_size=bench.side, workers=bench.workers)
     options = {"augment": recipe.augment, "smoothing": recipe.optim.label_smoothing, "source": source}
+    options["decode_jpegs"] = bench.decode_jpegs
     with closing(Filled(data, bench.size.batch, 0, bench.device, **options).micro_batches()) as batches:
         for batch in batches:
             yield batch.images, batch.targets
@@ -320,7 +322,8 @@ class Benchmark:
             workers = bench.workers if bench.cuda else 1
             drawn = size.images, size.jpeg, size.short_side
             bench.sources = prepare(self.data, folder, *drawn, length, classes, workers)
-        with each_compiled(), decoding(bench.cuda) as bench.decoder:
+        bench.decoder, bench.decode_jpegs = jpeg_decoder(bench.device, find_jpeg_decoder())
+        with each_compiled():
             for name, (measure, until) in chosen.items():
                 bench.budget.until = 1.0 if self.only else until
                 if bench.budget.allows(size.least):

@@ -5,10 +5,9 @@ Letters: B images of a batch, S side of an image in pixels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from cpvt.data import decode
 from cpvt.data.datasets import ImageDataset, Shards, open_dataset
 from cpvt.data.examine import Shrink
 from cpvt.data.loader import Images
@@ -151,26 +149,15 @@ def draw_jpeg(number: int, height: int, width: int) -> bytes:
 # --------------------------------------------------------------------------- who decodes
 
 
-@contextmanager
-def decoding(cuda: bool) -> Iterator[str]:
-    """-> what decodes JPEGs, in words. On a GPU without torchcodec torchvision stands in, for a measurement only:
+def jpeg_decoder(device: str, found: Callable | None) -> tuple[str, Callable | None]:
+    """-> what decodes JPEGs, in words, and what stands in on a GPU without torchcodec, for a measurement only.
 
-    its hardware path may write into memory that is still read (its pull request 9606).
+    torchvision's hardware path may write into memory that is still read (its pull request 9606).
     """
-    own, place = decode.decode_jpeg, "GPU" if cuda else "CPU"
-    if own or not cuda:
-        yield f"torchcodec, {place}" if own else f"Pillow, {place}: torchcodec is missing"
-        return
-    decode.decode_jpeg = _by_torchvision
-    try:
-        yield f"torchvision, {place}: torchcodec is missing"
-    finally:
-        decode.decode_jpeg = None
-
-
-def _by_torchvision(
-    source: list[Tensor] | bytes, device: str | torch.device = "cpu"
-) -> list[Tensor] | Tensor:
-    if isinstance(source, bytes | bytearray):
-        source = torch.frombuffer(bytearray(source), dtype=torch.uint8)
-    return decode_jpeg(source, ImageReadMode.RGB, device)
+    place = "GPU" if "cuda" in device else "CPU"
+    if found:
+        return f"torchcodec, {place}", None
+    if place == "CPU":
+        return f"Pillow, {place}: torchcodec is missing", None
+    stand_in = partial(decode_jpeg, mode=ImageReadMode.RGB, device=device)
+    return f"torchvision, {place}: torchcodec is missing", stand_in

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -89,6 +89,7 @@ class Bench:
     out: Path
     origin: str = ""
     decoder: str = ""
+    decode_jpegs: Callable | None = None  # instead of torchcodec
     sources: dict[str, tuple[Repeated, Repeated]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     trained: Step | None = None
