@@ -1,21 +1,30 @@
-"""What is measured on a trained model of real images: accuracy at other sizes, place, shifts, attention.
+"""How a trained model is scored: on the synthetic tasks, at other sizes, its knowledge of position, under shifts.
 
-Every function gives metrics by name, ready for a row (see `results.py`).
+A `score_...` of a whole run gives metrics by name (see `results.py`), the name of the data, and the SHA-256 of what
+was evaluated on; the others give metrics alone. All of them work on the device that the model is on.
 
 Letters: n images, C channels, p pixels a token, (H, W) grid of tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy
 import torch
 from torch import Tensor
 
+from cpvt.config import parse_encoding, replace
+from cpvt.data.datasets import open_dataset
 from cpvt.data.loader import Images, normalise, open_batches
 from cpvt.data.resize import crop_resize
+from cpvt.data.synthetic import draw
 from cpvt.lab.probes import (
     Equivariance,
     attention_maps,
@@ -25,9 +34,28 @@ from cpvt.lab.probes import (
     position_probe,
 )
 from cpvt.lab.results import fingerprint
+from cpvt.lab.timm_baseline import selected
+from cpvt.model.encodings import PEG, LearnedTable
 from cpvt.model.vit import VisionTransformer
-from cpvt.training.evaluate import correct
-from cpvt.training.train import Run
+from cpvt.training.checkpoint import save_model
+from cpvt.training.distributed import Stopped
+from cpvt.training.evaluate import accuracy, correct
+from cpvt.training.train import Run, train
+
+Score = tuple[dict[str, float], str, str]
+SIZES = (20, 28, 48, 56, 64)  # of test images at 1:8, in pixels; the second is trained
+FINE_TUNED = 48  # pixels at which the rows of the table "resolution" are trained a little longer
+LARGEST = 200_000  # numbers; a larger weight is no small array
+
+
+def _device(model: VisionTransformer) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _held_out(run: Run, **changes) -> Images:
+    """The held-out images of a run, at another size if asked for, on its model's device."""
+    data = replace(run.config.data, **changes)
+    return open_batches(data, 1, run.config.run.seed, str(_device(run.model)), train=False)
 
 
 def first_images(batches: Images, count: int) -> tuple[Tensor, Tensor]:
@@ -44,13 +72,173 @@ def spread_images(batches: Images, count: int) -> tuple[Tensor, Tensor]:
     return images[index], labels[index]
 
 
-def score_tuning(run: Run) -> tuple[dict[str, float], str, str]:
-    """For a run with `data.hold_out`: -> its accuracy on the held-out part of the training images, the name of the
-    data, and the SHA-256 of that part."""
-    held = open_batches(run.config.data, 1, run.config.run.seed, train=False).held_out
-    found = {f"top1@{run.config.model.grid[0]}": run.metrics["top1"], "images": run.metrics["images"]}
+# --------------------------------------------------------------------------- whole runs
+
+
+def score_synthetic(run: Run, images: int = 256) -> Score:
+    """Accuracy in percent, by distance (`/d3`) where the task has one.
+
+    *what* has instead `/trained` (the side that bars were trained on), `/unseen` (the other side) and
+    `/diagonals` (the pair that was trained everywhere).
+    """
+    data, device = run.config.data, _device(run.model)
+    top1 = "top1@" + "x".join(map(str, dict.fromkeys(data.grid)))
+    seen: list[Tensor] = []
+
+    def percent(split: str, **options) -> float:
+        options |= {"grid": data.grid, "seed": run.config.run.seed, "split": split}
+        sample = draw(data.name, range(images), **options)
+        seen.append(sample.images)
+        right = correct(run.model, normalise(sample.images).to(device), sample.labels.to(device))
+        return 100 * right.float().mean().item()
+
+    metrics = {top1: percent("val")}
+    if data.name == "what":
+        metrics[f"{top1}/trained"] = metrics[top1]
+        metrics[f"{top1}/unseen"] = percent("test")
+        metrics[f"{top1}/diagonals"] = percent("val", pair="diagonals")
+    else:
+        distances = range(data.grid[0] // 2) if data.name == "where" else range(2, data.grid[1] - 4)
+        metrics |= {f"{top1}/d{d}": percent("val", distances=(d,)) for d in distances}
+    return metrics, data.name, fingerprint(*seen)
+
+
+def score_pipeline(run: Run, classes: int) -> Score:
+    """top-1 and top-5 on the held-out images of the first `classes`.
+
+    The digest is one over the sorted digests of (label, bytes), since copies of the data set order their files
+    differently.
+    """
+    data, tokens = run.config.data, run.config.model.grid[0]
+    held_out = selected(open_dataset(data.name, "val", data.root), classes)
+    files = (b"%d\n" % label + held_out.read(i) for i, label in enumerate(held_out.labels))
+    digest = hashlib.sha256("".join(sorted(hashlib.sha256(file).hexdigest() for file in files)).encode())
+    metrics = {f"{name}@{tokens}": run.metrics[name] for name in ("top1", "top5") if name in run.metrics}
+    metrics |= {"images": run.metrics["images"], "unusable_images": run.faults}
+    return metrics, f"{data.name}, its first {classes} classes", digest.hexdigest()
+
+
+def score_tuning(run: Run) -> Score:
+    """For a run with `data.hold_out`: accuracy on the held-out part of the training images."""
+    held = _held_out(run).held_out
+    metrics = {f"top1@{run.config.model.grid[0]}": run.metrics["top1"], "images": run.metrics["images"]}
     part = f"{run.config.data.name}, one of {run.config.data.hold_out} training images"
-    return found, part, fingerprint(held.images, held.labels)
+    return metrics, part, fingerprint(held.images, held.labels)
+
+
+def score_fashion(run: Run, images: int = 1000) -> Score:
+    """top1@14 on all 10,000 test images; shifts on the first `images`, position on 256 of these, maps and attention
+    on 64."""
+    held_out = _held_out(run)
+    sample, labels = first_images(held_out, images)
+    metrics = {"top1@14": run.metrics["top1"]}
+    metrics |= score_shifts(run.model, sample, labels)
+    metrics |= score_position(run.model, sample[:256])
+    metrics |= score_maps(run.model, sample[:64]) | score_attention(run.model, sample[:64])
+    held = held_out.held_out
+    return metrics, run.config.data.name, fingerprint(held.images, held.labels)
+
+
+def score_table_row(run: Run, images: int = 2000, fine_tuned: bool = False) -> Score:
+    """A row of the tables at 1:8.
+
+    top1@10 ... top1@32     at the five sizes, by tokens a side, whole images; a table follows as its configuration
+                            says, and `/raw`, `/resample`, `/rescale` as it could; `/logn` with log-N attention,
+                            whose factor is 1 at the trained size, so that training is the same
+    top1@14x28              on a band twice as wide as it is high
+    top1@24/tuned           after a short fine-tune at 24 tokens a side (`fine_tune`), with `fine_tuned`
+    and shifts on `images` of the held-out images, position on 256, maps and attention on 64, at even steps
+    """
+    data, pixels = run.config.data, run.config.model.patch_size
+    metrics: dict[str, float] = {}
+    for size in SIZES:
+        for suffix, model in _variants(run.model, size):
+            found = accuracy(model, _held_out(run, image_size=size).test())
+            metrics[f"top1@{size // pixels}{suffix}"] = found["top1"]
+    held_out = _held_out(run)
+    metrics |= score_oblong(run.model, held_out)
+    if fine_tuned:
+        tuned = fine_tune(run, FINE_TUNED)
+        if tuned.interrupted:
+            raise Stopped(tuned.interrupted)
+        metrics[f"top1@{FINE_TUNED // pixels}/tuned"] = tuned.metrics["top1"]
+    metrics |= score_shifts(run.model, *spread_images(held_out, images))
+    few, _ = spread_images(held_out, 64)
+    wider, _ = spread_images(_held_out(run, image_size=data.image_size + 2 * pixels), 64)
+    metrics |= score_maps(run.model, few, wider[:, :, pixels:-pixels])
+    metrics |= score_position(run.model, spread_images(held_out, 256)[0]) | score_attention(run.model, few)
+    held = held_out.held_out
+    return metrics, data.name, fingerprint(held.images, held.labels)
+
+
+def fine_tune(run: Run, size: int) -> Run:
+    """Trains on at another image size: a twentieth of the steps, from a tenth of the learning rate downwards, no
+    warm-up; a learned table is resampled first. Crops that would have to be enlarged are left out."""
+    config = run.config
+    detail = (size / config.data.stored_size) ** 2 if config.data.stored_size else 0.0
+    low, high = (max(share, detail) for share in config.augment.crop_scale)
+    steps, lr = max(config.optim.steps // 20, 1), config.optim.lr / 10
+    with TemporaryDirectory() as folder:
+        weights = Path(folder) / "model.safetensors"
+        save_model(weights, run.model, config)
+        return train(
+            replace(
+                config,
+                data=replace(config.data, image_size=size),
+                augment=replace(config.augment, crop_scale=(low, high)),
+                optim=replace(config.optim, steps=steps, lr=lr, warmup_steps=0),
+                run=replace(config.run, init=str(weights), out=""),
+            )
+        )
+
+
+def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, VisionTransformer]]:
+    """The model, and the same weights with log-N attention, and with every other rule for a fixed table."""
+    config, text = model.config, model.config.encoding
+    yield "", model
+    if size == config.image_size[0]:
+        return
+    others = {"/logn": replace(config, logn_scale=True)}
+    if text in ("sine", "rotary"):
+        (part,) = parse_encoding(text)
+        (rules,) = (f for f in fields(part) if f.name == "resize")
+        for rule in ("raw", "resample", "rescale"):
+            if rule in rules.type and rule != part.resize:
+                others[f"/{rule}"] = replace(config, encoding=f"{text}(resize={rule!r})")
+    for suffix, changed in others.items():
+        other = VisionTransformer(changed)
+        other.load_state_dict(model.state_dict())
+        yield suffix, other.to(_device(model)).eval()
+
+
+def arrays_of(run: Run, sample: Callable = first_images) -> dict[str, Tensor]:
+    """What is kept of a run on real images; what has more than `LARGEST` numbers is left out.
+
+    correct         one bit an image of the held-out ones, in their order, eight to a byte, the last filled up
+    peg0 ...        (D, 1, k, k): trained kernels, in half precision
+    table           (P + N, D): the trained table, prefix tokens first, in half precision
+    attention       (blocks, H, W): how much the patch in the middle reads from each patch, mean over heads and 64
+                    held-out images (`sample`), in half precision; blocks that see a smaller grid are left out
+    """
+    model, batches = run.model, _held_out(run)
+    hits = torch.cat([correct(model, images, labels).cpu() for images, labels in batches.test()])
+    kernels = [module.proj.weight for module in model.modules() if isinstance(module, PEG)]
+    found = {f"peg{i}": kernel for i, kernel in enumerate(kernels)}
+    found |= {"table": m.pos_embed[0] for m in model.modules() if isinstance(m, LearnedTable)}
+    found["attention"] = middle_attention(model, sample(batches, 64)[0])
+    kept = {name: array.detach().cpu().half() for name, array in found.items() if array.numel() <= LARGEST}
+    return {"correct": torch.from_numpy(numpy.packbits(hits.numpy())), **kept}
+
+
+def middle_attention(model: VisionTransformer, images: Tensor) -> Tensor:
+    """-> (blocks, H, W): see `arrays_of`."""
+    (H, W), P = model.config.grid, model.num_prefix_tokens
+    middle = P + H // 2 * W + W // 2
+    maps = [weights[:, :, middle, P:].mean((0, 1)) for weights in attention_maps(model, images).values()]
+    return torch.stack([flat.unflatten(0, (H, W)) for flat in maps if len(flat) == H * W])
+
+
+# --------------------------------------------------------------------------- parts of a score
 
 
 @torch.no_grad()
@@ -62,7 +250,7 @@ def last_grid(model: VisionTransformer) -> tuple[int, int]:
     return tuple(last.shape[-2:])
 
 
-def score_place(model: VisionTransformer, images: Tensor) -> dict[str, float]:
+def score_position(model: VisionTransformer, images: Tensor) -> dict[str, float]:
     """How well a linear probe reads a token's row and column off the last block: R2, 1 at best.
 
     position_r2/images, and on images that say nothing of place (see `probes.control_images`):

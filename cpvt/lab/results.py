@@ -1,4 +1,9 @@
-"""Measured rows: one JSON line each, checked on the way in and out; and the published ones beside them.
+"""Measured results, one JSON line each, read as a pandas DataFrame; and the published figures beside them.
+
+A result is found by its columns, never by a name:
+
+    rows = read("fashion")
+    select(rows, encoding="peg", global_pool="avg")["top1@14"]
 
 A metric's name carries its resolution in tokens behind @ and its part behind /: `top1@14`, `top1@10x20`,
 `top1@14/d3` (at distance 3), `images_per_s`. Accuracies are in percent.
@@ -6,7 +11,6 @@ A metric's name carries its resolution in tokens behind @ and its part behind /:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import fcntl
 import hashlib
@@ -15,46 +19,84 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
+import numpy
+import pandas
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cpvt.errors import ResultsError
+from cpvt.config import format_encoding, parse_encoding
+from cpvt.errors import ResultsError, nearest
 
-NOT_YET = "not yet measured"
+# The columns of each experiment, and the value that a row has unless it says another (None: it must say one).
+# encoding, global_pool, stem, ... are fields of the configuration; max_steps is optim.steps, since the metric
+# `steps` says how many were made; `again` marks the second model without encoding that a stop-watch is tried on.
+_SYNTHETIC = {"task": None, "encoding": None, "global_pool": "token"}
+_FASHION = {"encoding": None, "global_pool": "token", "distilled": False, "teacher": "", "max_steps": 300}
+COLUMNS: dict[str, dict[str, Any]] = {
+    "synthetic": _SYNTHETIC,
+    "padding": _SYNTHETIC,
+    "pooling": {**_SYNTHETIC, "max_steps": 500},
+    "pipelines": {"pipeline": None},
+    "tuning": {"encoding": None, "lr": None},
+    "tables": {
+        "encoding": None,
+        "stem": "patch",
+        "global_pool": "token",
+        "distilled": False,
+        "teacher": "",
+        "mlp_only_blocks": 0,
+        "scale_jitter": True,
+        "epochs": 60,
+        "limit": 0,
+    },
+    "fashion-tuning": {"encoding": None, "lr": None},
+    "fashion": _FASHION,
+    "fashion-length": _FASHION,
+    "costs": {
+        "encoding": None,
+        "stem": "patch",
+        "global_pool": "token",
+        "mlp_only_blocks": 0,
+        "again": False,
+    },
+}
 _METRIC = re.compile(r"[a-z][a-z0-9_]*(@\d+(x\d+)?)?(/[a-z][a-z0-9_.-]*)*")
 _PERCENT = ("top1", "top5")
 
 
-# --------------------------------------------------------------------------- measured
+class AlreadyMeasured(ResultsError):
+    """A result of the same experiment, scale, columns and seed stands in the file."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """One measurement of one trained (or untrained) model.
 
-    experiment      which question: "diagnostics", "placement"
-    row             which line of its table: "where, peg, gap"
+    experiment      which question: "synthetic", "tables"
+    columns         which row of its table: {"task": "where", "encoding": "peg", "global_pool": "avg"}
     scale           "seconds", "minutes" or "hours"
     dataset         name of the data, and `dataset_sha256` of what was evaluated on
     config          the whole configuration, as `dataclasses.asdict` gives it
     metrics         name -> number; see above for the names
     weights         "raw" or "ema"
-    seconds         what the row took, training and evaluation together
+    seconds         what it took, training and evaluation together
     device, torch   where it ran, and the version
-    cpvt_commit     `commit()`
+    cpvt_commit     `commit()`, asked before training
     date            ISO 8601
 
     Raises ResultsError where a value has the wrong type or cannot be.
     """
 
     experiment: str
-    row: str
+    columns: dict[str, str | int | float | bool]
     scale: str
     dataset: str
     dataset_sha256: str
@@ -73,7 +115,7 @@ class Row:
             if not fine:
                 raise ResultsError(f"{field}={getattr(self, field)!r}; expected {expected}")
 
-        for field in ("experiment", "row", "scale", "dataset", "device", "torch", "cpvt_commit"):
+        for field in ("experiment", "scale", "dataset", "device", "torch", "cpvt_commit"):
             value = getattr(self, field)
             expect(field, isinstance(value, str) and value.strip() != "", "words")
         sha = self.dataset_sha256
@@ -84,69 +126,97 @@ class Row:
         )
         expect("seed", type(self.seed) is int and self.seed >= 0, "a whole number, 0 or more")
         expect("weights", self.weights in ("raw", "ema"), "'raw' or 'ema'")
-        expect("seconds", _number(self.seconds) and self.seconds >= 0, "a finite number, 0 or more")
+        expect("seconds", _is_number(self.seconds) and self.seconds >= 0, "a finite number, 0 or more")
         expect("config", isinstance(self.config, dict), "a dictionary")
-        expect(
-            "metrics", isinstance(self.metrics, dict) and bool(self.metrics), "at least one name and number"
-        )
+        fine = isinstance(self.metrics, dict) and bool(self.metrics)
+        expect("metrics", fine, "at least one name and number")
+        for name, value in self.metrics.items():
+            _check_metric(name, value)
+        fine = isinstance(self.columns, dict) and bool(self.columns)
+        expect("columns", fine, "at least one name and value")
+        own = COLUMNS.get(self.experiment, self.columns)
+        expect("columns", self.columns.keys() == own.keys(), f"those of {self.experiment}: {', '.join(own)}")
+        fine = all(isinstance(v, str) or type(v) is bool or _is_number(v) for v in self.columns.values())
+        expect("columns", fine, "words, numbers, True or False")
+        taken = self.columns.keys() & {*FIELDS, *self.metrics}
+        expect("columns", not taken, "names that no field and no metric has")
+        object.__setattr__(self, "columns", {name: self.columns[name] for name in own})
         try:
             datetime.fromisoformat(self.date)
         except (TypeError, ValueError):
             raise ResultsError(f"date={self.date!r}; expected ISO 8601, as in 2026-01-31T12:00:00") from None
-        for name, value in self.metrics.items():
-            _check_metric(name, value)
-        try:  # JSON has no tuples: a row must equal what is read back
+        try:  # JSON has no tuples: a result must equal what is read back
             object.__setattr__(self, "config", json.loads(json.dumps(self.config, allow_nan=False)))
         except (TypeError, ValueError) as error:
             raise ResultsError(f"config: cannot be written as JSON ({error}); give plain values") from None
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
+    def key(self) -> tuple:
         """What may stand only once in a file."""
-        return self.experiment, self.row, self.scale, self.seed
+        return self.experiment, self.scale, tuple(self.columns.items()), self.seed
 
     @property
-    def encoding(self) -> str:
-        """The model's encoding, as text; raises ResultsError where the configuration holds none."""
-        for holder in (self.config.get("model"), self.config):
-            if isinstance(holder, dict) and isinstance(holder.get("encoding"), str):
-                return holder["encoding"]
-        raise ResultsError(f"row {self.row!r}: its config has no model.encoding")
+    def label(self) -> str:
+        """The columns and the seed in one line, for messages."""
+        return describe(self.columns, seed=self.seed)
 
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Row))
+FIELDS = tuple(field.name for field in dataclasses.fields(Result))
 
 
-def _number(value: Any) -> bool:
+def describe(columns: dict[str, Any], **more: Any) -> str:
+    """Columns in one line: "encoding=peg, global_pool=avg, seed=0"."""
+    return ", ".join(f"{name}={value}" for name, value in {**columns, **more}.items())
+
+
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_metric(name: Any, value: Any) -> None:
     if not isinstance(name, str) or not _METRIC.fullmatch(name):
         raise ResultsError(f"metric {name!r}; expected a name such as top1@14, top1@14/d3 or images_per_s")
-    if not _number(value):
+    if not _is_number(value):
         raise ResultsError(f"metric {name}={value!r}; expected a finite number")
     kind = re.split("[@/]", name)[0]
     if kind in _PERCENT:
         if "@" not in name:
-            raise ResultsError(
-                f"metric {name!r} without a resolution; write the tokens a side, as in {kind}@14"
-            )
+            raise ResultsError(f"metric {name!r} without its resolution in tokens a side, as in {kind}@14")
         if not 0 <= value <= 100:
             raise ResultsError(f"metric {name}={value!r}; expected percent, 0 to 100")
 
 
-def append_row(path: str | Path, row: Row, again: bool = False) -> None:
-    """Append `row` to the file as one line, whole or not at all.
+# --------------------------------------------------------------------------- writing and reading
 
-    A row with the same experiment, row, scale and seed is refused, unless `again`: then the older line stays
-    as history and `read_rows` gives the newer. Raises ResultsError; the file is then as it was.
+
+def data_folder() -> Path:
+    """The repository's folder `data`, wherever the working directory is."""
+    folder = Path(__file__).resolve().parents[2] / "data"
+    if not folder.is_dir():
+        raise ResultsError(f"there is no {folder}: name a folder for results, or work in a clone of the book")
+    return folder
+
+
+def results_folder(folder: str | Path | None = None) -> Path:
+    """Where results are written to and read from: the folder that is given, else the repository's data/results."""
+    return data_folder() / "results" if folder is None else Path(folder)
+
+
+def append(
+    result: Result,
+    folder: str | Path | None = None,
+    again: bool = False,
+    arrays: dict[str, Tensor] | None = None,
+) -> None:
+    """Appends a result as one line to EXPERIMENT.jsonl of the folder, whole or not at all, its arrays first.
+
+    A second one with its key raises AlreadyMeasured, unless `again`: then the older line stays as history and
+    `read` gives the newer. Raises ResultsError for other reasons too; the file is then as it was.
     """
-    path = Path(path)
-    if not isinstance(row, Row):
-        raise ResultsError(f"append_row was given {type(row).__name__}; expected a Row")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n").encode()
+    folder = results_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result.experiment}.jsonl"
+    line = (json.dumps(dataclasses.asdict(result), allow_nan=False) + "\n").encode()
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         # Released on closing; a reader of a half-written line would refuse it.
@@ -154,8 +224,10 @@ def append_row(path: str | Path, row: Row, again: bool = False) -> None:
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             raise ResultsError(f"{path}: the last line is cut off; complete or remove it")
-        if not again and any(row.key == old.key for old in _read(path)):
-            raise ResultsError(f"{path} has {row.key} already; remove it, or pass again=True to supersede it")
+        if not again and any(result.key == old.key for old in _lines(path)):
+            raise AlreadyMeasured(f"{path} has {result.label}; remove it, or pass again=True to supersede it")
+        if arrays:  # first, so that no row stands without what it promises
+            _keep_arrays(result, folder, arrays)
         if os.write(handle, line) < len(line):  # the disk is full
             os.ftruncate(handle, size)
             raise ResultsError(f"{path}: no space left for a row of {len(line)} bytes; nothing was written")
@@ -164,48 +236,75 @@ def append_row(path: str | Path, row: Row, again: bool = False) -> None:
         os.close(handle)
 
 
-def read_rows(experiment: str | None = None, folder: str | Path = "data/results") -> list[Row]:
-    """The rows of an experiment, or all, out of `folder`/*.jsonl; of superseded ones only the newest.
+def recorded(experiment: str | None = None, folder: str | Path | None = None) -> list[Result]:
+    """The results of an experiment, or all; of superseded ones only the newest. See `read`."""
+    folder, found = results_folder(folder), {}
+    if not folder.is_dir():
+        raise ResultsError(f"there is no folder {folder}")
+    if experiment not in (None, *COLUMNS) and not (folder / f"{experiment}.jsonl").exists():
+        raise ResultsError(f"no experiment {experiment!r}; {nearest(experiment, COLUMNS)}")
+    for path in sorted(folder.glob("*.jsonl" if experiment is None else f"{experiment}.jsonl")):
+        for result in _lines(path):
+            found.pop(result.key, None)
+            found[result.key] = result
+    return list(found.values())
 
-    A relative folder is looked for from the package and from the working directory upwards. An experiment
-    without rows gives [], which the text forms below call "not yet measured". Raises ResultsError naming
-    file and line.
-    """
-    rows: dict[tuple, Row] = {}
-    for path in sorted(find(folder).glob("*.jsonl")):
-        for row in _read(path):
-            rows.pop(row.key, None)
-            rows[row.key] = row
-    return [row for row in rows.values() if experiment in (None, row.experiment)]
 
-
-def _read(path: Path) -> Iterable[Row]:
+def _lines(path: Path) -> Iterator[Result]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             values = json.loads(line)
-            if not isinstance(values, dict):
-                raise ResultsError(f"expected an object, got {line[:40]!r}")
-            if missing := [name for name in FIELDS if name not in values]:
-                raise ResultsError(f"no {', '.join(missing)}; a row has {', '.join(FIELDS)}")
-            if extra := [name for name in values if name not in FIELDS]:
-                raise ResultsError(f"unknown {', '.join(extra)}; a row has {', '.join(FIELDS)}")
-            yield Row(**values)
+            if not isinstance(values, dict) or values.keys() != set(FIELDS):
+                raise ResultsError(f"got {line[:60]!r}; a result has {', '.join(FIELDS)}, and nothing else")
+            if values["experiment"] != path.stem:
+                raise ResultsError(f"experiment {values['experiment']!r}: it belongs into another file")
+            yield Result(**values)
         except json.JSONDecodeError as error:
             raise ResultsError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from None
         except ResultsError as error:
             raise ResultsError(f"{path}:{number}: {error}") from None
 
 
-def find(wanted: str | Path) -> Path:
-    """A file or folder of the repository, from the package or the working directory upwards."""
-    here = [Path(__file__).resolve().parent, Path.cwd()]
-    for start in here:
-        for folder in (start, *start.parents):
-            if (folder / wanted).exists():
-                return folder / wanted
-    raise ResultsError(
-        f"{wanted} was not found above {here[0]} or {here[1]}; work inside a clone of the book"
-    )
+def read(experiment: str | None = None, folder: str | Path | None = None) -> pandas.DataFrame:
+    """The results of an experiment, or of all, a row each.
+
+    Columns: experiment, those of the experiment, seed, the other fields, then the metrics (NaN where a row lacks
+    one). An experiment that nobody has measured yet gives no row, and the same columns. Raises ResultsError naming
+    file and line.
+    """
+    results = recorded(experiment, folder)
+    own = dict.fromkeys(COLUMNS.get(experiment, {})) | dict.fromkeys(n for r in results for n in r.columns)
+    fields = [name for name in FIELDS if name not in ("experiment", "columns", "seed", "metrics")]
+    metrics = dict.fromkeys(name for result in results for name in result.metrics)
+    records = [{**vars(result), **result.columns, **result.metrics} for result in results]
+    return pandas.DataFrame(records, columns=["experiment", *own, "seed", *fields, *metrics])
+
+
+def complete(experiment: str, columns: dict[str, Any]) -> dict[str, Any]:
+    """Columns of a row -> all of them: what is not named has its usual value, an encoding its one spelling.
+
+    A column that has no usual value and is not named is left out.
+    """
+    full = {**COLUMNS.get(experiment, {}), **columns}
+    if "encoding" in columns:
+        full["encoding"] = format_encoding(parse_encoding(columns["encoding"]))
+    return {name: value for name, value in full.items() if value is not None}
+
+
+def select(rows: pandas.DataFrame, **columns: Any) -> pandas.DataFrame:
+    """The rows that have these columns; one that is not named has its usual value (see `COLUMNS`), if there is one.
+
+    So select(rows, encoding="peg") leaves out what was pooled, distilled or trained longer. All of them:
+    rows[rows.encoding == "peg"].
+    """
+    if unknown := [name for name in columns if name not in rows]:
+        raise ResultsError(f"no column {unknown[0]!r}; {nearest(unknown[0], rows.columns)}")
+    fits = numpy.ones(len(rows), dtype=bool)
+    for experiment in rows["experiment"].unique():
+        others = (rows["experiment"] != experiment).to_numpy()
+        for name, value in complete(experiment, columns).items():
+            fits &= others | (rows[name] == value).to_numpy()
+    return rows[fits]
 
 
 def commit() -> str:
@@ -236,162 +335,74 @@ def fingerprint(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------------------- over seeds
+# --------------------------------------------------------------------------- small arrays beside the results
+# EXPERIMENT.safetensors, under keys such as {"encoding": "peg", ..., "seed": 0}/correct
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Values over seeds: mean, extremes, from three values on a 95 % interval of the mean (Student's t)."""
-
-    mean: float
-    min: float
-    max: float
-    n: int
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        if self.n == 1:
-            return f"{self.mean:.1f} (one seed)"
-        if self.low is None:
-            return f"{self.mean:.1f} ({self.min:.1f} to {self.max:.1f}, {self.n} seeds)"
-        return f"{self.mean:.1f} ± {self.high - self.mean:.1f} ({self.n} seeds)"
+def _keep_arrays(result: Result, folder: Path, arrays: dict[str, Tensor]) -> None:
+    path = folder / f"{result.experiment}.safetensors"
+    held = load_file(path) if path.exists() else {}
+    of_whom = json.dumps({**result.columns, "seed": result.seed})
+    held |= {f"{of_whom}/{name}": array.contiguous() for name, array in arrays.items()}
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(held, beside)
+        os.replace(beside, path)  # as a whole: nobody reads half a file
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Numbers, one a seed -> their Spread. Raises ResultsError without any."""
-    values = [float(v) for v in values]
-    if not values:
-        raise ResultsError("the spread of no values; expected one a seed")
-    mean, n = fmean(values), len(values)
-    if n < 3:
-        return Spread(mean, min(values), max(values), n)
-    half = t_quantile(n - 1) * stdev(values) / math.sqrt(n)
-    return Spread(mean, min(values), max(values), n, mean - half, mean + half)
+def read_arrays(
+    experiment: str, name: str, folder: str | Path | None = None, **columns: Any
+) -> dict[int, Tensor]:
+    """-> the arrays called `name` of a row, by seed; {} where none were kept. Columns as in `select`.
 
-
-def t_quantile(freedom: int, inside: float = 0.95) -> float:
-    """The t beyond which, on both sides together, Student's distribution holds 1 - `inside`.
-
-    From the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4, inverted by bisection.
+    `name`: see `metrics.arrays_of`. "correct" comes as it is kept; `unpack` makes booleans of it.
     """
-    if freedom < 1 or not 0 < inside < 1:
-        raise ResultsError(f"t_quantile({freedom}, {inside}); expected 1 or more, and a share below 1")
-
-    def share(angle: float) -> float:
-        cos, sin, odd = math.cos(angle), math.sin(angle), freedom % 2
-        term, total = (cos if odd else 1.0), 0.0
-        for k in range(freedom // 2):
-            total += term
-            term *= cos * cos * (2 * k + 1 + odd) / (2 * k + 2 + odd)
-        return 2 / math.pi * (angle + sin * total) if odd else sin * total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if share(middle) < inside else (low, middle)
-    return math.tan(low) * math.sqrt(freedom)
+    path = results_folder(folder) / f"{experiment}.safetensors"
+    if not path.exists():
+        return {}
+    found, wanted = {}, complete(experiment, columns)
+    with safe_open(path, "pt") as file:
+        for key in file.keys():
+            of_whom, _, what = key.rpartition("/")
+            own = json.loads(of_whom)
+            if what == name and wanted.items() <= own.items():
+                found[own["seed"]] = file.get_tensor(key)
+    return dict(sorted(found.items()))
 
 
-def over_seeds(rows: Iterable[Row], metric: str) -> dict[str, Spread]:
-    """Row name -> Spread of `metric` over its seeds, in the order of the rows; without it, left out."""
-    values: dict[str, dict[tuple, float]] = {}
-    for row in rows:
-        if metric in row.metrics:
-            values.setdefault(row.row, {})[row.key] = row.metrics[metric]
-    return {name: spread(list(found.values())) for name, found in values.items()}
-
-
-def difference(rows: Iterable[Row], first: str, second: str, metric: str) -> Spread | None:
-    """The Spread of `first` minus `second`, paired by seed; None while no seed has both. Raises ResultsError where
-    the two were evaluated on different images."""
-    found: dict[str, dict[tuple, Row]] = {first: {}, second: {}}
-    for row in rows:
-        if row.row in found and metric in row.metrics:
-            found[row.row][row.experiment, row.scale, row.seed] = row
-    both = [(row, found[second][key]) for key, row in found[first].items() if key in found[second]]
-    for pair in both:
-        same_images(pair)
-    return spread([one.metrics[metric] - other.metrics[metric] for one, other in both]) if both else None
-
-
-def same_images(rows: Iterable[Row]) -> None:
-    """Raises ResultsError unless all rows were evaluated on the same images."""
-    if len({row.dataset_sha256 for row in rows}) > 1:
-        names = " and ".join(f"{row.row!r} ({row.dataset_sha256[:8]})" for row in rows)
-        raise ResultsError(f"{names} were evaluated on different images: measure both on the same")
+def unpack(correct: Tensor, images: int) -> Tensor:
+    """The array "correct" -> (images,) booleans. Raises ResultsError where it is of another number of images."""
+    if len(correct) != -(-images // 8):
+        raise ResultsError(f"{len(correct)} bytes for {images} images; expected {-(-images // 8)}")
+    return torch.from_numpy(numpy.unpackbits(correct.numpy(), count=images)).bool()
 
 
 # --------------------------------------------------------------------------- published
 
-
-@dataclass(frozen=True)
-class Published:
-    """One published figure, as data/published.csv has it. `name` says which line of its table it is."""
-
-    table: str
-    model: str
-    encoding: str
-    setting: str
-    metric: str
-    value: float
-    unit: str
-    source: str
-    provenance: str
-
-    @property
-    def name(self) -> str:
-        return ", ".join(part for part in (self.model, self.encoding, self.setting) if part)
-
-
 PROVENANCES = ("official figure", "secondary", "digitised")
-_COLUMNS = [field.name for field in dataclasses.fields(Published)]
+_PUBLISHED = ["table", "model", "encoding", "setting", "metric", "value", "unit", "source", "provenance"]
 
 
-def published(table: str | None = None, path: str | Path = "data/published.csv") -> list[Published]:
-    """The published figures of a table, or all. Raises ResultsError naming the line, or the known tables."""
-    path, rows = find(path), []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != _COLUMNS:
-            raise ResultsError(f"{path}:1: columns {reader.fieldnames}; expected {_COLUMNS}")
-        for values in reader:
-            line = f"{path}:{reader.line_num}"
-            try:
-                row = Published(**{**values, "value": float(values["value"])})
-            except (TypeError, ValueError) as error:
-                raise ResultsError(f"{line}: {error}; expected {len(_COLUMNS)} cells") from None
-            if row.provenance not in PROVENANCES:
-                raise ResultsError(f"{line}: provenance {row.provenance!r}; use {PROVENANCES}")
-            rows.append(row)
-    tables = sorted({row.table for row in rows})
+def published(table: str | None = None, path: str | Path | None = None) -> pandas.DataFrame:
+    """The published figures of a table, or all, as data/published.csv has them (data/README.md has the columns).
+
+    Raises ResultsError naming the line, or the known tables.
+    """
+    path = data_folder() / "published.csv" if path is None else Path(path)
+    try:
+        rows = pandas.read_csv(path, dtype=str, keep_default_na=False)
+    except pandas.errors.ParserError as error:
+        raise ResultsError(f"{path}: {error}".replace("\n", " ")) from None
+    if list(rows) != _PUBLISHED:
+        raise ResultsError(f"{path}:1: columns {list(rows)}; expected {_PUBLISHED}")
+    rows["value"] = pandas.to_numeric(rows["value"], errors="coerce")
+    wrong = rows["value"].isna() | ~rows["provenance"].isin(PROVENANCES)
+    if wrong.any():
+        line = int(wrong.to_numpy().argmax()) + 2
+        raise ResultsError(f"{path}:{line}: expected a number as value and a provenance of {PROVENANCES}")
+    tables = sorted(rows["table"].unique())
     if table not in (None, *tables):
         raise ResultsError(f"no published table {table!r}; there are {', '.join(tables)}")
-    return [row for row in rows if table in (None, row.table)]
-
-
-@dataclass(frozen=True)
-class Beside:
-    """One line: what was measured here and what was published. Either may be missing, and then says so."""
-
-    name: str
-    measured: Spread | None
-    published: Published | None
-
-    def texts(self) -> tuple[str, str, str]:
-        """(name, measured, published), ready for a table."""
-        cited = f"{self.published.value:g} {self.published.unit}" if self.published else "not published"
-        return self.name, str(self.measured) if self.measured else NOT_YET, cited
-
-
-def beside(
-    rows: Iterable[Row], published: Iterable[Published], metric: str, match: dict[str, str] | None = None
-) -> list[Beside]:
-    """Published lines, each with the measured row that stands for it; then measured rows that none asks for.
-
-    `match`: row name -> published name; without an entry the two are the same. `metric`: the measured one.
-    """
-    measured = over_seeds(rows, metric)
-    names = {(match or {}).get(name, name): name for name in measured}
-    lines = [Beside(line.name, measured.pop(names.get(line.name, ""), None), line) for line in published]
-    return lines + [Beside(name, found, None) for name, found in measured.items()]
+    return rows if table is None else rows[rows["table"] == table].reset_index(drop=True)

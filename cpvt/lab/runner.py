@@ -1,169 +1,173 @@
-"""Trains a planned row and measures it; measures what is missing of a list of rows, one after the other."""
+"""Trains and scores a job; does what is missing of a list of jobs, one after the other."""
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
+import hashlib
 import json
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from cpvt.config import DataConfig, TrainConfig, from_json
+from cpvt.config import DataConfig, TrainConfig, from_json, replace, to_json
 from cpvt.data.loader import keep_images, open_batches
 from cpvt.errors import ConfigError, ResultsError
-from cpvt.lab.arrays import keep_arrays
-from cpvt.lab.results import Row, append_row, commit, read_rows
-from cpvt.lab.teacher import teach, teacher_top1
-from cpvt.lab.timing import Budget
+from cpvt.lab.results import AlreadyMeasured, Result, append, commit, describe, recorded, results_folder
 from cpvt.training.checkpoint import differences
 from cpvt.training.distributed import SIGNALS, Stopped
+from cpvt.training.evaluate import accuracy
+from cpvt.training.loss import cross_entropy
+from cpvt.training.optim import learning_rate, parameter_groups, resolved
+from cpvt.training.setup import pick_device
 from cpvt.training.train import Run, train
+
+TEACHER = "resnet10t"  # timm's: 5 million weights, a mean over the last map, no idea of the grid's size
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One row to come: its name in the table and the run; what scores the run, and what gives its batches.
+class Job:
+    """One row to come: its columns and the configuration to train; what scores it, and what gives its batches.
 
-    score    run -> metrics, the name of the data, and the SHA-256 of what was evaluated on
-    arrays   run -> small arrays that are kept beside the row (see `arrays.py`), or nothing
+    score    trained run -> metrics, the name of the data, and the SHA-256 of what was evaluated on
+    arrays   trained run -> small arrays that are kept beside the row, or nothing
 
     A teacher that the configuration names is trained first, where it has no weights.
     """
 
     experiment: str
-    row: str
+    columns: dict[str, Any]
     scale: str
     config: TrainConfig
     score: Callable[[Run], tuple[dict[str, float], str, str]]
-    open_data: Callable = open_batches
-    arrays: Callable[[Run], dict[str, torch.Tensor]] = lambda run: {}
+    make_loader: Callable = open_batches
+    arrays: Callable[[Run], dict[str, Tensor]] = lambda run: {}
 
     @property
     def key(self) -> tuple:
-        return self.experiment, self.row, self.scale, self.config.run.seed
+        """As `Result.key`."""
+        return self.experiment, self.scale, tuple(self.columns.items()), self.config.run.seed
+
+    @property
+    def label(self) -> str:
+        return describe(self.columns, seed=self.config.run.seed)
 
 
-def rooted(config: TrainConfig, root: str) -> TrainConfig:
-    """The configuration with the folder of its images, or as it is where `root` is empty."""
-    return replace(config, data=replace(config.data, root=root or config.data.root))
+def run_job(job: Job, version: str = "") -> tuple[Result, dict[str, Tensor]]:
+    """Trains and scores a job -> its result, and the arrays that are kept beside it.
 
-
-def measure(planned: Planned) -> Row:
-    """Trains and measures one planned row. Raises Stopped where a signal came in between."""
-    return measured(planned)[0]
-
-
-def measured(planned: Planned) -> tuple[Row, dict[str, torch.Tensor]]:
-    """`measure`, and the arrays that are kept beside the row."""
-    started = time.perf_counter()
-    config = teach(planned.config)
-    run = train(config, open_data=planned.open_data)
+    `version`: the commit of the code that runs, where it is known. Raises Stopped where a signal came in between.
+    """
+    version, started = version or commit(), time.perf_counter()  # asked now: files may change while it trains
+    config = with_teacher(job.config)
+    run = train(config, open_data=job.make_loader)
     if run.interrupted:
-        raise Stopped(f"{planned.row}: stopped by {run.interrupted}")
+        raise Stopped(f"{job.label}: stopped by {run.interrupted}")
     for module in run.model.modules():  # scored as written: hooks are set, and sizes asked for once
         module._compiled_call_impl = None
-    metrics, dataset, digest = planned.score(run)
-    row = Row(
-        experiment=planned.experiment,
-        row=planned.row,
-        scale=planned.scale,
+    metrics, dataset, digest = job.score(run)
+    device = next(run.model.parameters()).device
+    anywhere = replace(job.config.data, root=DataConfig.root)  # wherever the images lay
+    result = Result(
+        experiment=job.experiment,
+        columns=job.columns,
+        scale=job.scale,
         dataset=dataset,
         dataset_sha256=digest,
-        seed=planned.config.run.seed,
-        config=dataclasses.asdict(rooted(planned.config, DataConfig.root)),  # wherever the images lay
+        seed=job.config.run.seed,
+        config=dataclasses.asdict(replace(job.config, data=anywhere)),
         metrics={
             **metrics,
-            **teacher_top1(config),
+            **_teacher_top1(config),
             "steps": run.steps,
             "loss": run.history[-1]["loss"],
             "parameters": sum(p.numel() for p in run.model.parameters()),
         },
         weights="raw",
         seconds=round(time.perf_counter() - started, 1),
-        device=_device_name(run),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         torch=torch.__version__,
-        cpvt_commit=commit(),
+        cpvt_commit=version,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return row, planned.arrays(run)
+    return result, job.arrays(run)
 
 
-def _device_name(run: Run) -> str:
-    device = next(run.model.parameters()).device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def measure_missing(
-    plans: Iterable[Planned],
-    path: Path,
+def run_missing(
+    jobs: Iterable[Job],
+    folder: str | Path | None = None,
     budget_minutes: float = 0.0,
-    report: Callable[[Row, int], None] | None = None,
+    report: Callable[[Result, int], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Measures the plans that `path` (NAME.jsonl) lacks, in their order; -> how many are still missing.
+    """Runs the jobs that the folder's results lack, in their order; -> how many are still missing.
 
-    One row is measured at least; another begins where the budget holds as long as the longest so far took (0: no
-    limit). Every row is on disk before the next one starts, and a signal ends it between two of them. A row that
-    does not come about (its loss is not finite) is passed over, and named in the end.
+    One is run at least; another begins where the budget holds as long as the longest so far took (0: no limit).
+    Every result is on disk before the next job starts, and a signal ends it between two of them. A job that fails
+    (its loss is not finite) is passed over, and named in the end. `report` gets each result, and how many are left.
     Raises ResultsError for a row that stands there with another configuration, for a folder that cannot be
     written to, and for what was passed over.
     """
-    plans, budget, longest = list(plans), Budget(budget_minutes), 0.0
-    missing, failed = _missing(plans, path), []
-    _writable(path.parent)
+    if not 0 <= budget_minutes < math.inf:
+        raise ConfigError(f"budget_minutes={budget_minutes:g}: give minutes, or 0 for no limit")
+    folder, version, longest = results_folder(folder), commit(), 0.0
+    end = clock() + (60 * budget_minutes or math.inf)
+    _check_writable(folder)
+    missing, failed = _missing(list(jobs), folder), []
     with keep_images(), _stopped_by_signals():
-        while missing and (not longest or budget.allows(longest)):
-            planned, started = missing.pop(0), time.monotonic()
+        while missing and (not longest or clock() + longest <= end):
+            job, started = missing.pop(0), clock()
             try:
-                row, arrays = measured(planned)
+                result, arrays = run_job(job, version)
             except Stopped:
-                missing.insert(0, planned)
+                missing.insert(0, job)
                 break
             except (FloatingPointError, ResultsError) as error:
-                failed.append(f"{planned.row}, seed {planned.config.run.seed}: {error}")
+                failed.append(f"{job.label}: {error}")
                 continue
-            with _alone(path.parent):  # another process may be measuring the same
-                if row.key not in {old.key for old in _rows(path)}:
-                    if arrays:  # first, so that no row stands without what it promises
-                        keep_arrays(path.with_suffix(".safetensors"), row.row, row.seed, arrays)
-                    append_row(path, row)
-            longest = max(longest, time.monotonic() - started)
+            try:
+                append(result, folder, arrays=arrays)
+            except AlreadyMeasured:  # by another process, meanwhile
+                pass
+            longest = max(longest, clock() - started)
             if report:
-                report(row, len(missing))
+                report(result, len(missing))
     if failed:
         raise ResultsError("not measured: " + "; ".join(failed))
     return len(missing)
 
 
-def _rows(path: Path) -> list[Row]:
-    return read_rows(path.stem, path.parent) if path.exists() else []
-
-
-def _missing(plans: list[Planned], path: Path) -> list[Planned]:
-    stored = {row.key: row for row in _rows(path)}
-    for planned in plans:
-        if row := stored.get(planned.key):
-            try:
-                was = from_json(TrainConfig, json.dumps(row.config))
-            except ConfigError:  # of before an option was renamed: the row stays, with its commit
-                continue
-            if apart := differences(planned.config, was):
+def _missing(jobs: list[Job], folder: Path) -> list[Job]:
+    """Raises ResultsError where the row of a job was recorded with another configuration."""
+    stored: dict[tuple, Result] = {}
+    for experiment in {job.experiment for job in jobs}:
+        if (folder / f"{experiment}.jsonl").exists():
+            stored |= {result.key: result for result in recorded(experiment, folder)}
+    for job in jobs:
+        if result := stored.get(job.key):
+            if apart := differences(job.config, from_json(TrainConfig, json.dumps(result.config))):
                 raise ResultsError(
-                    f"{path} has {planned.row!r}, seed {row.seed}, of another configuration: {'; '.join(apart)}; "
-                    "use another folder, or remove the row"
+                    f"{job.experiment}, {job.label}, is there with another configuration: {'; '.join(apart)}; "
+                    f"use another folder, or remove the row from {folder}"
                 )
-    return [planned for planned in plans if planned.key not in stored]
+    return [job for job in jobs if job.key not in stored]
 
 
-def _writable(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial = folder / f".trial.{os.getpid()}"
@@ -171,16 +175,6 @@ def _writable(folder: Path) -> None:
         trial.unlink()
     except OSError as error:
         raise ResultsError(f"{folder} cannot be written to: {error.strerror}; give another folder") from None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # released on closing
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -199,3 +193,62 @@ def _stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------- teachers
+
+
+def train_teacher(student: TrainConfig, name: str = TEACHER) -> tuple[nn.Module, float]:
+    """Trains timm's model `name` from nothing, on the student's images and as long as the student.
+
+    -> the model in evaluation mode, and its top-1 in percent on the held-out images.
+    """
+    device, seed = pick_device(student.run.device), student.run.seed
+    smoothing = student.optim.label_smoothing
+    batches = open_batches(
+        student.data,
+        student.optim.global_batch_size,
+        seed,
+        device,
+        augment=student.augment,
+        smoothing=smoothing,
+    )
+    optim = resolved(student, batches.stream.steps).optim
+    torch.manual_seed(seed)
+    model = timm.create_model(name, num_classes=batches.num_classes).to(device)
+    optimiser = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr)
+    with closing(batches.micro_batches()) as micro_batches:
+        for step, batch in enumerate(islice(micro_batches, optim.steps)):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, optim)
+            optimiser.zero_grad()
+            cross_entropy(model(batch.images), batch.targets, smoothing).backward()
+            optimiser.step()
+    return model.eval(), accuracy(model, batches.test())["top1"]
+
+
+def with_teacher(student: TrainConfig) -> TrainConfig:
+    """The configuration with the weights of its teacher: one of this data, augmentation, length and seed is taken
+    from `data.root`/teachers, or trained and laid there. Without a teacher in it, the configuration as it is."""
+    if not student.distill.teacher or student.distill.weights:
+        return student
+    parts = (student.data, student.augment, student.optim)
+    about = " ".join([*map(to_json, parts), str(student.run.seed), student.distill.teacher])
+    name = f"{student.distill.teacher}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
+    path = Path(student.data.root) / "teachers" / name
+    if not path.exists():
+        model, top1 = train_teacher(student, student.distill.teacher)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")  # another process may be reading the older one
+        save_file(model.state_dict(), beside, metadata={"top1": f"{top1:.2f}"})
+        os.replace(beside, path)
+    return replace(student, distill=replace(student.distill, weights=str(path)))
+
+
+def _teacher_top1(student: TrainConfig) -> dict[str, float]:
+    """{"teacher_top1": percent}, as noted beside the weights of a teacher that was trained here; else {}."""
+    if not student.distill.weights:
+        return {}
+    with safe_open(student.distill.weights, "pt") as file:
+        noted = (file.metadata() or {}).get("top1")
+    return {"teacher_top1": float(noted)} if noted else {}

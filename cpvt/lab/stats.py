@@ -1,10 +1,124 @@
-"""A verdict on claims of the form "this is larger than that": *supported*, *contradicted*, *not resolved*."""
+"""Over seeds: intervals, paired differences, verdicts on claims; and what was claimed and predicted beforehand.
+
+A verdict is *supported*, *contradicted* or *not resolved*; where rows are missing, it is `NOT_YET`.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
 
-from cpvt.lab.results import NOT_YET, Row, Spread, same_images, spread, t_quantile
+import pandas
+from scipy import stats as scipy_stats
+
+from cpvt.errors import ResultsError
+from cpvt.lab.probes import theory
+from cpvt.lab.results import COLUMNS, describe, select
+
+NOT_YET = "not yet measured"
+Terms = tuple[tuple[float, dict[str, Any], str], ...]  # (weight, columns of a row, metric), ...
+
+
+# --------------------------------------------------------------------------- over seeds
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values over seeds: mean, extremes, from three values on a 95 % interval of the mean (Student's t)."""
+
+    mean: float
+    min: float
+    max: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.n == 1:
+            return f"{self.mean:.1f} (one seed)"
+        if self.low is None:
+            return f"{self.mean:.1f} ({self.min:.1f} to {self.max:.1f}, {self.n} seeds)"
+        return f"{self.mean:.1f} ± {self.high - self.mean:.1f} ({self.n} seeds)"
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Numbers, one a seed -> their Spread. Raises ResultsError without any."""
+    values = [float(value) for value in values]
+    if not values:
+        raise ResultsError("the spread of no values; expected one a seed")
+    mean, n = fmean(values), len(values)
+    if n < 3:
+        return Spread(mean, min(values), max(values), n)
+    half = scipy_stats.t.ppf(0.975, n - 1) * stdev(values) / math.sqrt(n)
+    return Spread(mean, min(values), max(values), n, float(mean - half), float(mean + half))
+
+
+def by_seed(rows: pandas.DataFrame, columns: dict[str, Any], metric: str) -> pandas.DataFrame:
+    """The rows of `select` that have the metric, indexed by seed; raises ResultsError where a seed stands twice."""
+    found = select(rows, **columns)
+    found = found[found[metric].notna()] if metric in found else found[:0]
+    if (twice := found["seed"].duplicated(keep=False)).any():
+        which = ", ".join(sorted(found[twice]["experiment"].unique()))
+        raise ResultsError(
+            f"{describe(columns)}: more than one row a seed, of {which}; select the experiment and every column"
+        )
+    return found.set_index("seed")
+
+
+def over_seeds(rows: pandas.DataFrame, metric: str, by: Sequence[str] = ()) -> pandas.DataFrame:
+    """-> a line for each row of the table, whatever its seeds: mean, low, high (95 %), min, max and seeds.
+
+    Its index: the columns `by`, which must tell the rows apart; without them all columns of the experiment.
+    """
+    by = list(by) or [name for name in rows.columns[1 : list(rows).index("seed")]]
+    found = rows[rows[metric].notna()] if metric in rows else rows[:0]
+    if found.duplicated([*by, "seed"]).any():
+        raise ResultsError(
+            f"more than one row a seed for the same {', '.join(by)}: select, or name more columns"
+        )
+    spreads = {key: spread(part[metric]) for key, part in found.groupby(by, sort=False)}
+    index = (
+        pandas.MultiIndex.from_tuples(spreads, names=by)
+        if spreads
+        else pandas.MultiIndex.from_product([[]] * len(by), names=by)
+    )
+    names = {"mean": "mean", "low": "low", "high": "high", "min": "min", "max": "max", "n": "seeds"}
+    values = [[getattr(one, name) for name in names] for one in spreads.values()]
+    table = pandas.DataFrame(values, index, list(names.values()))
+    return table.droplevel(by[1:]) if len(by) == 1 else table
+
+
+def combination(rows: pandas.DataFrame, *terms: tuple, across: bool = False) -> Spread | None:
+    """The Spread, over the seeds that have them all, of a weighted sum: (weight, columns, metric), ...
+
+    Two terms of weight 1 and -1 are a paired difference, four a difference of differences. None without a common
+    seed. Raises ResultsError where rows of a seed differ in scale, data or experiment (unless `across`: rows of
+    several experiments on the same images).
+    """
+    parts = [(weight, by_seed(rows, columns, metric), metric) for weight, columns, metric in terms]
+    alike = ["scale", "dataset", "dataset_sha256"] + ["experiment"] * (not across)
+    sums = []
+    for seed in sorted(set.intersection(*(set(part.index) for _, part, _ in parts))):
+        for name in alike:
+            if len(values := {part.at[seed, name] for _, part, _ in parts}) > 1:
+                words = " and ".join(sorted(value[:20] for value in values))
+                raise ResultsError(f"seed {seed}: rows of different {name}, {words}: compare like with like")
+        sums.append(sum(weight * part.at[seed, metric] for weight, part, metric in parts))
+    return spread(sums) if sums else None
+
+
+def paired_difference(
+    rows: pandas.DataFrame, first: dict[str, Any], second: dict[str, Any], metric: str
+) -> Spread | None:
+    """The Spread of `first` minus `second`, paired by seed; see `combination`."""
+    return combination(rows, (1, first, metric), (-1, second, metric))
+
+
+# --------------------------------------------------------------------------- verdicts
 
 
 def p_value(found: Spread) -> float:
@@ -17,11 +131,8 @@ def p_value(found: Spread) -> float:
     half = found.high - found.mean
     if half == 0:
         return 0.0 if found.mean else 1.0
-    t, low, high = abs(found.mean) / half * t_quantile(found.n - 1), 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_quantile(found.n - 1, middle) < t else (low, middle)
-    return 1 - low
+    t = abs(found.mean) / half * scipy_stats.t.ppf(0.975, found.n - 1)
+    return float(2 * scipy_stats.t.sf(t, found.n - 1))
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
@@ -51,19 +162,157 @@ def verdicts(found: Sequence[Spread | None], level: float = 0.05) -> list[str]:
     return words
 
 
-def combination(rows: Iterable[Row], *terms: tuple[float, str, str]) -> Spread | None:
-    """The Spread, over the seeds that have them all, of a weighted sum: (weight, row, metric), ...
+def judge(rows: pandas.DataFrame, claims: dict[str, Terms], across: bool = False) -> pandas.DataFrame:
+    """Claims, each that a `combination` is above zero -> a line for each: `difference` (Spread or None), `verdict`."""
+    found = [combination(rows, *terms, across=across) for terms in claims.values()]
+    return pandas.DataFrame(
+        {"difference": pandas.Series(found, dtype=object), "verdict": verdicts(found)}
+    ).set_index(pandas.Index(claims, name="claim"))
 
-    (1, "a", "top1@14"), (-1, "b", "top1@14") is `results.difference`; four terms give a difference of differences.
-    None without a common seed. Raises ResultsError where rows of a seed were evaluated on different images.
+
+# --------------------------------------------------------------------------- claims, written before the rows
+
+
+def ahead(better: dict, worse: dict, metric: str = "top1@14", weight: float = 1) -> Terms:
+    """Terms of `combination`: by how much one row is ahead of another."""
+    return (weight, better, metric), (-weight, worse, metric)
+
+
+_NONE, _LEARNED, _PEG = ({"encoding": text} for text in ("none", "learned", "peg"))
+_FIVE = {"encoding": "peg(positions=(0, 1, 2, 3, 4))"}
+_CIRCULAR = {"encoding": "peg(padding='circular')"}
+_BORDER = {"encoding": "peg(on='constant')"}
+_FROZEN = {"encoding": "peg(frozen=True)"}
+_DENSE = {"encoding": "peg(positions=(0, 1, 2, 3, 4, 5), kernel=1, convolution='dense')"}
+_POOLED, _TAUGHT = {"global_pool": "avg"}, {"distilled": True, "teacher": "resnet10t"}
+_LONG = {"max_steps": 900}
+
+CLAIMS: dict[str, dict[str, Terms]] = {
+    # Before any row of `fashion` or of `fashion-tuning`.
+    "fashion": {
+        "learned > none": ahead(_LEARNED, _NONE),
+        "one PEG > none": ahead(_PEG, _NONE),
+        "one PEG > learned": ahead(_PEG, _LEARNED),
+        "five PEGs > one PEG": ahead(_FIVE, _PEG),
+        "circular padding > none": ahead(_CIRCULAR, _NONE),  # mixing alone helps
+        "one PEG > circular padding": ahead(_PEG, _CIRCULAR),  # the border adds to it
+        "border without mixing > none": ahead(_BORDER, _NONE),
+        "random and frozen > none": ahead(_FROZEN, _NONE),
+        "one PEG > dense 1x1 in every block": ahead(_PEG, _DENSE),
+        "one PEG, pooled > one PEG": ahead(_PEG | _POOLED, _PEG),
+        "one PEG, distilled > one PEG": ahead(_PEG | _TAUGHT, _PEG),
+        # Who tells no position does not mind a shifted image.
+        "circular padding keeps more answers than learned": ahead(_CIRCULAR, _LEARNED, "same_class/shift4"),
+    },
+    # Before any row of `fashion-length`, with the rows of 300 steps known; judged on the rows of both. A lead that
+    # is only a faster start would shrink as training gets longer.
+    "fashion-length": {
+        "one PEG is ahead of learned at 900 steps": ahead(_PEG | _LONG, _LEARNED | _LONG),
+        "one PEG is ahead of circular padding at 900 steps": ahead(_PEG | _LONG, _CIRCULAR | _LONG),
+        "the lead of one PEG over none is larger at 300 steps than at 900": (
+            *ahead(_PEG, _NONE),
+            *ahead(_PEG | _LONG, _NONE | _LONG, weight=-1),
+        ),
+        "the lead of one PEG over learned is larger at 300 steps than at 900": (
+            *ahead(_PEG, _LEARNED),
+            *ahead(_PEG | _LONG, _LEARNED | _LONG, weight=-1),
+        ),
+    },
+}
+
+
+# --------------------------------------------------------------------------- predictions for the synthetic tasks
+# The ceilings count what the reach of PEGs hides (`probes.theory`): nobody who sees no farther can be better. The
+# chapter on where and how many PEGs builds both by hand.
+
+IMAGES = 256  # behind every recorded accuracy
+SOLVED = 95.0
+METRIC = {"where": "top1@10", "arrangement": "top1@6x14", "what": "top1@8x12/unseen"}
+TRAINED = "top1@8x12/trained"
+
+
+def where_ceiling(reach: int, distance: int, size: int = 10) -> float:
+    """-> the best accuracy in percent on *where*, at that distance, of who sees borders `reach` tokens away."""
+    best = [
+        0.5 ** ((down > reach) + (across > reach))  # two halves to know; each is known, or guessed
+        for down in range(size // 2)
+        for across in range(size // 2)
+        if min(down, across) == distance
+    ]
+    return 100 * sum(best) / len(best)
+
+
+def arrangement_ceiling(spread: int, separation: int, columns: int = 14, margin: int = 2) -> float:
+    """-> the best accuracy in percent on *arrangement*, at that separation, of PEGs that spread that far in all.
+
+    The order shows up to 2 * spread columns; a column shows up to 2 * spread - 1 tokens from a side border, and
+    tells something of the order.
     """
-    having: dict[tuple[str, str], dict[int, Row]] = {(name, metric): {} for _, name, metric in terms}
-    for row in rows:
-        for name, metric in having:
-            if row.row == name and metric in row.metrics:
-                having[name, metric][row.seed] = row
-    sums = []
-    for seed in sorted(set.intersection(*(set(found) for found in having.values()))):
-        same_images([having[name, metric][seed] for _, name, metric in terms])
-        sums.append(sum(w * having[name, metric][seed].metrics[metric] for w, name, metric in terms))
-    return spread(sums) if sums else None
+    seen: Counter = Counter()
+    for first in range(margin, columns - margin - separation):
+        for label, pair in enumerate(((first, first + separation), (first + separation, first))):
+            order = label if separation <= 2 * spread else None
+            shows = [x if min(x, columns - 1 - x) <= 2 * spread - 1 else None for x in pair]
+            seen[order, *shows, label] += 1
+    best: Counter = Counter()
+    for (*observation, _), count in seen.items():
+        best[tuple(observation)] = max(best[tuple(observation)], count)
+    return 100 * sum(best.values()) / sum(seen.values())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An accuracy in percent, from `low` to `high`. `word`: solves, chance, ceiling or fails."""
+
+    word: str
+    low: float
+    high: float
+
+    def verdict(self, values: Iterable[float]) -> str:
+        """Accuracies, one a seed -> supported: all inside; contradicted: none; not resolved: they disagree."""
+        inside = [self.low <= value <= self.high for value in values]
+        if all(inside):
+            return "supported"
+        return "not resolved" if any(inside) else "contradicted"
+
+
+def predicted(task: str, encoding: str) -> Prediction:
+    """Of "where", "arrangement" or "what" (unseen side) and an encoding of the synthetic tasks."""
+
+    def luck(percent: float) -> float:  # three standard errors, in points
+        return 3 * 100 * (percent / 100 * (1 - percent / 100) / IMAGES) ** 0.5
+
+    wrapped, seen = encoding == "relative(wrap=True)", theory(encoding)
+    chance = 25.0 if task == "where" else 50.0
+    if encoding == "none" or (wrapped and task == "where"):
+        return Prediction("chance", chance - luck(chance), chance + luck(chance))
+    if task == "what":
+        table = encoding in ("learned", "sine")  # learns each position by itself
+        return Prediction("fails", 0.0, 75.0) if table else Prediction("solves", SOLVED, 100.0)
+    if seen is None and not wrapped:
+        return Prediction("solves", SOLVED, 100.0)
+    if wrapped:
+        best = (3 * 100 + 5 * 50) / 8  # of separations 2 to 9 on a torus of 14 columns, three have no partner
+    elif task == "where":
+        best = sum(where_ceiling(seen[0], d) for d in range(5)) / 5
+    else:
+        best = sum(arrangement_ceiling(seen[1] // 2, d) for d in range(2, 10)) / 8
+    return Prediction("ceiling", best - 5, min(best + luck(best), 100.0))
+
+
+def judge_predictions(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """Rows of `synthetic` -> a line for each task, encoding and global_pool: `values` (percent, a tuple, one a
+    seed), their `mean`, what was predicted (`word`, `low`, `high`), and the `verdict`.
+
+    *What* counts only where every seed solves the trained side; else it is not resolved.
+    """
+    lines = []
+    for key, part in rows.groupby(list(COLUMNS["synthetic"]), sort=False):
+        task, encoding, _ = key
+        values, prediction = tuple(part[METRIC[task]]), predicted(task, encoding)
+        verdict = prediction.verdict(values)
+        if task == "what" and encoding != "none" and part[TRAINED].min() < SOLVED:
+            verdict = "not resolved"
+        lines.append((*key, values, fmean(values), *vars(prediction).values(), verdict))
+    names = [*COLUMNS["synthetic"], "values", "mean", "word", "low", "high", "verdict"]
+    return pandas.DataFrame(lines, columns=names)
