@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,8 +25,9 @@ from cpvt.data.pack import Expected, Shrink, pack
 from cpvt.errors import ConfigError, DataError, ResultsError, nearest
 from cpvt.lab.benchmark import Benchmark
 from cpvt.lab.costs import cost_config, cost_rows, measure_costs
-from cpvt.lab.experiments import EXPERIMENTS, planned_rows, run_missing
-from cpvt.lab.results import Row
+from cpvt.lab.experiments import EXPERIMENTS, jobs
+from cpvt.lab.results import Result, describe, results_folder
+from cpvt.lab.runner import run_missing
 from cpvt.training.checkpoint import load_model
 from cpvt.training.distributed import World
 from cpvt.training.evaluate import accuracy
@@ -160,19 +161,19 @@ class Pack:
 class Experiments:
     """Measure what is missing of an experiment, a row at a time."""
 
-    name: Annotated[str, tyro.conf.Positional] = ""  # see --list; default: diagnostics
+    name: Annotated[str, tyro.conf.Positional] = ""  # see --list; default: synthetic
     scale: Literal["", "tiny-imagenet", "fashion-mnist"] = (
         ""  # tiny-imagenet: the paper's tables at 1:8, the experiment tables; fashion-mnist: fashion, for a CPU
     )
     root: str = ""  # folder that holds the images (default: data/images)
-    out: Path = field(default_factory=lambda: Path("data/results"))  # folder of NAME.jsonl
+    out: Path | None = None  # folder of NAME.jsonl (default: the repository's data/results)
     table: str = ""  # of the experiment tables: encodings, placement, parameters, padding, resolution, ...
     budget_minutes: float = 0.0  # start no row that would not be done by then, after a first one; 0: run all
     device: str = "auto"  # costs: cpu, cuda
     list: bool = False  # only say what the experiment consists of; without a name: what experiments there are
 
     def __call__(self) -> None:
-        at_scale = {"tiny-imagenet": "tables", "fashion-mnist": "fashion"}.get(self.scale, "diagnostics")
+        at_scale = {"tiny-imagenet": "tables", "fashion-mnist": "fashion"}.get(self.scale, "synthetic")
         name = self.name or at_scale
         if self.scale and name != at_scale:
             raise ConfigError(
@@ -191,10 +192,10 @@ class Experiments:
         given = {"root": self.root, "table": self.table}
         options = {name: value for name, value in given.items() if value}
         if self.list:
-            for planned in planned_rows(name, **options):
-                print(planned.row, f"seed {planned.config.run.seed}", to_json(planned.config), sep="\t")
+            for job in jobs(name, **options):
+                print(job.label, to_json(job.config), sep="\t")
             return
-        self._say(name, run_missing(name, self.out, self.budget_minutes, self._reporter(), **options))
+        self._say(name, run_missing(jobs(name, **options), self.out, self.budget_minutes, self._reporter()))
 
     def _costs(self) -> None:
         """Nothing is trained to an end: steps of every model are timed beside those of one without encoding."""
@@ -202,23 +203,24 @@ class Experiments:
             if getattr(self, name):
                 raise ConfigError(f"the experiment 'costs' has no {name}: leave it out")
         if self.list:
-            print(*(f"{row.name}\t{to_json(cost_config(row))}" for row in cost_rows().values()), sep="\n")
+            print(*(f"{describe(row)}\t{to_json(cost_config(row))}" for row in cost_rows()), sep="\n")
             return
         device = pick_device(self.device)
         self._say("costs", measure_costs(self.out, device, self.budget_minutes, self._reporter()))
 
     def _say(self, name: str, left: int) -> None:
-        print(f"{self.out / name}.jsonl: {left} rows missing" if left else "nothing is missing")
+        path = results_folder(self.out) / f"{name}.jsonl"
+        print(f"{path}: {left} rows missing" if left else "nothing is missing")
 
-    def _reporter(self) -> Callable[[Row, int], None]:
+    def _reporter(self) -> Callable[[Result, int], None]:
         """Prints each row, and what the others will take if they take as long as those so far."""
         took: list[float] = []
 
-        def report(row: Row, left: int) -> None:
-            took.append(row.seconds)
+        def report(result: Result, left: int) -> None:
+            took.append(result.seconds)
             minutes = left * sum(took) / len(took) / 60
             rest = f"{left} to go, about {minutes:.0f} minutes" if left else "the last"
-            print(f"{row.row}, seed {row.seed}: {row.seconds} s, {rest}", flush=True)
+            print(f"{result.label}: {result.seconds} s, {rest}", flush=True)
 
         return report
 

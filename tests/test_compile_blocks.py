@@ -3,14 +3,10 @@
 import pytest
 import torch
 
-from cpvt.config import RunConfig, replace
-from cpvt.errors import ConfigError
-from cpvt.lab.experiments import diagnostic
-from cpvt.lab.tables import rows
+from cpvt.config import replace
+from cpvt.lab.experiments import FIVE, synthetic_config
 from cpvt.model.vit import Block
 from cpvt.training.train import train
-
-ROWS = {row.name: row for row in rows()}
 
 
 @pytest.fixture
@@ -30,8 +26,8 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-def losses(name, **run):
-    config = diagnostic("where", ROWS[name].encoding, steps=3)
+def losses(encoding, **run):
+    config = synthetic_config("where", encoding, max_steps=3)
     model = replace(config.model, depth=6, drop_path=0.1)
     data = replace(config.data, test_size=48)
     run = train(replace(config, model=model, data=data, run=replace(config.run, log_every=1, **run)))
@@ -40,14 +36,9 @@ def losses(name, **run):
 
 def test_blocks_are_compiled_once_for_all_rows_whose_encoding_is_not_in_attention(graphs):
     counts = []
-    for name in ("none", "learned", "one PEG", "five PEGs"):
-        assert losses(name, compile_blocks=True) == losses(name)
+    for encoding in ("none", "learned", "peg", FIVE):
+        assert losses(encoding, compile="blocks") == losses(encoding)
         counts.append(len(graphs))
     assert 2 <= counts[0] <= 4 and counts == counts[:1] * 4  # training and evaluation, whole and last batches
-    assert losses("rotary", compile_blocks=True) == losses("rotary")
+    assert losses("rotary", compile="blocks") == losses("rotary")
     assert len(graphs) >= counts[0] + 6  # in attention each block has its own
-
-
-def test_a_model_is_compiled_whole_or_by_blocks():
-    with pytest.raises(ConfigError, match="leave one out"):
-        RunConfig(compile=True, compile_blocks=True)

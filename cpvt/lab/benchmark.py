@@ -43,7 +43,7 @@ from cpvt.data.decode import find_jpeg_decoder
 from cpvt.errors import ConfigError, nearest
 from cpvt.lab.costs import step_bytes
 from cpvt.lab.jpegs import Filled, Repeated, jpeg_decoder, prepare
-from cpvt.lab.results import Row
+from cpvt.lab.results import Result
 from cpvt.lab.steps import (
     AGREE,
     CPU,
@@ -337,15 +337,15 @@ COLUMNS = {"images_per_s": "images/s", "ratio": "to timm", "cost_percent": "cost
 COLUMNS |= {"share_percent": "share %", "gigabytes": "GB"}
 
 
-def table(rows: list[Row]) -> list[str]:
+def table(rows: list[Result]) -> list[str]:
     """Lines: a row each, medians over rounds, and the extremes of the ratio."""
     lines = [f"{'':52}" + "".join(f"{title:>10}" for title in COLUMNS.values()) + "   ratios"]
     for row in rows:
         values = row.metrics
         cells = [_cell(values.get(name)) for name in COLUMNS]
         extremes = f"   {values['ratio/min']:.3f} - {values['ratio/max']:.3f}" if "ratio" in values else ""
-        lines.append(f"{row.row:52}" + "".join(f"{cell:>10}" for cell in cells) + extremes)
-        if row.row.startswith("memory"):
+        lines.append(f"{row.columns['row']:52}" + "".join(f"{cell:>10}" for cell in cells) + extremes)
+        if row.columns["row"].startswith("memory"):
             lines += [f"    {name:46}{value:12.5g}" for name, value in values.items()]
     return lines
 

@@ -3,9 +3,9 @@
     cpvt experiments costs --device cpu      one thread, fp32, eager: ratios only
     cpvt experiments costs --device cuda     bf16, compiled: images a second and peak memory as well
 
-Every row of `tables.py` that has a model of its own, on DeiT's bodies at 224 pixels. A row is timed in one process
+Every row of the paper's tables that has a model of its own, on DeiT's bodies at 224 pixels. A row is timed in one process
 with `none`, in rounds: each round takes one training step (or a few) and one forward pass of every model of a
-group, in an order drawn anew, and gives one ratio a row. "none, again" is a second model without encoding: its
+group, in an order drawn anew, and gives one ratio a row. The row `again` is a second model without encoding: its
 ratio shows what the stop-watch itself adds to the rows of its group.
 
 Letters: B images of a batch, N patches, T tokens, D width.
@@ -29,15 +29,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpvt.config import ModelConfig
-from cpvt.lab.results import Row, append_row, commit, fingerprint, read_rows
-from cpvt.lab.tables import TableRow, rows
+from cpvt.lab.experiments import FIVE, table_rows
+from cpvt.lab.results import (
+    COLUMNS,
+    Result,
+    append,
+    commit,
+    complete,
+    describe,
+    fingerprint,
+    recorded,
+    results_folder,
+)
 from cpvt.lab.timing import Budget, Step, each_compiled, in_rounds, noise, ratios, seconds_of, summary
 from cpvt.model.fused_peg import FUSED
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_config
 
-BASE, AGAIN = "none", "none, again"
-CLAIMED = ("one PEG", "five PEGs")  # of these the book predicts the time
+BASE, AGAIN = (complete("costs", {"encoding": "none", "again": again}) for again in (False, True))
+CLAIMED = [complete("costs", {"encoding": text}) for text in ("peg", FIVE)]  # the book predicts their time
 GROUP = 6  # rows that are timed together with the base: few, so that all of a round lie close in time
 
 
@@ -59,22 +69,25 @@ CPU = Size("seconds", 8, 20, 1, "eager")
 GPU = Size("minutes", 1024, 12, 10, "default")
 
 
-def cost_rows() -> dict[str, TableRow]:
-    """Name -> row: the base, its copy and the claims first, then the others in the order of `tables.py`.
+def cost_rows() -> list[dict]:
+    """The base, its copy and the claims first, then the other rows of the tables.
 
     Groups are formed in this order, so that the claims are timed in the rounds of the control. Rows that differ
     in data, augmentation or length alone cost what their model costs, and are left out; so are those with two
     heads, which train on a loss that the timed step does not have.
     """
-    own = (row for row in rows() if set(row.changes) <= {"model"})
-    found = {row.name: row for row in own if not row.config().model.distilled}
-    base, claims = found.pop(BASE), {name: found.pop(name) for name in CLAIMED}
-    return {BASE: base, AGAIN: replace(base, name=AGAIN), **claims, **found}
+    found = [BASE, AGAIN, *CLAIMED]
+    for row in sum(table_rows().values(), []):
+        own = {name: row[name] for name in COLUMNS["costs"] if name in row}
+        if row == complete("tables", own) and (columns := complete("costs", own)) not in found:
+            found.append(columns)
+    return found
 
 
-def cost_config(row: TableRow, size: str = "tiny", **changes) -> ModelConfig:
+def cost_config(row: dict, size: str = "tiny", **changes) -> ModelConfig:
     """The row on DeiT's body of that size ("tiny", "small", "base"), 224 pixels unless changed."""
-    return model_config(f"deit_{size}", encoding=row.encoding, **row.changes.get("model", {}), **changes)
+    own = {name: value for name, value in row.items() if name != "again"}
+    return model_config(f"deit_{size}", **{**own, **changes})
 
 
 # --------------------------------------------------------------------------- exact
@@ -146,32 +159,33 @@ def saved_per_image(config: ModelConfig) -> int:
 
 
 def measure_costs(
-    out: str | Path,
+    out: str | Path | None = None,
     device: str = "cpu",
     budget_minutes: float = 0.0,
-    report: Callable[[Row, int], None] | None = None,
-    names: Sequence[str] | None = None,
+    report: Callable[[Result, int], None] | None = None,
+    rows: Sequence[dict] | None = None,
     size: Size | None = None,
 ) -> int:
-    """Measures the rows that `out`/costs.jsonl lacks for this kind of device, group by group.
+    """Measures the rows that the folder's results lack for this kind of device, group by group.
 
     A group's rows are on disk before the next group begins. One group is measured at least; a further one begins
-    if the budget holds as long as the one before took (0: no limit). `names`: these rows only;
+    if the budget holds as long as the one before took (0: no limit). `rows`: these only;
     `size`: how much is measured.
     -> how many rows are still missing.
     """
     size = size or (GPU if "cuda" in device else CPU)
-    path, every, budget = Path(out) / "costs.jsonl", cost_rows(), Budget(budget_minutes)
-    done = {row.row for row in read_rows("costs", out) if row.scale == size.scale} if path.exists() else set()
-    missing, took = [name for name in (every if names is None else names) if name not in done], 0.0
+    out, budget, took, version = results_folder(out), Budget(budget_minutes), 0.0, commit()
+    there = recorded("costs", out) if out.is_dir() else []
+    done = [result.columns for result in there if result.scale == size.scale]
+    missing = [row for row in (cost_rows() if rows is None else rows) if row not in done]
     with each_compiled(), _one_thread(device):
-        base = Entrant(every[BASE], size, device) if missing else None
+        base = Entrant(BASE, size, device) if missing else None
         while missing and (not took or budget.allows(took)):
             group, missing, started = missing[:GROUP], missing[GROUP:], time.monotonic()
-            for row in _timed(base, [every[name] for name in group], size, device):
-                append_row(path, row)
+            for result in _timed(base, group, size, device, version):
+                append(result, out)
                 if report:
-                    report(row, len(missing))
+                    report(result, len(missing))
             took = time.monotonic() - started
     return len(missing)
 
@@ -192,7 +206,7 @@ class Entrant:
     """One row's model, twice: "step" trains it, "inference" reads only. On a GPU `memory` is what one takes at its
     peak, in bytes."""
 
-    def __init__(self, row: TableRow, size: Size, device: str):
+    def __init__(self, row: dict, size: Size, device: str):
         self.row, self.config = row, cost_config(row, drop_path=0.1, **size.model)
         self.batch = noise(self.config, size.batch_size, device)
         self.steps: dict[str, Step] = {}
@@ -210,13 +224,13 @@ class Entrant:
             self.steps[name] = step
 
 
-def _timed(base: Entrant, group: Sequence[TableRow], size: Size, device: str) -> Iterator[Row]:
-    """Times the group and the base in rounds; -> the group's rows."""
+def _timed(base: Entrant, group: Sequence[dict], size: Size, device: str, version: str) -> Iterator[Result]:
+    """Times the group and the base in rounds; -> the group's results."""
     since = time.monotonic()
-    entrants = {row.name: base if row.name == BASE else Entrant(row, size, device) for row in group}
+    entrants = {describe(row): base if row == BASE else Entrant(row, size, device) for row in group}
     measures = {
         (name, kind): partial(seconds_of, partial(step, *entrant.batch), device, size.steps)
-        for name, entrant in {BASE: base, **entrants}.items()
+        for name, entrant in {describe(BASE): base, **entrants}.items()
         for kind, step in entrant.steps.items()
     }
     found = in_rounds(measures, size.rounds)
@@ -225,38 +239,40 @@ def _timed(base: Entrant, group: Sequence[TableRow], size: Size, device: str) ->
         metrics = {"parameters": parameters(entrant.config), "multiply_adds": multiply_adds(entrant.config)}
         for kind in entrant.steps:
             times = found[name, kind]
-            metrics |= summary(f"{kind}_ratio", ratios(times, found[BASE, kind]))
+            metrics |= summary(f"{kind}_ratio", ratios(times, found[describe(BASE), kind]))
             if "cuda" in device:  # on a CPU, one thread of one machine: nobody's speed
                 metrics |= summary(f"{kind}_images_per_s", [size.batch_size / t for t in times])
                 metrics[f"{kind}_gigabytes"] = entrant.memory[kind] / 1e9
-        yield _row(entrant, size, device, metrics, seconds)
+        yield _result(entrant, size, device, metrics, seconds, version)
 
 
-def _row(entrant: Entrant, size: Size, device: str, metrics: dict[str, float], seconds: float) -> Row:
+def _result(
+    entrant: Entrant, size: Size, device: str, metrics: dict[str, float], seconds: float, version: str
+) -> Result:
     cuda = "cuda" in device
-    return Row(
+    return Result(
         experiment="costs",
-        row=entrant.row.name,
+        columns=entrant.row,
         scale=size.scale,
         dataset="noise",
         dataset_sha256=fingerprint(entrant.batch[0][:8]),
         seed=0,
         config={
             "model": asdict(entrant.config),
-            "batch": size.batch_size,
+            "batch_size": size.batch_size,
             "precision": "bf16" if cuda else "fp32",
             "mode": size.mode,
             "fused": FUSED and cuda,
             "threads": torch.get_num_threads(),
             "rounds": size.rounds,
             "steps_a_round": size.steps,
-            "ratio_to": BASE,
+            "ratio_to": BASE["encoding"],
         },
         metrics=metrics,
         weights="raw",
         seconds=seconds,
         device=torch.cuda.get_device_name() if cuda else "cpu",
         torch=torch.__version__,
-        cpvt_commit=commit(),
+        cpvt_commit=version,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -2,8 +2,8 @@
 
 A row is its columns, {"encoding": "peg", "global_pool": "avg"}; those that it does not name have the usual values
 of `results.COLUMNS`. Of each experiment there stand here a function from columns to a configuration, and its rows
-as jobs, in the order in which `runner.run_missing` measures them: first seeds first, so that a run cut short leaves
-a whole table.
+as jobs, in the order in which `runner.run_missing` measures them: first seeds first, so that whoever stops early
+has a whole table.
 
     synthetic       every encoding on the synthetic tasks, with class token and with average pooling
     padding         *where* with every padding of a PEG
@@ -118,7 +118,7 @@ def _synthetic_job(experiment: str, seed: int, **columns) -> Job:
 
 
 def synthetic() -> Iterator[Job]:
-    """Every encoding on the synthetic tasks, with class token and with average pooling; minutes a row on a core."""
+    """Every encoding on the synthetic tasks, with class token and with average pooling; a minute a row."""
     for seed in SEEDS:
         for pool in POOLS:
             for encoding in ENCODINGS:
@@ -130,8 +130,9 @@ def padding() -> Iterator[Job]:
     """*Where* with every padding of one PEG and a class token; `synthetic` has zero padding with its skip.
 
     Written before these rows, after a pilot of no padding (42 at 300 steps) and of circular (25): no accuracy at
-    any distance is above the ceiling of a reach of 1 for no padding, zeros and reflect, of 0 for replicate and for
-    the border alone, of nothing for circular; and without padding the position is learnt at both visible distances.
+    any distance is above the ceiling of a reach of 1 for no padding, zeros and reflect, of 0 for replicate and
+    for the border alone, of nothing for circular; and without padding the position is learnt at both visible
+    distances.
     """
     for seed in SEEDS:
         for encoding in PADDINGS:
@@ -142,7 +143,7 @@ HINTS = (("what", "sine"), ("where", FIVE))
 
 
 def pooling() -> Iterator[Job]:
-    """Class token against pooling where the rows of `synthetic` hint at a difference, on seeds with no say in that.
+    """Class token against pooling where the rows of `synthetic` hint at a difference, on fresh seeds.
 
     Written before these rows, after a look at those of `synthetic` (three seeds, 42 differences): with five PEGs
     pooling is behind on *where*; with sine it is ahead on the unseen side of *what*; and five PEGs with pooling
@@ -215,8 +216,8 @@ def pipelines() -> Iterator[Job]:
 
 
 # --------------------------------------------------------------------------- the paper's tables at 1:8: a GPU
-# ImageNet images at an eighth of their size (Tiny-ImageNet, 64 pixels) in tokens of 2 x 2 pixels: 20, 28, 48, 56 and
-# 64 pixels give the grids of 160, 224, 384, 448 and 512 at 16 pixels a token. Larger tests show real detail, no blur.
+# ImageNet images at an eighth of their size (Tiny-ImageNet, 64 pixels) in tokens of 2 x 2 pixels: 20, 28, 48, 56
+# and 64 pixels give the grids of 160, 224, 384, 448 and 512 at 16 pixels a token. Larger tests show real detail.
 
 _STEM, _NO_JITTER, _BARE = {"stem": "conv"}, {"scale_jitter": False}, {"mlp_only_blocks": 1}
 _TWO_HEADS = {"distilled": True}  # the control of TAUGHT: both heads learn the labels
@@ -228,8 +229,8 @@ def _rows(*encodings: str, **columns) -> list[dict]:
     return [{"encoding": encoding, **columns} for encoding in encodings]
 
 
-# table -> rank -> rows. A rank says how many seeds: "claim" stands behind a claim written down beforehand. The same
-# row in several tables is one run.
+# table -> rank -> rows. A rank says how many seeds: "claim" stands behind a claim written down beforehand. A row
+# that is in several tables is trained once.
 TABLE_SEEDS = {"claim": (0, 1, 2, 3, 4), "core": (0, 1, 2), "extended": (0,)}
 TABLES: dict[str, dict[str, list[dict]]] = {
     "encodings": {

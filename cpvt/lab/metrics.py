@@ -1,7 +1,7 @@
 """How a trained model is scored: on the synthetic tasks, at other sizes, its knowledge of position, under shifts.
 
-A `score_...` of a whole run gives metrics by name (see `results.py`), the name of the data, and the SHA-256 of what
-was evaluated on; the others give metrics alone. All of them work on the device that the model is on.
+A `score_...` of a whole run gives metrics by name (see `results.py`), the name of the data, and the SHA-256 of
+what was evaluated on; the others give metrics alone. All of them work on the device that the model is on.
 
 Letters: n images, C channels, p pixels a token, (H, W) grid of tokens.
 """
@@ -127,8 +127,7 @@ def score_tuning(run: Run) -> Score:
 
 
 def score_fashion(run: Run, images: int = 1000) -> Score:
-    """top1@14 on all 10,000 test images; shifts on the first `images`, position on 256 of these, maps and attention
-    on 64."""
+    """top1@14 on all 10,000 test images, shifts on the first `images`, position on 256 of these, the rest on 64."""
     held_out = _held_out(run)
     sample, labels = first_images(held_out, images)
     metrics = {"top1@14": run.metrics["top1"]}
@@ -224,7 +223,9 @@ def arrays_of(run: Run, sample: Callable = first_images) -> dict[str, Tensor]:
     hits = torch.cat([correct(model, images, labels).cpu() for images, labels in batches.test()])
     kernels = [module.proj.weight for module in model.modules() if isinstance(module, PEG)]
     found = {f"peg{i}": kernel for i, kernel in enumerate(kernels)}
-    found |= {"table": m.pos_embed[0] for m in model.modules() if isinstance(m, LearnedTable)}
+    for module in model.modules():
+        if isinstance(module, LearnedTable):
+            found["table"] = module.pos_embed[0]
     found["attention"] = middle_attention(model, sample(batches, 64)[0])
     kept = {name: array.detach().cpu().half() for name, array in found.items() if array.numel() <= LARGEST}
     return {"correct": torch.from_numpy(numpy.packbits(hits.numpy())), **kept}

@@ -68,6 +68,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "again": False,
     },
 }
+NOT_YET = "not yet measured"
 _METRIC = re.compile(r"[a-z][a-z0-9_]*(@\d+(x\d+)?)?(/[a-z][a-z0-9_.-]*)*")
 _PERCENT = ("top1", "top5")
 
@@ -292,7 +293,7 @@ def complete(experiment: str, columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def select(rows: pandas.DataFrame, **columns: Any) -> pandas.DataFrame:
-    """The rows that have these columns; one that is not named has its usual value (see `COLUMNS`), if there is one.
+    """The rows that have these columns; those not named have their usual value (see `COLUMNS`), if there is one.
 
     So select(rows, encoding="peg") leaves out what was pooled, distilled or trained longer. All of them:
     rows[rows.encoding == "peg"].

@@ -118,7 +118,7 @@ def run_missing(
 
     One is run at least; another begins where the budget holds as long as the longest so far took (0: no limit).
     Every result is on disk before the next job starts, and a signal ends it between two of them. A job that fails
-    (its loss is not finite) is passed over, and named in the end. `report` gets each result, and how many are left.
+    (its loss is not finite) is passed over, and named in the end. `report` gets each result and how many are left.
     Raises ResultsError for a row that stands there with another configuration, for a folder that cannot be
     written to, and for what was passed over.
     """

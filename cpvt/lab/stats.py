@@ -17,9 +17,8 @@ from scipy import stats as scipy_stats
 
 from cpvt.errors import ResultsError
 from cpvt.lab.probes import theory
-from cpvt.lab.results import COLUMNS, describe, select
+from cpvt.lab.results import COLUMNS, NOT_YET, describe, select
 
-NOT_YET = "not yet measured"
 Terms = tuple[tuple[float, dict[str, Any], str], ...]  # (weight, columns of a row, metric), ...
 
 
@@ -58,7 +57,7 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def by_seed(rows: pandas.DataFrame, columns: dict[str, Any], metric: str) -> pandas.DataFrame:
-    """The rows of `select` that have the metric, indexed by seed; raises ResultsError where a seed stands twice."""
+    """What `select` gives, by seed, where it has the metric; raises ResultsError where a seed stands twice."""
     found = select(rows, **columns)
     found = found[found[metric].notna()] if metric in found else found[:0]
     if (twice := found["seed"].duplicated(keep=False)).any():
@@ -163,7 +162,7 @@ def verdicts(found: Sequence[Spread | None], level: float = 0.05) -> list[str]:
 
 
 def judge(rows: pandas.DataFrame, claims: dict[str, Terms], across: bool = False) -> pandas.DataFrame:
-    """Claims, each that a `combination` is above zero -> a line for each: `difference` (Spread or None), `verdict`."""
+    """Claims, each that a `combination` is above zero -> a line each: `difference` (Spread or None), `verdict`."""
     found = [combination(rows, *terms, across=across) for terms in claims.values()]
     return pandas.DataFrame(
         {"difference": pandas.Series(found, dtype=object), "verdict": verdicts(found)}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cpvt.config import ModelConfig, TrainConfig, replace
 from cpvt.lab.jpegs import Repeated
-from cpvt.lab.results import Row, append_row, commit, fingerprint
+from cpvt.lab.results import Result, append, commit, fingerprint
 from cpvt.lab.timing import MODES, Budget, Step, in_rounds, noise, ratios, seconds_of, summary
 from cpvt.lab.timm_baseline import timm_model
 from cpvt.model.vit import VisionTransformer
@@ -93,7 +93,7 @@ class Bench:
     sources: dict[str, tuple[Repeated, Repeated]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     trained: Step | None = None
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Result] = field(default_factory=list)
     _noise: tuple[Tensor, Tensor] | None = None
     _since: float = field(default_factory=time.monotonic)
 
@@ -158,9 +158,9 @@ class Bench:
             "torchvision": torchvision.__version__,
             "cores": len(os.sched_getaffinity(0)),
         }
-        row = Row(
+        row = Result(
             experiment="benchmark",
-            row=name,
+            columns={"row": name},
             scale=self.size.scale,
             dataset=dataset,
             dataset_sha256=fingerprint(*data),
@@ -174,7 +174,7 @@ class Bench:
             cpvt_commit=commit(),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        append_row(self.out / "benchmark.jsonl", row, again=True)
+        append(row, self.out, again=True)
         self.rows.append(row)
         self._since = now
 
