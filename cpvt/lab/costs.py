@@ -3,10 +3,10 @@
     cpvt experiments costs --device cpu      one thread, fp32, eager: ratios only
     cpvt experiments costs --device cuda     bf16, compiled: images a second and peak memory as well
 
-Every row of the paper's tables that has a model of its own, on DeiT's bodies at 224 pixels. A row is timed in one process
-with `none`, in rounds: each round takes one training step (or a few) and one forward pass of every model of a
-group, in an order drawn anew, and gives one ratio a row. The row `again` is a second model without encoding: its
-ratio shows what the stop-watch itself adds to the rows of its group.
+Every row of the paper's tables that has a model of its own, on DeiT's bodies at 224 pixels. A row is timed in
+one process with `none`, in rounds: each round takes one training step (or a few) and one forward pass of every
+model of a group, in an order drawn anew, and gives one ratio a row. The row `again` is a second model without
+encoding: its ratio shows what the stop-watch itself adds to the rows of its group.
 
 Letters: B images of a batch, N patches, T tokens, D width.
 """

@@ -127,7 +127,7 @@ def score_tuning(run: Run) -> Score:
 
 
 def score_fashion(run: Run, images: int = 1000) -> Score:
-    """top1@14 on all 10,000 test images, shifts on the first `images`, position on 256 of these, the rest on 64."""
+    """top1@14 on all 10,000 test images; shifts on `images` of them, position on 256, maps and attention on 64."""
     held_out = _held_out(run)
     sample, labels = first_images(held_out, images)
     metrics = {"top1@14": run.metrics["top1"]}
