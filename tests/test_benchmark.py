@@ -1,7 +1,7 @@
 """`cpvt benchmark`: its stop-watches, its files, its refusal of unequal gradients, and a whole run in small."""
 
 import dataclasses
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from pictures import draw_pictures
 from torch import nn
 
 from cpvt.cli import main
-from cpvt.config import ModelConfig, replace
+from cpvt.config import ModelConfig
 from cpvt.data.datasets import open_dataset
 from cpvt.data.decode import decode_image
 from cpvt.errors import DataError
@@ -20,7 +20,7 @@ from cpvt.lab.benchmark import Benchmark, drain, feed, joined, our_batches, timm
 from cpvt.lab.jpegs import Repeated, draw_jpeg, jpeg_decoder, prepare
 from cpvt.lab.results import read_rows
 from cpvt.lab.steps import AGREE, CPU, ENCODINGS, GPU, TIMM, Bench, gradient_error, race
-from cpvt.lab.timing import MODES, Budget, Step, each_compiled, in_rounds, ratios, summary
+from cpvt.lab.timing import MODES, Budget, each_compiled
 from cpvt.lab.timm_baseline import timm_model
 from cpvt.model.vit import VisionTransformer
 
@@ -53,38 +53,6 @@ def batches(clock, seconds, size=10):
 
 
 # --------------------------------------------------------------------------- stop-watches
-
-
-def test_rounds_take_turns(clock):
-    """In an order drawn anew: a machine that slows down slows both."""
-    order = []
-    found = in_rounds({name: lambda name=name: order.append(name) or 1.0 for name in "AB"}, 3, Budget(0))
-    assert [sorted(order[i : i + 2]) for i in (0, 2, 4)] == [["A", "B"]] * 3
-    assert order != list("ABABAB") and found == {"A": [1.0] * 3, "B": [1.0] * 3}
-
-
-def test_a_budget_ends_rounds_between_rounds(clock):
-    """Rounds of two minutes in five minutes: two, each whole; and one even where none fits."""
-    measures = {name: lambda: clock.passes(60) or 1.0 for name in "AB"}
-    assert [len(v) for v in in_rounds(measures, 9, Budget(5)).values()] == [2, 2]
-    assert [len(v) for v in in_rounds(measures, 9, Budget(0.1)).values()] == [1, 1]
-
-
-def test_a_part_of_the_budget_can_be_held_back(clock):
-    budget = Budget(10, until=0.5)
-    assert budget.allows(300) and not budget.allows(301)
-    clock.passes(200)
-    assert budget.allows(100) and not budget.allows(101)
-    budget.until = 1.0
-    assert budget.allows(400) and not budget.allows(401)
-    assert Budget(0).allows(1e9)
-
-
-def test_ratios_are_taken_round_by_round():
-    """The clock halves in the second round: the rates' spread is wide, that of their ratio is nothing."""
-    ours, theirs = [30.0, 15.0, 30.0], [20.0, 10.0, 20.0]
-    assert summary("rate", ours) == {"rate": 30.0, "rate/min": 15.0, "rate/max": 30.0}
-    assert set(summary("ratio", ratios(ours, theirs)).values()) == {1.5}
 
 
 def test_a_loader_alone(clock):
@@ -195,51 +163,6 @@ def test_bytes_of_a_step_counted_on_timms_block():
     tokens = 65 * 48
     attention, residuals = (3 + 1) * tokens, 2 * (2 + 1) * tokens
     assert costs.step_bytes(config) == 3 * 2 * (sum(moved) + attention + residuals)
-
-
-def test_drop_path_is_drawn_for_both():
-    """Two steps on the same images differ on either side, and do not where nothing is left out."""
-    desk = bench()
-    images, _ = desk.noise()
-    for build in (VisionTransformer, timm_model):
-        for rate in (0.5, 0.0):
-            config = replace(desk.model("learned"), drop_path=rate)
-            step = Step(build(config), "cpu")
-            with torch.no_grad():
-                same = torch.equal(step.forward(images), step.forward(images))
-            assert same == (rate == 0)
-
-
-class Deep(nn.Module):
-    """Layers one behind the other: at another depth another program, though the same class."""
-
-    def __init__(self, depth: int):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(depth))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-@pytest.mark.parametrize("ours, compiled", [(True, 12), (False, 8)])
-def test_every_model_of_a_long_race_is_compiled(ours, compiled):
-    """Left alone, torch.compile takes the ninth model of a class for one recompilation too many."""
-    graphs = []
-
-    def counted(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    with each_compiled() if ours else nullcontext():
-        for depth in range(1, 13):
-            model = Deep(depth)
-            model.compile(backend=counted)
-            model(torch.zeros(1, 2))
-    assert len(graphs) == compiled
-    torch.compiler.reset()
 
 
 def test_a_race_of_compiled_models(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """Costs: counts against formulas and against real memory, intervals by ranks, and a whole small measurement."""
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -22,7 +21,6 @@ from cpvt.lab.costs import (
 )
 from cpvt.lab.results import read_rows
 from cpvt.lab.tables import rows
-from cpvt.lab.timing import summary
 from cpvt.model.vit import VisionTransformer
 
 SMALL = ModelConfig(
@@ -121,29 +119,6 @@ def test_claims_are_timed_in_the_rounds_of_the_control(tmp_path, monkeypatch):
     assert sum(groups, []) == list(cost_rows()) and max(map(len, groups)) == costs.GROUP
     (beside,) = (group for group in groups if AGAIN in group)
     assert {"one PEG", "five PEGs"} <= set(beside)
-
-
-# --------------------------------------------------------------------------- intervals
-
-
-def interval(values) -> tuple[float, float] | None:
-    found = summary("x", list(values))
-    return (found["x/low"], found["x/high"]) if "x/low" in found else None
-
-
-def test_the_interval_of_a_median_is_by_ranks():
-    """For 20 values the sixth from either end (96 %), from 6 on the extremes, below that nothing."""
-    assert interval(range(20)) == (5, 14)
-    assert interval([3, 1, 2, 6, 5, 4]) == (1, 6) and interval(range(5)) is None
-
-
-def test_the_interval_holds_the_median_as_often_as_it_says():
-    dice = random.Random(0)
-    held = 0
-    for _ in range(1000):  # exponential: as lopsided as times are; the median is log 2
-        low, high = interval(dice.expovariate(1) for _ in range(20))
-        held += low <= 0.6931 <= high
-    assert 0.93 < held / 1000 < 0.99  # 0.9586 by the binomial, four deviations of 1000 draws are 0.025
 
 
 # --------------------------------------------------------------------------- measured
