@@ -11,17 +11,15 @@ from pictures import draw_pictures
 from torch import nn
 
 from cpvt.cli import main
-from cpvt.config import ModelConfig
 from cpvt.data.datasets import open_dataset
 from cpvt.data.decode import decode_image
-from cpvt.errors import DataError
-from cpvt.lab import benchmark, costs, timing
+from cpvt.errors import ConfigError, DataError
+from cpvt.lab import benchmark, timing
 from cpvt.lab.benchmark import Benchmark, drain, feed, joined, our_batches, timm_batches
 from cpvt.lab.jpegs import Repeated, draw_jpeg, jpeg_decoder, prepare
-from cpvt.lab.results import read_rows
-from cpvt.lab.steps import AGREE, CPU, ENCODINGS, GPU, TIMM, Bench, gradient_error, race
-from cpvt.lab.timing import MODES, Budget, each_compiled
-from cpvt.lab.timm_baseline import timm_model
+from cpvt.lab.results import recorded
+from cpvt.lab.steps import AGREE, CPU, ENCODINGS, GPU, MODES, TIMM, Bench, Budget, gradient_error, race
+from cpvt.lab.timing import each_compiled
 from cpvt.model.vit import VisionTransformer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -53,6 +51,19 @@ def batches(clock, seconds, size=10):
 
 
 # --------------------------------------------------------------------------- stop-watches
+
+
+def test_a_part_of_the_budget_can_be_held_back(clock):
+    budget = Budget(10, until=0.5, clock=clock)
+    assert budget.allows(300) and not budget.allows(301)
+    clock.passes(200)
+    assert budget.allows(100) and not budget.allows(101)
+    budget.until = 1.0
+    assert budget.allows(400) and not budget.allows(401)
+    assert Budget(0).allows(1e9)
+    for minutes in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="budget_minutes"):
+            Budget(minutes)
 
 
 def test_a_loader_alone(clock):
@@ -150,43 +161,29 @@ def test_unequal_gradients_give_no_ratio(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_bytes_of_a_step_counted_on_timms_block():
-    """What goes into and out of every layer of a block, by hooks; attention and residuals by their arguments."""
-    config = ModelConfig(image_size=(64, 64), patch_size=8, width=48, depth=1, heads=3)
-    model, moved = timm_model(config), []
-    for module in model.blocks.modules():
-        if isinstance(module, nn.Linear | nn.LayerNorm | nn.GELU):
-            module.register_forward_hook(
-                lambda module, inputs, out: moved.append(inputs[0].numel() + out.numel())
-            )
-    model(torch.randn(1, 3, 64, 64))
-    tokens = 65 * 48
-    attention, residuals = (3 + 1) * tokens, 2 * (2 + 1) * tokens
-    assert costs.step_bytes(config) == 3 * 2 * (sum(moved) + attention + residuals)
-
-
 def test_a_race_of_compiled_models(tmp_path, monkeypatch, capsys):
     """Every mode of timm's model that works; ours compared to its fastest; what no longer fits is named."""
 
     def broken(graph, inputs):
         raise RuntimeError("no such kernel")
 
-    for mode, backend in zip(list(MODES), ("eager", "eager", broken), strict=True):
-        monkeypatch.setitem(MODES, mode, {"backend": backend})
+    backends, compile_with = dict(zip(MODES, ("eager", "eager", broken), strict=True)), nn.Module.compile
+    quick = lambda self, mode: compile_with(self, backend=backends[mode])  # noqa: E731
+    monkeypatch.setattr(nn.Module, "compile", quick)
     model = {**CPU.model, "depth": 1}
     desk = bench(tmp_path, compiles=True, model=model, compiling=100.0)
     names = ("no encoding", "cpvt_tiny")
     with each_compiled():
         race(desk, "step", True, names, {"gradient_error": 0.0})
-    rows = {row.row: row for row in desk.rows}
-    assert set(rows) == {f"step: {TIMM}, {mode}" for mode in ("eager", *list(MODES)[:2])} | {
+    rows = {row.columns["row"]: row for row in desk.rows}
+    assert set(rows) == {f"step: {TIMM}, {mode}" for mode in ("eager", *MODES[:2])} | {
         f"step: {name}, default" for name in names
     }
     best = rows["step: cpvt_tiny, default"].config["ratio_to"]
     rates = {name: row.metrics["images_per_s"] for name, row in rows.items() if TIMM in name}
     assert max(rates, key=rates.get) == f"step: {best}" and rows[f"step: {best}"].metrics["ratio/min"] == 1
     assert desk.trained.mode == "default"
-    costs = [row.row for row in desk.rows if "cost_percent" in row.metrics]
+    costs = [row.columns["row"] for row in desk.rows if "cost_percent" in row.metrics]
     assert costs == ["step: cpvt_tiny, default"]
 
     assert "no such kernel" in capsys.readouterr().out
@@ -210,7 +207,7 @@ def run(tmp_path_factory):
         said: list[str] = []
         patch.setattr("builtins.print", lambda *words, **options: said.append(" ".join(map(str, words))))
         main(["benchmark", "--size", "cpu", "--out", str(out), "--data", str(data)])
-    return "\n".join(said), {row.row: row for row in read_rows("benchmark", out)}
+    return "\n".join(said), {row.columns["row"]: row for row in recorded("benchmark", out)}
 
 
 def test_every_part_leaves_its_rows(run):
@@ -317,6 +314,6 @@ def test_small_on_a_gpu(tmp_path):
     desk.sources = prepare("", tmp_path, 8, (80, 100), 40, 512, 10)
     for part in (benchmark._step, benchmark._pipeline, benchmark._memory):
         part(desk)
-    rows = {row.row: row for row in desk.rows}
+    rows = {row.columns["row"]: row for row in desk.rows}
     assert rows["step: cpvt_tiny, eager"].metrics["gigabytes"] > 0
     assert 0 <= rows["pipeline: ours, files, feeding cpvt_tiny"].metrics["idle_percent"] <= 100

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from cpvt.cli import main
 from cpvt.config import ModelConfig
@@ -11,6 +12,7 @@ from cpvt.lab import costs
 from cpvt.lab.costs import (
     AGAIN,
     BASE,
+    CLAIMED,
     cost_config,
     cost_rows,
     measure_costs,
@@ -18,9 +20,11 @@ from cpvt.lab.costs import (
     parameters,
     saved_bytes,
     saved_per_image,
+    step_bytes,
 )
-from cpvt.lab.results import read_rows
-from cpvt.lab.tables import rows
+from cpvt.lab.experiments import table_rows
+from cpvt.lab.results import describe, recorded
+from cpvt.lab.timm_baseline import timm_model
 from cpvt.model.vit import VisionTransformer
 
 SMALL = ModelConfig(
@@ -28,7 +32,8 @@ SMALL = ModelConfig(
 )
 H, W, D, L = 3, 5, 24, 3
 N, T = H * W, H * W + 1
-QUICK = replace(costs.CPU, model={"image_size": 32, "patch_size": 8, "width": 24, "depth": 6}, rounds=6)
+TINY = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 6}
+QUICK = replace(costs.CPU, model=TINY, rounds=6, group=2)
 
 
 def of(encoding: str, **changes) -> ModelConfig:
@@ -66,7 +71,7 @@ def test_what_an_encoding_adds(encoding, more):
     assert multiply_adds(of(encoding)) - multiply_adds(SMALL) == more
 
 
-def test_a_larger_picture_has_more_of_the_same():
+def test_a_larger_image_has_more_of_the_same():
     """Everything but the pairs, and the head, is paid by the token."""
     for side in (32, 64):
         n = (side // 8) ** 2
@@ -93,86 +98,52 @@ def test_what_is_kept_is_what_the_gradient_needs():
     assert once >= D * N * N * 4
 
 
+def test_bytes_of_a_step_are_those_of_timms_block():
+    """What goes into and out of every layer of a block, by hooks; attention and residuals by their arguments."""
+    config = ModelConfig(image_size=(64, 64), patch_size=8, width=48, depth=1, heads=3)
+    model, moved = timm_model(config), []
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear | nn.LayerNorm | nn.GELU):
+            module.register_forward_hook(
+                lambda module, inputs, out: moved.append(inputs[0].numel() + out.numel())
+            )
+    model(torch.randn(1, 3, 64, 64))
+    tokens = 65 * 48
+    attention, residuals = (3 + 1) * tokens, 2 * (2 + 1) * tokens
+    assert step_bytes(config) == 3 * 2 * (sum(moved) + attention + residuals)
+
+
+# --------------------------------------------------------------------------- rows
+
+
 def test_every_model_of_every_table_has_a_cost():
-    """Under its own name or that of an equal model; new rows come last, so that those behind claims stay first."""
     found = cost_rows()
-    assert list(found)[:2] == [BASE, AGAIN] and cost_config(found[AGAIN]) == cost_config(found[BASE])
-    models = [cost_config(row) for row in found.values()]
-    for row in rows():
-        assert (cost_config(row) in models) != cost_config(row).distilled, row.name
-    first = {row.name for row in rows() if row.table in ("encodings", "placement")} | {AGAIN}
-    assert set(list(found)[: len(first)]) == first
-    for name, row in found.items():
-        assert row.name == name and cost_config(row, "small").width == 384
+    assert found[:4] == [BASE, AGAIN, *CLAIMED] and cost_config(AGAIN) == cost_config(BASE)
+    models = [cost_config(row) for row in found]
+    assert len(set(map(describe, found))) == len(found) == len(set(models)) + 1  # the copy
+    for row in sum(table_rows().values(), []):
+        own = {name: row[name] for name in ("encoding", "stem", "global_pool", "mlp_only_blocks")}
+        assert row["distilled"] or cost_config(own) in models, row
+    assert cost_config(BASE, "small", image_size=384).width == 384
 
 
-def test_claims_are_timed_in_the_rounds_of_the_control(tmp_path, monkeypatch):
-    """The control vouches for no other rounds than its own."""
-    groups = []
-
-    def timed(base, group, size, device):
-        groups.append([row.name for row in group])
-        return iter(())
-
-    monkeypatch.setattr(costs, "_timed", timed)
-    measure_costs(tmp_path, "cpu", size=QUICK)
-    assert sum(groups, []) == list(cost_rows()) and max(map(len, groups)) == costs.GROUP
-    (beside,) = (group for group in groups if AGAIN in group)
-    assert {"one PEG", "five PEGs"} <= set(beside)
-
-
-# --------------------------------------------------------------------------- measured
-
-
-def test_rows_are_measured_once_and_group_by_group(tmp_path, monkeypatch):
-    monkeypatch.setattr(costs, "GROUP", 2)
-    threads, seen = torch.get_num_threads(), []
-    names = [BASE, AGAIN, "one PEG", "kernel 27 at -1"]
-    left = measure_costs(tmp_path, "cpu", 1e-9, lambda row, left: seen.append((row.row, left)), names, QUICK)
-    assert left == 2 and seen == [(BASE, 2), (AGAIN, 2)]  # a budget that is spent ends it behind a group
-    assert measure_costs(tmp_path, "cpu", names=names, size=QUICK) == 0
-    assert torch.get_num_threads() == threads
-    found = {row.row: row for row in read_rows("costs", tmp_path)}
-    assert list(found) == names and measure_costs(tmp_path, "cpu", names=names, size=QUICK) == 0
-    assert len(read_rows("costs", tmp_path)) == 4
-    for row in found.values():
-        assert row.config["threads"] == 1 and row.config["mode"] == "eager" and row.config["rounds"] == 6
-        assert row.metrics["step_ratio/low"] <= row.metrics["step_ratio"] <= row.metrics["step_ratio/high"]
-        assert not any("images_per_s" in name or "gigabytes" in name for name in row.metrics)
-    base = found[BASE].metrics
-    assert base["step_ratio/min"] == base["inference_ratio/max"] == 1
-    assert found["one PEG"].metrics["multiply_adds"] - base["multiply_adds"] == 9 * 16 * 24
-    assert found["one PEG"].metrics["parameters"] - base["parameters"] == 10 * 24
-
-
-def test_a_machine_that_slows_down_slows_both(tmp_path, monkeypatch):
-    """The clock drifts by half a second a round; the ratio, taken round by round, does not."""
-    calls = []
-
-    def drifting(work, device, times):
-        calls.append(work.func.model.config.encoding)
-        return (1.0 + 0.5 * ((len(calls) - 1) // 4)) * (1.25 if calls[-1] == "peg" else 1.0)
-
-    monkeypatch.setattr(costs, "seconds_of", drifting)
-    measure_costs(tmp_path, "cpu", names=["one PEG"], size=QUICK)
-    (row,) = read_rows("costs", tmp_path)
-    for kind in ("step", "inference"):
-        assert {row.metrics[f"{kind}_ratio{end}"] for end in ("", "/low", "/high", "/min", "/max")} <= {1.25}
-    rounds = [tuple(calls[i : i + 4]) for i in range(0, len(calls), 4)]
-    assert len(rounds) == 6 and all(turn.count("peg") == 2 for turn in rounds) and len(set(rounds)) > 1
+def test_claims_are_timed_in_the_rounds_of_the_control():
+    """It vouches for no other rounds than its own."""
+    for size in (costs.CPU, costs.GPU):
+        assert all(row in cost_rows()[: size.group] for row in (AGAIN, *CLAIMED))
 
 
 def test_the_command_lists_what_it_would_measure(capsys):
     main(["experiments", "costs", "--list"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("\t")[0] for line in lines] == list(cost_rows())
+    assert [line.split("\t")[0] for line in lines] == [describe(row) for row in cost_rows()]
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         (["costs", "--root", "images"], "'costs' has no root"),
-        (["tables", "--device", "cpu"], "--device is for the experiment costs"),
+        (["tables", "--device", "cpu"], "--device is for"),
         (["where", "--list"], "no experiment 'where'"),
         (["tables", "--scale", "fashion-mnist"], "leave one out"),
     ],
@@ -181,14 +152,53 @@ def test_options_that_would_be_ignored_are_refused(options, reason, capsys, tmp_
     with pytest.raises(SystemExit) as stop:
         main(["experiments", *options, "--out", str(tmp_path)])
     said = capsys.readouterr()
-    assert stop.value.code == 2 and reason in said.err and len(said.err.splitlines()) == 1
-    assert not said.out and not list(tmp_path.iterdir())
+    assert stop.value.code == 2 and reason in said.err and not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------- measured
+
+
+def test_rows_are_measured_once_and_group_by_group(tmp_path):
+    """A budget that is spent ends it behind a group; the next call goes on from there."""
+    threads, seen = torch.get_num_threads(), []
+    for expected in ([BASE, AGAIN], [*CLAIMED]):
+        left = measure_costs(tmp_path, "cpu", 1e-9, lambda *reported: seen.append(reported), QUICK)
+        assert [(result.columns, rest) for result, rest in seen[-2:]] == [(row, left) for row in expected]
+    assert left == len(cost_rows()) - 4 and torch.get_num_threads() == threads
+    found = recorded("costs", tmp_path)
+    assert [result.columns for result in found] == [BASE, AGAIN, *CLAIMED]
+    for result in found:
+        assert {"threads": 1, "mode": "eager", "rounds": 6, "batch_size": 8}.items() <= result.config.items()
+        assert (
+            result.metrics["step_ratio/low"]
+            <= result.metrics["step_ratio"]
+            <= result.metrics["step_ratio/high"]
+        )
+        assert not any("images_per_s" in name or "gigabytes" in name for name in result.metrics)
+    base, _, peg, _ = (result.metrics for result in found)
+    assert base["step_ratio/min"] == base["inference_ratio/max"] == 1
+    assert peg["multiply_adds"] - base["multiply_adds"] == 9 * 16 * 24
+    assert peg["parameters"] - base["parameters"] == 10 * 24
+
+
+def test_a_machine_that_slows_down_slows_both(monkeypatch):
+    """The clock drifts by half a second a round; the ratio, taken round by round, does not."""
+    calls = []
+
+    def drifting(step, device, times):
+        calls.append(step.func.model.config.encoding)
+        return (1.0 + 0.5 * ((len(calls) - 1) // 4)) * (1.25 if calls[-1] == "peg" else 1.0)
+
+    monkeypatch.setattr(costs, "seconds_of", drifting)
+    (result,) = costs.time_group([CLAIMED[0]], QUICK, "cpu", "commit")
+    for kind in ("step", "inference"):
+        ends = ("", "/low", "/high", "/min", "/max")
+        assert {result.metrics[f"{kind}_ratio{end}"] for end in ends} == {1.25}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_speed_and_memory(tmp_path):
-    size = replace(costs.GPU, batch=64, rounds=6, steps=2)
-    measure_costs(tmp_path, "cuda", names=[BASE, "one PEG"], size=size)
-    for row in read_rows("costs", tmp_path):
-        assert row.metrics["step_images_per_s"] > 0 and row.config["precision"] == "bf16"
-        assert row.metrics["step_gigabytes"] > row.metrics["inference_gigabytes"] > 0
+def test_a_gpu_gives_speed_and_memory():
+    size = replace(costs.GPU, batch_size=64, rounds=6, steps_a_round=2)
+    for result in costs.time_group([BASE, CLAIMED[0]], size, "cuda", "commit"):
+        assert result.metrics["step_images_per_s"] > 0 and result.config["precision"] == "bf16"
+        assert result.metrics["step_gigabytes"] > result.metrics["inference_gigabytes"] > 0

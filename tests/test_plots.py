@@ -200,7 +200,7 @@ def test_what_is_not_compared_looks_the_same(encoding, same):
 
 
 def test_every_published_encoding_has_a_style_and_nonsense_has_none():
-    assert all(style_of(one.encoding) for one in published())
+    assert all(style_of(encoding) for encoding in published().encoding.unique())
     with pytest.raises(ConfigError, match="did you mean learned"):
         style_of("learnt")
 

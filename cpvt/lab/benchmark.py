@@ -50,10 +50,11 @@ from cpvt.lab.steps import (
     ENCODINGS,
     GPU,
     Bench,
+    Budget,
     gradient_error,
     race,
 )
-from cpvt.lab.timing import Budget, Step, each_compiled, in_rounds, ratios, seconds_of, summary, wait
+from cpvt.lab.timing import Step, each_compiled, in_rounds, ratios, seconds_of, summary, wait
 from cpvt.lab.timm_baseline import timm_loader
 from cpvt.training.setup import pick_device
 
@@ -179,7 +180,7 @@ def _pipeline(bench: Bench) -> None:
             measures |= {(kind, alone, side): partial(rate, kind, alone, side) for side in LOADERS}
         else:
             bench.skip(f"pipeline: {kind}, {ALONE if alone else FED}")
-    found = in_rounds(measures, min(size.rounds, 3), bench.budget)
+    found = in_rounds(measures, min(size.rounds, 3))
     for (kind, alone, side), rates in found.items():
         source = bench.sources[kind][side == "timm"]
         metrics = summary("images_per_s", rates) | summary("ratio", ratios(rates, found[kind, alone, "timm"]))
@@ -266,9 +267,7 @@ def _teacher(bench: Bench) -> None:
     def seconds(run: Step) -> float:
         return seconds_of(partial(run, images, targets), bench.device, bench.size.steps)
 
-    found = in_rounds(
-        {mode: partial(seconds, run) for mode, run in runs.items()}, bench.size.rounds, bench.budget
-    )
+    found = in_rounds({mode: partial(seconds, run) for mode, run in runs.items()}, bench.size.rounds)
     for mode in [mode for mode in found if mode != "step"]:
         pairs = list(zip(found[mode], found["step"], strict=True))
         metrics = summary("images_per_s", [len(images) / its for its, _ in pairs])

@@ -3,23 +3,26 @@
     cpvt experiments costs --device cpu      one thread, fp32, eager: ratios only
     cpvt experiments costs --device cuda     bf16, compiled: images a second and peak memory as well
 
-Every row of the paper's tables that has a model of its own, on DeiT's bodies at 224 pixels. A row is timed in
-one process with `none`, in rounds: each round takes one training step (or a few) and one forward pass of every
-model of a group, in an order drawn anew, and gives one ratio a row. The row `again` is a second model without
-encoding: its ratio shows what the stop-watch itself adds to the rows of its group.
+Every model of the paper's tables, in DeiT's sizes at 224 pixels. It is timed in one process with that without an
+encoding, in rounds: each takes a training step (or a few) and a forward pass of every model of a group, and gives
+one ratio a model. The row `again` is a second model without encoding: its ratio shows what the stop-watch itself
+adds to the rows of its group.
 
-Letters: B images of a batch, N patches, T tokens, D width.
+Letters: T tokens, D width.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,52 +32,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpvt.config import ModelConfig
+from cpvt.lab import results
 from cpvt.lab.experiments import FIVE, table_rows
-from cpvt.lab.results import (
-    COLUMNS,
-    Result,
-    append,
-    commit,
-    complete,
-    describe,
-    fingerprint,
-    recorded,
-    results_folder,
-)
-from cpvt.lab.timing import Budget, Step, each_compiled, in_rounds, noise, ratios, seconds_of, summary
+from cpvt.lab.results import COLUMNS, Result, complete, describe
+from cpvt.lab.timing import Step, each_compiled, in_rounds, noise, ratios, seconds_of, summary
 from cpvt.model.fused_peg import FUSED
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_config
 
+Row = dict[str, Any]  # the columns of a result
 BASE, AGAIN = (complete("costs", {"encoding": "none", "again": again}) for again in (False, True))
-CLAIMED = [complete("costs", {"encoding": text}) for text in ("peg", FIVE)]  # the book predicts their time
-GROUP = 6  # rows that are timed together with the base: few, so that all of a round lie close in time
+CLAIMED = tuple(
+    complete("costs", {"encoding": text}) for text in ("peg", FIVE)
+)  # the book predicts their time
 
 
-@dataclass(frozen=True)
-class Size:
-    """How much is timed."""
+def cost_rows() -> list[Row]:
+    """The base, its copy and the claims first, then every other model of the tables, in their order.
 
-    scale: str  # of the rows
-    batch_size: int
-    rounds: (
-        int  # from six on their ranks give a 95 % interval of the median; 20 leave out the five on each side
-    )
-    steps: int  # at a stretch
-    mode: str  # see `timing.Step`
-    model: dict = field(default_factory=dict)  # changes of DeiT-Ti
-
-
-CPU = Size("seconds", 8, 20, 1, "eager")
-GPU = Size("minutes", 1024, 12, 10, "default")
-
-
-def cost_rows() -> list[dict]:
-    """The base, its copy and the claims first, then the other rows of the tables.
-
-    Groups are formed in this order, so that the claims are timed in the rounds of the control. Rows that differ
-    in data, augmentation or length alone cost what their model costs, and are left out; so are those with two
-    heads, which train on a loss that the timed step does not have.
+    Groups are formed in this order, so that the claims are timed in the rounds of the control. Left out: rows that
+    differ in data, augmentation or length alone, and two heads, whose loss the timed step does not have.
     """
     found = [BASE, AGAIN, *CLAIMED]
     for row in sum(table_rows().values(), []):
@@ -84,10 +61,10 @@ def cost_rows() -> list[dict]:
     return found
 
 
-def cost_config(row: dict, size: str = "tiny", **changes) -> ModelConfig:
-    """The row on DeiT's body of that size ("tiny", "small", "base"), 224 pixels unless changed."""
+def cost_config(row: Row, size: str = "tiny", **changes) -> ModelConfig:
+    """The row's model in DeiT's size "tiny", "small" or "base", for 224 pixels unless changed."""
     own = {name: value for name, value in row.items() if name != "again"}
-    return model_config(f"deit_{size}", **{**own, **changes})
+    return model_config(f"deit_{size}", **own | changes)
 
 
 # --------------------------------------------------------------------------- exact
@@ -158,35 +135,50 @@ def saved_per_image(config: ModelConfig) -> int:
 # --------------------------------------------------------------------------- measured
 
 
+@dataclass(frozen=True)
+class Size:
+    """How much is timed."""
+
+    scale: str  # of the results
+    batch_size: int
+    mode: str  # see `timing.Step`
+    group: int  # rows that are timed together: few, so that all of a round lie close in time
+    rounds: int  # six at least, for an interval of their median; of 20 it leaves out five on either side
+    steps_a_round: int  # timed at a stretch
+    model: dict = field(default_factory=dict)  # changes of DeiT-Ti
+
+
+CPU = Size("seconds", batch_size=8, mode="eager", group=6, rounds=20, steps_a_round=1)
+GPU = Size("minutes", batch_size=1024, mode="default", group=4, rounds=12, steps_a_round=10)
+
+
 def measure_costs(
     out: str | Path | None = None,
     device: str = "cpu",
     budget_minutes: float = 0.0,
     report: Callable[[Result, int], None] | None = None,
-    rows: Sequence[dict] | None = None,
     size: Size | None = None,
 ) -> int:
-    """Measures the rows that the folder's results lack for this kind of device, group by group.
+    """Times the rows that the folder's results lack for this kind of device, group by group.
 
-    A group's rows are on disk before the next group begins. One group is measured at least; a further one begins
-    if the budget holds as long as the one before took (0: no limit). `rows`: these only;
-    `size`: how much is measured.
-    -> how many rows are still missing.
+    A group's results are on disk before the next group begins. One group is timed at least; another begins where
+    the budget holds as long as the longest so far took (0: no limit). `report` gets each result and how many rows
+    are left. -> how many are still missing.
     """
     size = size or (GPU if "cuda" in device else CPU)
-    out, budget, took, version = results_folder(out), Budget(budget_minutes), 0.0, commit()
-    there = recorded("costs", out) if out.is_dir() else []
+    out, commit = results.results_folder(out), results.commit()
+    end, longest = time.monotonic() + (60 * budget_minutes or math.inf), 0.0
+    there = results.recorded("costs", out) if out.is_dir() else []
     done = [result.columns for result in there if result.scale == size.scale]
-    missing = [row for row in (cost_rows() if rows is None else rows) if row not in done]
+    missing = [row for row in cost_rows() if row not in done]
     with each_compiled(), _one_thread(device):
-        base = Entrant(BASE, size, device) if missing else None
-        while missing and (not took or budget.allows(took)):
-            group, missing, started = missing[:GROUP], missing[GROUP:], time.monotonic()
-            for result in _timed(base, group, size, device, version):
-                append(result, out)
+        while missing and (not longest or time.monotonic() + longest <= end):
+            group, missing, started = missing[: size.group], missing[size.group :], time.monotonic()
+            for result in time_group(group, size, device, commit):
+                results.append(result, out)
                 if report:
                     report(result, len(missing))
-            took = time.monotonic() - started
+            longest = max(longest, time.monotonic() - started)
     return len(missing)
 
 
@@ -195,84 +187,60 @@ def _one_thread(device: str) -> Iterator[None]:
     """On a CPU: two would wait for whatever else runs there."""
     before = torch.get_num_threads()
     try:
-        if "cuda" not in device:
-            torch.set_num_threads(1)
+        torch.set_num_threads(before if "cuda" in device else 1)
         yield
     finally:
         torch.set_num_threads(before)
 
 
-class Entrant:
-    """One row's model, twice: "step" trains it, "inference" reads only. On a GPU `memory` is what one takes at its
-    peak, in bytes."""
-
-    def __init__(self, row: dict, size: Size, device: str):
-        self.row, self.config = row, cost_config(row, drop_path=0.1, **size.model)
-        self.batch = noise(self.config, size.batch_size, device)
-        self.steps: dict[str, Step] = {}
-        self.memory: dict[str, int] = {}
-        for name in ("step", "inference"):
-            others = torch.cuda.memory_allocated()
-            torch.manual_seed(0)
-            step = Step(VisionTransformer(self.config), device, size.mode, training=name == "step")
-            for _ in range(2):  # compiles, and takes what memory it will keep
-                step(*self.batch)
-            if "cuda" in device:
-                torch.cuda.reset_peak_memory_stats()
-                step(*self.batch)
-                self.memory[name] = torch.cuda.max_memory_allocated() - others
-            self.steps[name] = step
-
-
-def _timed(base: Entrant, group: Sequence[dict], size: Size, device: str, version: str) -> Iterator[Result]:
-    """Times the group and the base in rounds; -> the group's results."""
-    since = time.monotonic()
-    entrants = {describe(row): base if row == BASE else Entrant(row, size, device) for row in group}
-    measures = {
-        (name, kind): partial(seconds_of, partial(step, *entrant.batch), device, size.steps)
-        for name, entrant in {describe(BASE): base, **entrants}.items()
-        for kind, step in entrant.steps.items()
-    }
-    found = in_rounds(measures, size.rounds)
-    seconds = round((time.monotonic() - since) / len(group), 1)
-    for name, entrant in entrants.items():
-        metrics = {"parameters": parameters(entrant.config), "multiply_adds": multiply_adds(entrant.config)}
-        for kind in entrant.steps:
-            times = found[name, kind]
-            metrics |= summary(f"{kind}_ratio", ratios(times, found[describe(BASE), kind]))
-            if "cuda" in device:  # on a CPU, one thread of one machine: nobody's speed
-                metrics |= summary(f"{kind}_images_per_s", [size.batch_size / t for t in times])
-                metrics[f"{kind}_gigabytes"] = entrant.memory[kind] / 1e9
-        yield _result(entrant, size, device, metrics, seconds, version)
-
-
-def _result(
-    entrant: Entrant, size: Size, device: str, metrics: dict[str, float], seconds: float, version: str
-) -> Result:
-    cuda = "cuda" in device
-    return Result(
-        experiment="costs",
-        columns=entrant.row,
-        scale=size.scale,
-        dataset="noise",
-        dataset_sha256=fingerprint(entrant.batch[0][:8]),
-        seed=0,
-        config={
-            "model": asdict(entrant.config),
-            "batch_size": size.batch_size,
-            "precision": "bf16" if cuda else "fp32",
-            "mode": size.mode,
-            "fused": FUSED and cuda,
-            "threads": torch.get_num_threads(),
-            "rounds": size.rounds,
-            "steps_a_round": size.steps,
-            "ratio_to": BASE["encoding"],
-        },
-        metrics=metrics,
-        weights="raw",
-        seconds=seconds,
-        device=torch.cuda.get_device_name() if cuda else "cpu",
-        torch=torch.__version__,
-        cpvt_commit=version,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+def time_group(rows: Sequence[Row], size: Size, device: str, commit: str) -> Iterator[Result]:
+    """Times a training step and a forward pass of these rows and of the base, in rounds; -> the rows' results."""
+    cuda, started = "cuda" in device, time.monotonic()
+    configs = {describe(row): cost_config(row, drop_path=0.1, **size.model) for row in (BASE, *rows)}
+    base, batch = describe(BASE), noise(configs[describe(BASE)], size.batch_size, device)
+    watches, gigabytes = {}, {}
+    for key in product(configs, ("step", "inference")):
+        before = torch.cuda.memory_allocated()
+        torch.manual_seed(0)
+        model = VisionTransformer(configs[key[0]])
+        step = partial(Step(model, device, size.mode, training=key[1] == "step"), *batch)
+        for _ in range(2):  # compiles, and takes what memory it will keep
+            step()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            gigabytes[key] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        watches[key] = partial(seconds_of, step, device, size.steps_a_round)
+    seconds = in_rounds(watches, size.rounds)
+    took = round((time.monotonic() - started) / len(rows), 1)
+    for row in rows:
+        name = describe(row)
+        metrics = {"parameters": parameters(configs[name]), "multiply_adds": multiply_adds(configs[name])}
+        for kind in ("step", "inference"):
+            metrics |= summary(f"{kind}_ratio", ratios(seconds[name, kind], seconds[base, kind]))
+            if cuda:  # on a CPU, one thread of one machine: nobody's speed
+                rates = [size.batch_size / of_one for of_one in seconds[name, kind]]
+                metrics |= summary(f"{kind}_images_per_s", rates)
+                metrics[f"{kind}_gigabytes"] = gigabytes[name, kind]
+        yield Result(
+            experiment="costs",
+            columns=row,
+            scale=size.scale,
+            dataset="noise",
+            dataset_sha256=results.fingerprint(batch[0][:8]),
+            seed=0,
+            config={
+                **asdict(size),
+                "model": asdict(configs[name]),
+                "precision": "bf16" if cuda else "fp32",
+                "fused": FUSED and cuda,
+                "threads": torch.get_num_threads(),
+            },
+            metrics=metrics,
+            weights="raw",
+            seconds=took,
+            device=torch.cuda.get_device_name() if cuda else "cpu",
+            torch=torch.__version__,
+            cpvt_commit=commit,
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        )

@@ -20,9 +20,10 @@ import torchvision
 from torch import Tensor, nn
 
 from cpvt.config import ModelConfig, TrainConfig, replace
+from cpvt.errors import ConfigError
 from cpvt.lab.jpegs import Repeated
 from cpvt.lab.results import Result, append, commit, fingerprint
-from cpvt.lab.timing import MODES, Budget, Step, in_rounds, noise, ratios, seconds_of, summary
+from cpvt.lab.timing import Step, in_rounds, noise, ratios, seconds_of, summary
 from cpvt.lab.timm_baseline import timm_model
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_config
@@ -66,9 +67,30 @@ ENCODINGS = {
     "relative, keys": "relative",
 }
 TIMM = "timm deit_tiny"
+# What torch.compile is asked for. Graphs are replayed without Python; autotuning tries many kernels.
+MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 AGREE = 1e-9  # largest relative error of a gradient in double precision
 
 # --------------------------------------------------------------------------- the bench
+
+
+@dataclass
+class Budget:
+    """Minutes that may be spent, 0: without end. `until`: the share of them that may be used up by now."""
+
+    minutes: float = 0.0
+    until: float = 1.0
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self):
+        if not 0 <= self.minutes < float("inf"):
+            raise ConfigError(f"budget_minutes={self.minutes:g}: give minutes, or 0 for no limit")
+        self.started = self.clock()
+
+    def allows(self, seconds: float) -> bool:
+        """Whether something that takes so long may still begin."""
+        spent = self.clock() - self.started
+        return not self.minutes or spent + seconds <= 60 * self.minutes * self.until
 
 
 @dataclass
@@ -233,7 +255,7 @@ def race(bench: Bench, part: str, training: bool, names: Iterable[str], more: di
         return len(images) / seconds_of(partial(step, images, targets), bench.device, bench.size.steps)
 
     measures = {label: partial(rate, step) for label, step in steps.items()}
-    found = in_rounds(measures, bench.size.rounds, bench.budget)
+    found = in_rounds(measures, bench.size.rounds)
     best = max((label for label in found if label.startswith(TIMM)), key=lambda label: median(found[label]))
     plain = next((rates for label, rates in found.items() if label.startswith("no encoding")), None)
     for label, rates in found.items():

@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -20,31 +19,11 @@ from scipy.stats import quantile_test
 from torch import Tensor, nn
 
 from cpvt.config import ModelConfig
-from cpvt.errors import ConfigError
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.loss import cross_entropy
 from cpvt.training.optim import parameter_groups
 
 # --------------------------------------------------------------------------- stop-watches
-
-
-@dataclass
-class Budget:
-    """Minutes that may be spent, 0: without end. `until`: the share of them that may be used up by now."""
-
-    minutes: float = 0.0
-    until: float = 1.0
-    clock: Callable[[], float] = time.monotonic
-
-    def __post_init__(self):
-        if not 0 <= self.minutes < float("inf"):
-            raise ConfigError(f"budget_minutes={self.minutes:g}: give minutes, or 0 for no limit")
-        self.started = self.clock()
-
-    def allows(self, seconds: float) -> bool:
-        """Whether something that takes so long may still begin."""
-        spent = self.clock() - self.started
-        return not self.minutes or spent + seconds <= 60 * self.minutes * self.until
 
 
 def wait(device: str) -> None:
@@ -65,18 +44,12 @@ def seconds_of(work: Callable[[], object], device: str, times: int = 1, warm: in
     return (time.perf_counter() - started) / times
 
 
-def in_rounds(
-    measures: dict[Hashable, Callable[[], float]], rounds: int, budget: Budget | None = None
-) -> dict[Hashable, list[float]]:
-    """Each measure once a round; whole rounds while the budget lasts, one at least."""
-    found, budget = {name: [] for name in measures}, budget or Budget()
+def in_rounds(measures: dict[Hashable, Callable[[], float]], rounds: int) -> dict[Hashable, list[float]]:
+    """Each measure once a round, in an order drawn anew: who follows whom must not count."""
+    found: dict[Hashable, list[float]] = {name: [] for name in measures}
     for number in range(rounds):
-        started = budget.clock()
-        # In an order drawn anew: who follows whom must not count.
         for name in random.Random(number).sample(list(measures), len(measures)):
             found[name].append(measures[name]())
-        if not budget.allows(budget.clock() - started):
-            break
     return found
 
 
@@ -100,13 +73,6 @@ def summary(name: str, values: Sequence[float]) -> dict[str, float]:
 
 # --------------------------------------------------------------------------- what is timed
 
-# What torch.compile is asked for, by name. Graphs are replayed without Python; autotuning tries many kernels.
-MODES: dict[str, dict] = {
-    "default": {},
-    "reduce-overhead": {"mode": "reduce-overhead"},
-    "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
-}
-
 
 def noise(config: ModelConfig, batch_size: int, device: str) -> tuple[Tensor, Tensor]:
     """Images (B, 3, S, S) and soft targets (B, K), always the same."""
@@ -119,7 +85,7 @@ def noise(config: ModelConfig, batch_size: int, device: str) -> tuple[Tensor, Te
 class Step:
     """A training step, or a forward pass, as in training: AdamW, and bf16 on a GPU. Calling it does one.
 
-    `mode`: "eager", or one of `MODES`.
+    `mode`: "eager", or what torch.compile knows: "default", "reduce-overhead", ...
     """
 
     def __init__(self, model: nn.Module, device: str, mode: str = "eager", training: bool = True):
@@ -128,26 +94,23 @@ class Step:
         groups = parameter_groups(model, 0.05)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True) if training else None
         if mode != "eager":
-            model.compile(**MODES[mode])
+            model.compile(mode=mode)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Images (B, 3, S, S), soft targets (B, K) -> logits (B, K)."""
         scale = ()  # ours takes the factors of its drop path from the loop; timm's draws them itself
-        if self.model.training and isinstance(self.model, VisionTransformer) and self.model.config.drop_path:
+        if self.optimizer and isinstance(self.model, VisionTransformer) and self.model.config.drop_path:
             draws = torch.rand(len(self.model.blocks), 2, len(images), device=images.device)
             scale = (self.model.keep_factors(draws),)
         if self.mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned may be overwritten
-        with self.autocast:
-            return self.model(images, *scale)
-
-    def __call__(self, images: Tensor, targets: Tensor) -> None:
+        with self.autocast, torch.set_grad_enabled(self.optimizer is not None):
+            logits = self.model(images, *scale)
         if self.optimizer:
-            cross_entropy(self.forward(images).float(), targets).backward()
+            cross_entropy(logits.float(), targets).backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        else:
-            with torch.no_grad():
-                self.forward(images)
+        return logits
 
 
 def each_compiled() -> AbstractContextManager:
