@@ -4,24 +4,18 @@ A row is its columns, {"encoding": "peg", "global_pool": "avg"}; those that it d
 of `results.COLUMNS`. Of each experiment there stand here a function from columns to a configuration, and its rows
 as jobs, in the order in which `runner.run_missing` measures them: first seeds first, so that whoever stops early
 has a whole table.
-
-    synthetic       every encoding on the synthetic tasks, with class token and with average pooling
-    padding         *where* with every padding of a PEG
-    pooling         class token against pooling, on fresh seeds
-    pipelines       one configuration through this package's data pipeline and through timm's
-    tables          every row of the paper's tables at 1:8, for a GPU;  tuning: its learning rate
-    fashion         the rows that a CPU can afford, on Fashion-MNIST;  fashion-tuning, fashion-length
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature
 
 from cpvt.config import (
     AugmentConfig,
     DataConfig,
+    DistillConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -29,16 +23,7 @@ from cpvt.config import (
     replace,
 )
 from cpvt.errors import ConfigError, nearest
-from cpvt.lab.metrics import (
-    arrays_of,
-    first_images,
-    score_fashion,
-    score_pipeline,
-    score_synthetic,
-    score_table_row,
-    score_tuning,
-    spread_images,
-)
+from cpvt.lab import metrics
 from cpvt.lab.results import complete
 from cpvt.lab.runner import TEACHER, Job
 from cpvt.lab.timm_baseline import Selected, TimmBatches
@@ -49,6 +34,12 @@ KERNEL_27 = "peg(positions=(-1,), kernel=27, compute='matrix')"
 DENSE = "peg(positions=(0, 1, 2, 3, 4, 5), kernel=1, convolution='dense')"
 POOLED, TAUGHT = {"global_pool": "avg"}, {"distilled": True, "teacher": TEACHER}
 SEEDS = (0, 1, 2)
+# DeiT's 0.02 suits widths from 192 on; with it a width of 32 hardly moves at first.
+_NARROW = {"mlp_ratio": 2.0, "init_std": 0.1}
+
+
+def _rows(*encodings: str, **columns) -> list[dict]:
+    return [{"encoding": encoding, **columns} for encoding in encodings]
 
 
 # --------------------------------------------------------------------------- synthetic tasks: seconds on a CPU
@@ -59,29 +50,14 @@ GRIDS = {"where": (10, 10), "arrangement": (6, 14), "what": (8, 12)}
 CHANCE = {"where": 25.0, "arrangement": 50.0, "what": 50.0}
 POOLS = ("token", "avg")
 ENCODINGS = (
-    "none",
-    "learned",
-    "sine",
-    "relative",
-    "relative(wrap=True)",
-    "rotary",
-    "peg",
-    "peg(positions=(0, 1))",
-    "peg(positions=(-1, 0, 1))",
-    FIVE,
-    "peg(kernel=5)",
-    "peg(kernel=7)",
-    KERNEL_27,
-    "learned + peg",
+    *("none", "learned", "sine", "relative", "relative(wrap=True)", "rotary"),
+    *("peg", "peg(positions=(0, 1))", "peg(positions=(-1, 0, 1))", FIVE),
+    *("peg(kernel=5)", "peg(kernel=7)", KERNEL_27, "learned + peg"),
 )
 # What stands beyond the border, the same without the skip (which no padding has to drop), and the border alone.
 PADDINGS = (
-    "peg(padding='none', skip=False)",
-    "peg(skip=False)",
-    "peg(padding='replicate')",
-    "peg(padding='reflect')",
-    "peg(padding='circular')",
-    "peg(on='constant')",
+    *("peg(padding='none', skip=False)", "peg(skip=False)", "peg(padding='replicate')"),
+    *("peg(padding='reflect')", "peg(padding='circular')", "peg(on='constant')"),
 )
 
 
@@ -91,30 +67,20 @@ def synthetic_config(
     """One pixel a token, three blocks of width 32; five PEGs after blocks 0-4 need six, all else is the same."""
     if task not in GRIDS:
         raise ConfigError(f"no synthetic task {task!r}; {nearest(task, GRIDS)}")
+    body = {"image_size": GRIDS[task], "patch_size": 1, "num_classes": 4 if task == "where" else 2}
+    body |= {"width": 32, "depth": 6 if "3, 4" in encoding else 3, "heads": 1, **_NARROW}
+    length = {"steps": max_steps, "warmup_steps": 30, "stop_loss": 0.01}
     return TrainConfig(
-        model=ModelConfig(
-            image_size=GRIDS[task],
-            patch_size=1,
-            num_classes=4 if task == "where" else 2,
-            width=32,
-            depth=6 if "3, 4" in encoding else 3,
-            heads=1,
-            mlp_ratio=2.0,
-            encoding=encoding,
-            global_pool=global_pool,
-            init_std=0.1,  # DeiT's 0.02 suits widths from 192 on; with it a width of 32 hardly moves at first
-        ),
+        model=ModelConfig(encoding=encoding, global_pool=global_pool, **body),
         data=DataConfig(name=task, grid=GRIDS[task], train_size=1 << 16, test_size=512),
-        optim=OptimConfig(
-            global_batch_size=32, steps=max_steps, lr=3e-3, warmup_steps=30, min_lr=1e-5, stop_loss=0.01
-        ),
+        optim=OptimConfig(global_batch_size=32, lr=3e-3, min_lr=1e-5, **length),
         run=RunConfig(seed=seed, device="cpu", log_every=100),
     )
 
 
 def _synthetic_job(experiment: str, seed: int, **columns) -> Job:
-    columns = complete(experiment, columns)
-    return Job(experiment, columns, "seconds", synthetic_config(**columns, seed=seed), score_synthetic)
+    row = complete(experiment, columns)
+    return Job(experiment, row, "seconds", synthetic_config(**row, seed=seed), metrics.score_synthetic)
 
 
 def synthetic() -> Iterator[Job]:
@@ -156,11 +122,9 @@ def pooling() -> Iterator[Job]:
         for task, encoding in HINTS:
             for pool in POOLS:
                 yield _synthetic_job("pooling", seed, task=task, encoding=encoding, global_pool=pool)
-    pooled = {"task": "where", "encoding": FIVE, "global_pool": "avg"}
-    for seed in range(3, 6):
-        yield _synthetic_job("pooling", seed, **pooled, max_steps=2000)
-    for seed in SEEDS:
-        yield _synthetic_job("pooling", seed, **pooled)
+    for seeds, steps in ((range(3, 6), 2000), (SEEDS, 500)):
+        for seed in seeds:
+            yield _synthetic_job("pooling", seed, task="where", encoding=FIVE, max_steps=steps, **POOLED)
 
 
 # --------------------------------------------------------------------------- pipelines: minutes on a CPU
@@ -172,30 +136,26 @@ PIPELINES: dict[str, Callable] = {
 }
 
 
-def pipeline_config(seed: int = 0, epochs: int = 6) -> TrainConfig:
+def pipeline_config(seed: int = 0) -> TrainConfig:
     """DeiT's recipe on small images: 64 pixels, crops of 28, 7 x 7 tokens, four blocks of width 64 with a PEG.
 
     One group of mixed images is one batch, as it is for timm. No image is repeated, or six epochs would show each
     only twice.
     """
+    body = {
+        "image_size": (28, 28),
+        "patch_size": 4,
+        "num_classes": CLASSES,
+        "width": 64,
+        "depth": 4,
+        "heads": 2,
+    }
+    length = {"epochs": 6, "warmup_epochs": 1}
     return TrainConfig(
-        model=ModelConfig(
-            image_size=(28, 28),
-            patch_size=4,
-            num_classes=CLASSES,
-            width=64,
-            depth=4,
-            heads=2,
-            mlp_ratio=2.0,
-            encoding="peg",
-            drop_path=0.1,
-            init_std=0.1,  # see `synthetic_config`
-        ),
+        model=ModelConfig(encoding="peg", drop_path=0.1, **body, **_NARROW),
         data=DataConfig(name="tiny-imagenet", image_size=28, store="files", workers=0, crop_pct=0.875),
         augment=replace(DEIT_AUGMENT, mix_group=64, repeated_aug=1),
-        optim=OptimConfig(
-            global_batch_size=64, epochs=epochs, lr=2e-3, warmup_epochs=1, label_smoothing=0.1, clip_grad=0.0
-        ),
+        optim=OptimConfig(global_batch_size=64, lr=2e-3, label_smoothing=0.1, clip_grad=0.0, **length),
         run=RunConfig(seed=seed, device="cpu", log_every=100),
     )
 
@@ -209,7 +169,7 @@ def pipelines() -> Iterator[Job]:
     Written before the first run: no difference is expected. The means of three seeds will differ by less than
     twice the standard error of their difference, or by less than 1.5 points of top-1 where that is more.
     """
-    score = partial(score_pipeline, classes=CLASSES)
+    score = partial(metrics.score_pipeline, classes=CLASSES)
     for seed in SEEDS:
         for name, loader in PIPELINES.items():
             yield Job("pipelines", {"pipeline": name}, "minutes", pipeline_config(seed), score, loader)
@@ -223,11 +183,6 @@ _STEM, _NO_JITTER, _BARE = {"stem": "conv"}, {"scale_jitter": False}, {"mlp_only
 _TWO_HEADS = {"distilled": True}  # the control of TAUGHT: both heads learn the labels
 _MAIN = ("none", "learned", "sine", "relative", "rotary", "peg", FIVE)
 _RARE = ("relative(on='keys_values')", "relative(on='bias')", "relative + peg")
-
-
-def _rows(*encodings: str, **columns) -> list[dict]:
-    return [{"encoding": encoding, **columns} for encoding in encodings]
-
 
 # table -> rank -> rows. A rank says how many seeds: "claim" stands behind a claim written down beforehand. A row
 # that is in several tables is trained once.
@@ -270,63 +225,35 @@ TABLES: dict[str, dict[str, list[dict]]] = {
         + _rows("learned", **TAUGHT),
     },
     "length": {
-        "extended": [
-            row
-            for end in ({"epochs": 15}, {"epochs": 30}, {"epochs": 120})
-            + ({"epochs": 0, "limit": 5_000}, {"epochs": 0, "limit": 15_000})
-            for row in _rows("none", "learned", "peg", **end)
-        ],
+        "extended": sum((_rows("none", "learned", "peg", epochs=epochs) for epochs in (15, 30, 120)), [])
+        + sum((_rows("none", "learned", "peg", epochs=0, limit=n) for n in (5_000, 15_000)), []),
     },
 }
-# Crops of 56 of 64 pixels, wherever they lie: images still shift, and no object changes its size.
-ONE_SCALE = (56 / 64) ** 2
+ONE_SCALE = (56 / 64) ** 2  # crops of 56 of 64 pixels, wherever they lie: no object changes its size
 TABLE_RATES = (7.5e-4, 1.5e-3, 3e-3)  # the grid of `tuning`, the same for every encoding
 
 
-def table_config(
-    encoding: str,
-    stem: str = "patch",
-    global_pool: str = "token",
-    distilled: bool = False,
-    teacher: str = "",
-    mlp_only_blocks: int = 0,
-    scale_jitter: bool = True,
-    epochs: int = 60,
-    limit: int = 0,
-    seed: int = 0,
-) -> TrainConfig:
-    """The 1:8 model that all rows share: six blocks of width 192, 14 x 14 tokens, 60 epochs.
+def table_config(seed: int = 0, **columns) -> TrainConfig:
+    """The 1:8 model that all rows share, with a row's columns: six blocks of width 192, 14 x 14 tokens, 60 epochs.
 
     A recipe to begin with: its learning rate, length and augmentation are to be tuned on a held-out tenth of the
     training images, with the same grid for every encoding, before any row is recorded.
-    `limit`: so many training images; without epochs, as many steps as 60 epochs of 50,000 images.
     """
-    augment = AugmentConfig(crop=True, crop_scale=(0.25, 1.0), hflip=0.5)
-    if not scale_jitter:
-        augment = replace(augment, crop_scale=(ONE_SCALE, ONE_SCALE), crop_ratio=(1.0, 1.0))
-    length = (
-        {"epochs": epochs, "warmup_epochs": epochs // 12} if epochs else {"steps": 2880, "warmup_steps": 240}
-    )
-    config = TrainConfig(
-        model=ModelConfig(
-            image_size=(28, 28),
-            patch_size=2,
-            width=192,
-            depth=6,
-            heads=3,
-            stem=stem,
-            encoding=encoding,
-            global_pool=global_pool,
-            distilled=distilled,
-            drop_path=0.1,
-            mlp_only_blocks=mlp_only_blocks,
-        ),
-        data=DataConfig(name="tiny-imagenet", image_size=28, stored_size=64, crop_pct=1.0, limit=limit),
-        augment=augment,
+    row = complete("tables", columns)
+    own = {name: row[name] for name in ("encoding", "stem", "global_pool", "distilled", "mlp_only_blocks")}
+    body = {"image_size": (28, 28), "patch_size": 2, "width": 192, "depth": 6, "heads": 3, "drop_path": 0.1}
+    length = {"epochs": row["epochs"], "warmup_epochs": row["epochs"] // 12}
+    if row["limit"]:  # of the training images: as many steps as 60 epochs of 50,000 images
+        length |= {"steps": 2880, "warmup_steps": 240}
+    still = {} if row["scale_jitter"] else {"crop_scale": (ONE_SCALE, ONE_SCALE), "crop_ratio": (1.0, 1.0)}
+    return TrainConfig(
+        model=ModelConfig(**body, **own),
+        data=DataConfig(name="tiny-imagenet", image_size=28, stored_size=64, limit=row["limit"]),
+        augment=AugmentConfig(**{"crop": True, "crop_scale": (0.25, 1.0), "hflip": 0.5, **still}),
         optim=OptimConfig(global_batch_size=1024, lr=1.5e-3, min_lr=1e-5, label_smoothing=0.1, **length),
+        distill=DistillConfig(teacher=row["teacher"]),
         run=RunConfig(seed=seed, precision="bf16", compile="blocks", log_every=100),
     )
-    return replace(config, distill=replace(config.distill, teacher=teacher))
 
 
 def table_rows(table: str = "") -> dict[str, list[dict]]:
@@ -347,13 +274,14 @@ def tables(root: str = "", table: str = "") -> Iterator[Job]:
     `root`: the folder that holds Tiny-ImageNet. Minutes a row on a GPU.
     """
     retrained = [row for rows in table_rows("resolution").values() for row in rows]  # and tested at 24 tokens
-    kept = partial(arrays_of, sample=spread_images)  # held-out images stand class by class
+    kept = partial(metrics.arrays_of, spread=True)  # held-out images stand class by class
     for rank, rows in table_rows(table).items():
         for seed in TABLE_SEEDS[rank]:
             for row in rows:
-                config = _with_root(table_config(**row, seed=seed), root)
-                score = partial(score_table_row, fine_tuned=row in retrained)
-                yield Job("tables", row, "minutes", config, score, arrays=kept)
+                score = partial(metrics.score_table_row, fine_tuned=row in retrained)
+                yield Job(
+                    "tables", row, "minutes", _with(table_config(seed, **row), root), score, arrays=kept
+                )
 
 
 def tuning(root: str = "") -> Iterator[Job]:
@@ -361,9 +289,8 @@ def tuning(root: str = "") -> Iterator[Job]:
     the length, evaluated on a held-out tenth of the training images."""
     for lr in TABLE_RATES:
         for row in _rows(*_MAIN, "relative(wrap=True)"):
-            config = _held_out(table_config(**row, epochs=20), root, lr)
-            config = replace(config, optim=replace(config.optim, warmup_epochs=2))
-            yield Job("tuning", row | {"lr": lr}, "minutes", config, score_tuning)
+            config = _with(table_config(epochs=20, **row), root, lr=lr, warmup_epochs=2)
+            yield Job("tuning", row | {"lr": lr}, "minutes", config, metrics.score_tuning)
 
 
 # --------------------------------------------------------------------------- Fashion-MNIST: minutes on a CPU
@@ -387,43 +314,29 @@ LENGTHS = (900, 100)  # steps, beside the 300 of `fashion`
 LENGTHENED = ("none", "learned", "peg", "peg(padding='circular')")
 
 
-def fashion_config(
-    encoding: str,
-    global_pool: str = "token",
-    distilled: bool = False,
-    teacher: str = "",
-    max_steps: int = 300,
-    seed: int = 0,
-) -> TrainConfig:
-    """Six blocks of width 32, 300 steps of 64 images, mirrored at random; no image is cropped, so that no row has
-    seen one shifted."""
-    config = TrainConfig(
-        model=ModelConfig(
-            image_size=(28, 28),
-            patch_size=2,
-            num_classes=10,
-            width=32,
-            depth=6,
-            heads=2,
-            mlp_ratio=2.0,
-            encoding=encoding,
-            global_pool=global_pool,
-            distilled=distilled,
-            init_std=0.1,  # see `synthetic_config`
-        ),
+def fashion_config(seed: int = 0, **columns) -> TrainConfig:
+    """A row's columns -> six blocks of width 32, 300 steps of 64 images, mirrored at random.
+
+    No image is cropped, so that no row has seen one shifted. The learning rate is the best on average of
+    `fashion-tuning`.
+    """
+    row = complete("fashion", columns)
+    own = {name: row[name] for name in ("encoding", "global_pool", "distilled")}
+    body = {"image_size": (28, 28), "patch_size": 2, "num_classes": 10, "width": 32, "depth": 6, "heads": 2}
+    return TrainConfig(
+        model=ModelConfig(**body, **_NARROW, **own),
         data=DataConfig(name="fashion-mnist", image_size=28),
         augment=AugmentConfig(hflip=0.5),
-        # The learning rate is the best on average of the rows of `fashion-tuning`.
-        optim=OptimConfig(global_batch_size=64, steps=max_steps, lr=8e-3, warmup_steps=30, min_lr=1e-5),
+        optim=OptimConfig(steps=row["max_steps"], lr=8e-3, warmup_steps=30, min_lr=1e-5),
+        distill=DistillConfig(teacher=row["teacher"]),
         run=RunConfig(seed=seed, device="cpu", log_every=100),
     )
-    return replace(config, distill=replace(config.distill, teacher=teacher))
 
 
 def _fashion_job(experiment: str, seed: int, row: dict, root: str, **kept) -> Job:
-    columns = complete(experiment, row)
-    config = _with_root(fashion_config(**columns, seed=seed), root)
-    return Job(experiment, columns, "minutes", config, score_fashion, **kept)
+    row = complete(experiment, row)
+    config = _with(fashion_config(seed, **row), root)
+    return Job(experiment, row, "minutes", config, metrics.score_fashion, **kept)
 
 
 def fashion(root: str = "") -> Iterator[Job]:
@@ -433,11 +346,10 @@ def fashion(root: str = "") -> Iterator[Job]:
     row decides: among twelve claims Holm asks the clearest for p < 0.05 / 12, which three seeds reach only at
     t > 15, four at t > 7.9.
     """
-    kept = {"arrays": partial(arrays_of, sample=first_images)}
     for rows, seeds in ((FASHION_CLAIMED, SEEDS), (FASHION_CLAIMED[:8], (3,)), (FASHION_OTHERS, SEEDS)):
         for seed in seeds:
             for row in rows:
-                yield _fashion_job("fashion", seed, row, root, **kept)
+                yield _fashion_job("fashion", seed, row, root, arrays=metrics.arrays_of)
 
 
 def fashion_length(root: str = "") -> Iterator[Job]:
@@ -452,13 +364,13 @@ def fashion_tuning(root: str = "") -> Iterator[Job]:
     """What the learning rate of `fashion` is chosen from, on a held-out tenth of the training images; one seed."""
     for lr in FASHION_RATES:
         for row in _rows("none", "learned", "peg"):
-            config = _held_out(fashion_config(**row), root, lr)
-            yield Job("fashion-tuning", row | {"lr": lr}, "minutes", config, score_tuning)
+            config = _with(fashion_config(**row), root, lr=lr)
+            yield Job("fashion-tuning", row | {"lr": lr}, "minutes", config, metrics.score_tuning)
 
 
 # --------------------------------------------------------------------------- all of them
 
-EXPERIMENTS: dict[str, Callable[..., Iterable[Job]]] = {
+EXPERIMENTS: dict[str, Callable[..., Iterator[Job]]] = {
     "synthetic": synthetic,
     "padding": padding,
     "pooling": pooling,
@@ -484,11 +396,7 @@ def jobs(experiment: str, **options: str) -> list[Job]:
     return list(EXPERIMENTS[experiment](**options))
 
 
-def _with_root(config: TrainConfig, root: str) -> TrainConfig:
-    return replace(config, data=replace(config.data, root=root or config.data.root))
-
-
-def _held_out(config: TrainConfig, root: str, lr: float) -> TrainConfig:
-    """For tuning: evaluated on a tenth of the training images, at another learning rate."""
-    config = replace(config, data=replace(config.data, hold_out=10), optim=replace(config.optim, lr=lr))
-    return _with_root(config, root)
+def _with(config: TrainConfig, root: str, **tuned) -> TrainConfig:
+    """With the folder of its images; to tune fields of OptimConfig: on a held-out tenth of the training images."""
+    data = replace(config.data, root=root or config.data.root, hold_out=10 if tuned else 0)
+    return replace(config, data=data, optim=replace(config.optim, **tuned))

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from cpvt.config import parse_encoding, replace
+from cpvt.config import replace
 from cpvt.data.datasets import open_dataset
 from cpvt.data.loader import Images, normalise, open_batches
 from cpvt.data.resize import crop_resize
@@ -52,22 +51,23 @@ def _device(model: VisionTransformer) -> torch.device:
     return next(model.parameters()).device
 
 
-def _held_out(run: Run, **changes) -> Images:
-    """The held-out images of a run, at another size if asked for, on its model's device."""
+def held_out(run: Run, **changes) -> Images:
+    """The held-out images of a run, as they are or with `changes` of their DataConfig, on its model's device."""
     data = replace(run.config.data, **changes)
     return open_batches(data, 1, run.config.run.seed, str(_device(run.model)), train=False)
 
 
-def first_images(batches: Images, count: int) -> tuple[Tensor, Tensor]:
-    """-> the first `count` held-out images, normalised, and their labels, where the batches are."""
-    parts = list(islice(batches.test(), -(-count // 256)))
-    images, labels = (torch.cat(found)[:count] for found in zip(*parts, strict=True))
-    return images, labels
+def _digest(loader: Images) -> str:
+    return fingerprint(loader.held_out.images, loader.held_out.labels)
 
 
-def spread_images(batches: Images, count: int) -> tuple[Tensor, Tensor]:
-    """The same of `count` held-out images at even steps: all classes have a part, in whatever order they stand."""
-    images, labels = (torch.cat(found) for found in zip(*batches.test(), strict=True))
+def held_out_images(loader: Images, count: int, spread: bool = False) -> tuple[Tensor, Tensor]:
+    """-> the first `count` held-out images, normalised, and their labels; `spread`: those at even steps among all, so
+    that all classes have a part where they stand one after the other."""
+    parts = loader.test() if spread else islice(loader.test(), -(-count // 256))
+    images, labels = (torch.cat(found) for found in zip(*parts, strict=True))
+    if not spread:
+        return images[:count], labels[:count]
     index = torch.linspace(0, len(labels) - 1, min(count, len(labels))).long().to(labels.device)
     return images[index], labels[index]
 
@@ -120,54 +120,53 @@ def score_pipeline(run: Run, classes: int) -> Score:
 
 def score_tuning(run: Run) -> Score:
     """For a run with `data.hold_out`: accuracy on the held-out part of the training images."""
-    held = _held_out(run).held_out
     metrics = {f"top1@{run.config.model.grid[0]}": run.metrics["top1"], "images": run.metrics["images"]}
     part = f"{run.config.data.name}, one of {run.config.data.hold_out} training images"
-    return metrics, part, fingerprint(held.images, held.labels)
+    return metrics, part, _digest(held_out(run))
 
 
 def score_fashion(run: Run, images: int = 1000) -> Score:
-    """top1@14 on all 10,000 test images; shifts on `images` of them, position on 256, maps and attention on 64."""
-    held_out = _held_out(run)
-    sample, labels = first_images(held_out, images)
-    metrics = {"top1@14": run.metrics["top1"]}
-    metrics |= score_shifts(run.model, sample, labels)
-    metrics |= score_position(run.model, sample[:256])
-    metrics |= score_maps(run.model, sample[:64]) | score_attention(run.model, sample[:64])
-    held = held_out.held_out
-    return metrics, run.config.data.name, fingerprint(held.images, held.labels)
+    """top1@14 on all test images, and what `_score_images` says of the first `images`."""
+    loader = held_out(run)
+    metrics = {"top1@14": run.metrics["top1"], **_score_images(run.model, loader, images)}
+    return metrics, run.config.data.name, _digest(loader)
 
 
 def score_table_row(run: Run, images: int = 2000, fine_tuned: bool = False) -> Score:
     """A row of the tables at 1:8.
 
     top1@10 ... top1@32     at the five sizes, by tokens a side, whole images; a table follows as its configuration
-                            says, and `/raw`, `/resample`, `/rescale` as it could; `/logn` with log-N attention,
-                            whose factor is 1 at the trained size, so that training is the same
+                            says, and `/resample`, `/rescale` as it could; `/logn` with log-N attention, whose factor
+                            is 1 at the trained size, so that training is the same
     top1@14x28              on a band twice as wide as it is high
     top1@24/tuned           after a short fine-tune at 24 tokens a side (`fine_tune`), with `fine_tuned`
-    and shifts on `images` of the held-out images, position on 256, maps and attention on 64, at even steps
+    and what `_score_images` says of `images` at even steps
     """
-    data, pixels = run.config.data, run.config.model.patch_size
+    model, pixels, size = run.model, run.config.model.patch_size, run.config.data.image_size
     metrics: dict[str, float] = {}
-    for size in SIZES:
-        for suffix, model in _variants(run.model, size):
-            found = accuracy(model, _held_out(run, image_size=size).test())
-            metrics[f"top1@{size // pixels}{suffix}"] = found["top1"]
-    held_out = _held_out(run)
-    metrics |= score_oblong(run.model, held_out)
+    for side in SIZES:
+        for suffix, variant in _variants(model, side):
+            scores = accuracy(variant, held_out(run, image_size=side).test())
+            metrics[f"top1@{side // pixels}{suffix}"] = scores["top1"]
+    loader = held_out(run)
+    metrics |= score_oblong(model, loader)
     if fine_tuned:
         tuned = fine_tune(run, FINE_TUNED)
         if tuned.interrupted:
             raise Stopped(tuned.interrupted)
         metrics[f"top1@{FINE_TUNED // pixels}/tuned"] = tuned.metrics["top1"]
-    metrics |= score_shifts(run.model, *spread_images(held_out, images))
-    few, _ = spread_images(held_out, 64)
-    wider, _ = spread_images(_held_out(run, image_size=data.image_size + 2 * pixels), 64)
-    metrics |= score_maps(run.model, few, wider[:, :, pixels:-pixels])
-    metrics |= score_position(run.model, spread_images(held_out, 256)[0]) | score_attention(run.model, few)
-    held = held_out.held_out
-    return metrics, data.name, fingerprint(held.images, held.labels)
+    wider, _ = held_out_images(held_out(run, image_size=size + 2 * pixels), 64, spread=True)
+    metrics |= _score_images(model, loader, images, True, wider[:, :, pixels:-pixels])
+    return metrics, run.config.data.name, _digest(loader)
+
+
+def _score_images(
+    model: VisionTransformer, loader: Images, count: int, spread: bool = False, scenes: Tensor | None = None
+) -> dict[str, float]:
+    """Shifts on `count` held-out images, position on 256, maps and attention on 64 (see `held_out_images`)."""
+    few, some = (held_out_images(loader, number, spread)[0] for number in (64, 256))
+    metrics = score_shifts(model, *held_out_images(loader, count, spread)) | score_position(model, some)
+    return metrics | score_maps(model, few, scenes) | score_attention(model, few)
 
 
 def fine_tune(run: Run, size: int) -> Run:
@@ -176,67 +175,57 @@ def fine_tune(run: Run, size: int) -> Run:
     config = run.config
     detail = (size / config.data.stored_size) ** 2 if config.data.stored_size else 0.0
     low, high = (max(share, detail) for share in config.augment.crop_scale)
-    steps, lr = max(config.optim.steps // 20, 1), config.optim.lr / 10
+    changes = {"steps": max(config.optim.steps // 20, 1), "lr": config.optim.lr / 10, "warmup_steps": 0}
     with TemporaryDirectory() as folder:
         weights = Path(folder) / "model.safetensors"
         save_model(weights, run.model, config)
-        return train(
-            replace(
-                config,
-                data=replace(config.data, image_size=size),
-                augment=replace(config.augment, crop_scale=(low, high)),
-                optim=replace(config.optim, steps=steps, lr=lr, warmup_steps=0),
-                run=replace(config.run, init=str(weights), out=""),
-            )
-        )
+        config = replace(config, run=replace(config.run, init=str(weights), out=""))
+        config = replace(config, augment=replace(config.augment, crop_scale=(low, high)))
+        config = replace(config, data=replace(config.data, image_size=size))
+        return train(replace(config, optim=replace(config.optim, **changes)))
 
 
 def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, VisionTransformer]]:
     """The model, and the same weights with log-N attention, and with every other rule for a fixed table."""
-    config, text = model.config, model.config.encoding
+    config = model.config
     yield "", model
     if size == config.image_size[0]:
         return
     others = {"/logn": replace(config, logn_scale=True)}
-    if text in ("sine", "rotary"):
-        (part,) = parse_encoding(text)
-        (rules,) = (f for f in fields(part) if f.name == "resize")
-        for rule in ("raw", "resample", "rescale"):
-            if rule in rules.type and rule != part.resize:
-                others[f"/{rule}"] = replace(config, encoding=f"{text}(resize={rule!r})")
+    for rule in {"sine": ("resample", "rescale"), "rotary": ("rescale",)}.get(config.encoding, ()):
+        others[f"/{rule}"] = replace(config, encoding=f"{config.encoding}(resize={rule!r})")
     for suffix, changed in others.items():
         other = VisionTransformer(changed)
         other.load_state_dict(model.state_dict())
         yield suffix, other.to(_device(model)).eval()
 
 
-def arrays_of(run: Run, sample: Callable = first_images) -> dict[str, Tensor]:
+def arrays_of(run: Run, spread: bool = False) -> dict[str, Tensor]:
     """What is kept of a run on real images; what has more than `LARGEST` numbers is left out.
 
     correct         one bit an image of the held-out ones, in their order, eight to a byte, the last filled up
     peg0 ...        (D, 1, k, k): trained kernels, in half precision
     table           (P + N, D): the trained table, prefix tokens first, in half precision
     attention       (blocks, H, W): how much the patch in the middle reads from each patch, mean over heads and 64
-                    held-out images (`sample`), in half precision; blocks that see a smaller grid are left out
+                    held-out images (`spread`: see `held_out_images`), in half precision; without blocks that see a
+                    smaller grid
     """
-    model, batches = run.model, _held_out(run)
-    hits = torch.cat([correct(model, images, labels).cpu() for images, labels in batches.test()])
-    kernels = [module.proj.weight for module in model.modules() if isinstance(module, PEG)]
-    found = {f"peg{i}": kernel for i, kernel in enumerate(kernels)}
+    model, loader = run.model, held_out(run)
+    hits = torch.cat([correct(model, images, labels).cpu() for images, labels in loader.test()])
+    found = {}
+    for module in model.modules():
+        if isinstance(module, PEG):
+            found[f"peg{len(found)}"] = module.proj.weight
     for module in model.modules():
         if isinstance(module, LearnedTable):
             found["table"] = module.pos_embed[0]
-    found["attention"] = middle_attention(model, sample(batches, 64)[0])
-    kept = {name: array.detach().cpu().half() for name, array in found.items() if array.numel() <= LARGEST}
-    return {"correct": torch.from_numpy(numpy.packbits(hits.numpy())), **kept}
-
-
-def middle_attention(model: VisionTransformer, images: Tensor) -> Tensor:
-    """-> (blocks, H, W): see `arrays_of`."""
     (H, W), P = model.config.grid, model.num_prefix_tokens
     middle = P + H // 2 * W + W // 2
-    maps = [weights[:, :, middle, P:].mean((0, 1)) for weights in attention_maps(model, images).values()]
-    return torch.stack([flat.unflatten(0, (H, W)) for flat in maps if len(flat) == H * W])
+    maps = attention_maps(model, held_out_images(loader, 64, spread)[0]).values()
+    maps = [weights[:, :, middle, P:].mean((0, 1)) for weights in maps]
+    found["attention"] = torch.stack([flat.unflatten(0, (H, W)) for flat in maps if len(flat) == H * W])
+    kept = {name: array.detach().cpu().half() for name, array in found.items() if array.numel() <= LARGEST}
+    return {"correct": torch.from_numpy(numpy.packbits(hits.numpy())), **kept}
 
 
 # --------------------------------------------------------------------------- parts of a score
@@ -301,6 +290,7 @@ def score_maps(
     return _finite(metrics)
 
 
+@torch.no_grad()
 def score_shifts(
     model: VisionTransformer, images: Tensor, labels: Tensor, pixels: Iterable[int] = (1, 2, 4, 6)
 ) -> dict[str, float]:
@@ -309,37 +299,26 @@ def score_shifts(
     top1@14/shift2    per cent right, mean of both directions; /shift0 are the same images where they were
     same_class/shift2 share of answers, in per cent, that are those to the image where it was
     """
-    grid, black = model.config.grid[0], _black(images)
-    answers = {0: [_answers(model, images)]}
+    top1, black = f"top1@{model.config.grid[0]}", _black(images)
+
+    def answers(right: int) -> Tensor:  # to images moved right, or left where negative
+        moved = images.roll(right, -1)
+        if right:
+            moved[..., slice(0, right) if right > 0 else slice(right, None)] = black
+        return torch.cat([model(part).argmax(-1) for part in moved.split(256)])
+
+    still = answers(0)
+    metrics = {f"{top1}/shift0": 100 * (still == labels).float().mean().item()}
     for distance in pixels:
-        answers[distance] = [
-            _answers(model, _moved(images, signed, black)) for signed in (-distance, distance)
-        ]
-    metrics = {}
-    for distance, both in answers.items():
-        found = torch.stack(both)
-        metrics[f"top1@{grid}/shift{distance}"] = 100 * (found == labels).float().mean().item()
-        if distance:
-            metrics[f"same_class/shift{distance}"] = 100 * (found == answers[0][0]).float().mean().item()
+        found = torch.stack([answers(-distance), answers(distance)])
+        metrics[f"{top1}/shift{distance}"] = 100 * (found == labels).float().mean().item()
+        metrics[f"same_class/shift{distance}"] = 100 * (found == still).float().mean().item()
     return metrics
 
 
 def _black(images: Tensor) -> Tensor:
     """-> (1, C, 1, 1): what black pixels are in normalised images."""
     return normalise(torch.zeros(1, images.shape[1], 1, 1)).to(images)
-
-
-def _moved(images: Tensor, right: int, fill: Tensor) -> Tensor:
-    """(n, C, height, width) moved right, or left where negative; `fill` (1, C, 1, 1) comes in."""
-    out = images.roll(right, -1)
-    columns = slice(0, right) if right > 0 else slice(images.shape[-1] + right, None)
-    out[..., columns] = fill
-    return out
-
-
-@torch.no_grad()
-def _answers(model: VisionTransformer, images: Tensor, batch: int = 256) -> Tensor:
-    return torch.cat([model(part).argmax(-1) for part in images.split(batch)])
 
 
 def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float]:
@@ -361,23 +340,21 @@ def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float
     return metrics
 
 
-def score_oblong(model: VisionTransformer, batches: Images) -> dict[str, float]:
+def score_oblong(model: VisionTransformer, loader: Images) -> dict[str, float]:
     """top1@14x28: accuracy on the middle band of the images, twice as wide as it is high.
 
     Held-out images of S x S pixels give a band of S / 2 x S, resized to the trained height and twice that width,
     so that an object keeps its tokens where the stored images are large enough.
     """
-    held, size = batches.held_out, model.config.image_size[0]
-    count, right = len(held), 0
-    for part in torch.arange(count).split(256):
-        pixels, labels = held.images[part], held.labels[part]
+    held, size, right = loader.held_out, model.config.image_size[0], []
+    for part in torch.arange(len(held)).split(256):
+        pixels, labels = held.images[part], held.labels[part].to(_device(model))
         S = pixels.shape[-1]
-        band = torch.tensor([[S / 4, 0.0, S / 2, float(S)]], dtype=torch.float64).expand(len(part), 4)
-        wide = crop_resize(pixels, band.contiguous(), (size, 2 * size), bound="image")
-        device = next(model.parameters()).device
-        right += correct(model, normalise(wide.to(device).float() / 255), labels.to(device)).sum().item()
+        band = torch.tensor([[S / 4, 0.0, S / 2, float(S)]] * len(part), dtype=torch.float64)
+        wide = crop_resize(pixels, band, (size, 2 * size), bound="image").to(_device(model))
+        right.append(correct(model, normalise(wide.float() / 255), labels))
     H, W = model.config.grid
-    return {f"top1@{H}x{2 * W}": 100 * right / count}
+    return {f"top1@{H}x{2 * W}": 100 * torch.cat(right).double().mean().item()}
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

@@ -1,26 +1,22 @@
-"""What a model knows about place: how far it sees, what a shuffle or a shift changes, what a probe reads off.
+"""What a model knows about position: how far it sees, what a shuffle or a shift changes, what a probe reads off.
 
-Letters: n images, C channels, N = H*W patches, D width, (H, W) grid, p patch size. Models, ours or timm's,
-need `forward_features`, `forward_head`, `patch_embed` and `num_prefix_tokens`. Where exactness is the
-point, a copy of the model runs in float64, in evaluation.
+Letters: n images, C channels, N = H*W patches, D width, (H, W) grid, p patch size. Models, ours or timm's, need
+`forward_features`, `forward_head`, `patch_embed` and `num_prefix_tokens`; images go to the device of the model.
+Where exactness is the point, a copy of the model runs in float64, in evaluation.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cpvt.config import Peg, parse_encoding
+from cpvt.config import Grid, Peg, parse_encoding
 from cpvt.data.synthetic import BACKGROUND, COLOUR_A, COLOUR_B
 from cpvt.errors import UserError
-
-Grid = tuple[int, int]
-Place = tuple[int, int]
 
 
 class ProbeError(UserError):
@@ -31,9 +27,14 @@ def _exact(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double().eval()
 
 
-def _patch(model: nn.Module) -> Grid:
-    size = model.patch_embed.patch_size  # ours: a number; timm's: a pair
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _pair(patch: int | Grid) -> Grid:
+    return (
+        (patch, patch) if isinstance(patch, int) else tuple(patch)
+    )  # a model of ours has a number, timm's a pair
 
 
 def _summary(model: nn.Module, images: Tensor) -> Tensor:
@@ -48,22 +49,15 @@ def _relative(change: Tensor, reference: Tensor) -> float:
 # --------------------------------------------------------------------------- how far
 
 
-def scene(
-    model: nn.Module, grid: Grid, objects: Iterable[tuple[Place, tuple[float, ...]]], background=BACKGROUND
-) -> Tensor:
-    """-> (1, C, H*p, W*p) float64: a plain background; objects of one token, each (row, column) and colour."""
+def scene(model: nn.Module, grid: Grid, objects: Iterable, background=BACKGROUND) -> Tensor:
+    """-> (1, C, H*p, W*p) float64: a plain background; objects of one token, ((row, column), colour) each."""
     image = torch.tensor(background, dtype=torch.float64)[:, None, None].repeat(1, *grid)
     for (row, column), colour in objects:
         if not (0 <= row < grid[0] and 0 <= column < grid[1]):
-            raise ProbeError(
-                f"an object at {(row, column)} on a grid of {grid[0]}x{grid[1]}; place it inside"
-            )
+            raise ProbeError(f"an object at {(row, column)} on a grid of {grid[0]}x{grid[1]}; put it inside")
         image[:, row, column] = torch.tensor(colour, dtype=torch.float64)
-    channels = getattr(model.patch_embed, "in_channels", model.patch_embed.proj.in_channels)
-    if channels not in (1, len(background)):
-        raise ProbeError(f"a model of {channels} channels; scenes have colours of 3, or 1: the first")
-    down, across = _patch(model)
-    return image[None, :channels].repeat_interleave(down, 2).repeat_interleave(across, 3)
+    down, across = _pair(model.patch_embed.patch_size)
+    return image[None].repeat_interleave(down, 2).repeat_interleave(across, 3).to(_device(model))
 
 
 @torch.no_grad()
@@ -74,16 +68,16 @@ def reach(model: nn.Module, distances: Iterable[int] = range(6), grid: Grid = (1
     Rounding gives about 1e-15: then the model cannot know where the object is. Change means that it could,
     not that it has learned to.
     """
-    model, middle = _exact(model), (grid[0] // 2, grid[1] // 2)
-    distances = list(distances)
-    if not distances or not 0 <= min(distances) <= max(distances) <= min((n - 1) // 2 for n in grid):
+    model, (row, column), distances = _exact(model), (grid[0] // 2, grid[1] // 2), list(distances)
+    farthest = min((n - 1) // 2 for n in grid)
+    if not distances or not 0 <= min(distances) <= max(distances) <= farthest:
         raise ProbeError(
-            f"distances={distances} on a grid of {grid[0]}x{grid[1]}; expected some from 0 to "
-            f"{min((n - 1) // 2 for n in grid)}: farther off, another border is nearer"
+            f"distances={distances} on a grid of {grid[0]}x{grid[1]}; expected some from 0 to {farthest}: "
+            "farther off, another border is nearer"
         )
-    centre = _summary(model, scene(model, grid, [(middle, COLOUR_A)]))
-    places = [(middle[0], distance) for distance in distances]
-    moved = [_summary(model, scene(model, grid, [(place, COLOUR_A)])) for place in places]
+    centre, *moved = (
+        _summary(model, scene(model, grid, [((row, x), COLOUR_A)])) for x in (column, *distances)
+    )
     return torch.tensor([_relative(out - centre, centre) for out in moved], dtype=torch.float64)
 
 
@@ -94,15 +88,14 @@ def order_reach(model: nn.Module, separations: Iterable[int] = range(1, 9), grid
 
     The grid must be wide enough for its borders to stay out of reach of both: else they tell the order.
     """
-    model, row = _exact(model), grid[0] // 2
-    changes = []
+    model, row, changes = _exact(model), grid[0] // 2, []
     for separation in separations:
         if not 1 <= separation < grid[1]:
             raise ProbeError(f"separation {separation} on {grid[1]} columns; expected 1 to {grid[1] - 1}")
         left = (grid[1] - 1 - separation) // 2
-        places = (row, left), (row, left + separation)
+        positions = (row, left), (row, left + separation)
         one, other = (
-            _summary(model, scene(model, grid, zip(places, colours, strict=True)))
+            _summary(model, scene(model, grid, zip(positions, colours, strict=True)))
             for colours in ((COLOUR_A, COLOUR_B), (COLOUR_B, COLOUR_A))
         )
         changes.append(_relative(other - one, one))
@@ -129,19 +122,16 @@ def theory(encoding: str) -> tuple[int, int] | None:
 
 def shuffle_patches(images: Tensor, patch: int | Grid, order: Tensor) -> Tensor:
     """(n, C, H*p, W*p), order (N,) or (n, N) -> the same images, patch i taken from patch order[i]."""
-    p, q = (patch, patch) if isinstance(patch, int) else patch
-    n, C, height, width = images.shape
+    (p, q), (n, C, height, width) = _pair(patch), images.shape
     if height % p or width % q:
         raise ProbeError(f"images of {height}x{width} in patches of {p}x{q}; give multiples of the patch")
     grid = height // p, width // q
     patches = images.reshape(n, C, grid[0], p, grid[1], q).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    order = order.expand(n, -1)
-    patches = patches[torch.arange(n)[:, None], order]
+    patches = patches[torch.arange(n)[:, None], order.expand(n, -1)]
     return patches.unflatten(1, grid).permute(0, 3, 1, 4, 2, 5).reshape(n, C, height, width)
 
 
-@dataclass(frozen=True)
-class Permutation:
+class Permutation(NamedTuple):
     """Relative errors, about 1e-15 where it holds: `tokens` of "the tokens shuffle along" (equivariance),
     `head` of "what the head reads stays" (invariance)."""
 
@@ -152,8 +142,8 @@ class Permutation:
 @torch.no_grad()
 def permutation_error(model: nn.Module, images: Tensor, seed: int = 0) -> Permutation:
     """Shuffles the patches of (n, C, height, width) and compares, in float64, with the images as they were."""
-    model, images = _exact(model), images.double()
-    P, (p, q) = model.num_prefix_tokens, _patch(model)
+    model, images = _exact(model), images.to(_device(model), torch.float64)
+    P, (p, q) = model.num_prefix_tokens, _pair(model.patch_embed.patch_size)
     N = (images.shape[2] // p) * (images.shape[3] // q)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
     before = model.forward_features(images)
@@ -163,12 +153,9 @@ def permutation_error(model: nn.Module, images: Tensor, seed: int = 0) -> Permut
     return Permutation(_relative(found - expected, expected), _relative(reread - read, read))
 
 
-@dataclass(frozen=True)
-class Equivariance:
-    """Relative errors of "shift the input, the output shifts along", away from the borders and along them.
-
-    NaN where there are no such tokens.
-    """
+class Equivariance(NamedTuple):
+    """Relative errors of "shift the input, the output shifts along", away from the borders and along them; NaN
+    where there are no such tokens."""
 
     interior: float
     border: float
@@ -192,15 +179,13 @@ def equivariance_error(
     """
     if kind not in ("circular", "zero", "window"):
         raise ProbeError(f"kind={kind!r}; expected 'circular', 'zero' or 'window'")
-    pixels = [s * stride for s in shift]
+    pixels, wrap = [s * stride for s in shift], kind == "circular"
     if kind == "window":
-        size = [n - abs(s) for n, s in zip(x.shape[2:], pixels, strict=True)]
-        old, new = (
-            x[:, :, a : a + size[0], b : b + size[1]]
-            for a, b in ([max(s, 0) for s in pixels], [max(-s, 0) for s in pixels])
-        )
+        height, width = (n - abs(s) for n, s in zip(x.shape[2:], pixels, strict=True))
+        corners = [max(s, 0) for s in pixels], [max(-s, 0) for s in pixels]
+        old, new = (x[:, :, a : a + height, b : b + width] for a, b in corners)
     else:
-        old, new = x, _shift(x, pixels, wrap=kind == "circular")
+        old, new = x, _shift(x, pixels, wrap)
     before, found = fn(old), fn(new)
     H, W = found.shape[2:]
     if not (abs(shift[0]) < H and abs(shift[1]) < W):
@@ -209,7 +194,6 @@ def equivariance_error(
         raise ProbeError(f"{tuple(old.shape[2:])} -> {H}x{W} with stride={stride}; give the true stride")
     rows, columns = torch.arange(H), torch.arange(W)
     depth = torch.minimum(torch.minimum(rows, H - 1 - rows)[:, None], torch.minimum(columns, W - 1 - columns))
-    wrap = kind == "circular"
     inside = (depth >= border) & (_shift(depth, shift, wrap) >= border)
     compared = _shift(torch.ones(H, W, dtype=torch.bool), shift, wrap)
     expected = _shift(before, shift, wrap)
@@ -233,11 +217,10 @@ def _shift(x: Tensor, shift, wrap: bool) -> Tensor:
     return out
 
 
-# --------------------------------------------------------------------------- reading place off tokens
+# --------------------------------------------------------------------------- reading the position off tokens
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """R2 on held-out images, 1 at best: of row and column, over all tokens, inside, and near a border."""
 
     row: float
@@ -256,7 +239,7 @@ def position_probe(
 
     Ridge regression in closed form, in float64; `ridge` is relative to the mean variance of a feature, and
     rounding counts as no feature. A token with fewer than `border` tokens between it and a border counts as
-    border; R2 of a part is relative to the variance within it. Content can predict place (the sky is up): see
+    border; R2 of a part is relative to the variance within it. Content can predict position (the sky is up): see
     `control_images`. A probe of k PEGs needs a width of (2k + 1)^2 to tell apart all that they tell apart.
     """
     n, N, _ = features.shape
@@ -269,13 +252,12 @@ def position_probe(
     order, dtype = torch.randperm(n, generator=torch.Generator().manual_seed(seed)), features.dtype
     features = features.detach().cpu().double()[order]
     half = n // 2
-    rows, columns = torch.meshgrid(*(torch.arange(s, dtype=torch.float64) for s in grid), indexing="ij")
-    place = torch.stack([rows.flatten(), columns.flatten()], 1)  # (N, 2)
+    place = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))  # (N, 2)
     x, y = features[:half].flatten(0, 1), place.repeat(half, 1)
     mean, target = x.mean(0), y.mean(0)
     x, y = x - mean, y - target
     gram = x.T @ x
-    # Equal tokens differ by rounding, and place can be read off rounding too: it must not count.
+    # Equal tokens differ by rounding, and position can be read off rounding too: it must not count.
     rounding = (1000 * torch.finfo(dtype).eps) ** 2 * features[:half].square().mean() * len(x)
     penalty = torch.maximum(ridge * gram.diagonal().mean(), rounding.clamp_min(1e-300))
     weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=torch.float64), x.T @ y)
@@ -305,15 +287,11 @@ def probe_ceiling(size: int, reach: int) -> float:
 def patch_tokens(model: nn.Module, images: Tensor, block: int | None = None, batch: int = 64) -> Tensor:
     """(n, C, height, width) -> (n, N, D): the patch tokens that the head sees, or those after a block."""
     model.eval()
-    found = []
-    for part in images.split(batch):
-        if block is None:
-            found.append(model.forward_features(part)[:, model.num_prefix_tokens :])
-        else:
-            found += model.forward_intermediates(
-                part, indices=[block], output_fmt="NLC", intermediates_only=True, stop_early=True
-            )
-    return torch.cat(found)
+    parts = [part.to(_device(model)) for part in images.split(batch)]
+    if block is None:
+        return torch.cat([model.forward_features(part)[:, model.num_prefix_tokens :] for part in parts])
+    how = {"output_fmt": "NLC", "intermediates_only": True, "stop_early": True}
+    return torch.cat([model.forward_intermediates(part, indices=[block], **how)[0] for part in parts])
 
 
 @torch.no_grad()
@@ -330,8 +308,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 
             hooks.append(block.attn.register_forward_pre_hook(keep))
     try:
-        model.eval()
-        model.forward_features(images)
+        model.eval().forward_features(images.to(_device(model)))
     finally:
         for hook in hooks:
             hook.remove()
@@ -341,7 +318,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 def control_images(images: Tensor, patch: int | Grid, seed: int = 0) -> dict[str, Tensor]:
     """(n, C, height, width) -> what a probe must be tried on: the "images", the mean of each as a "constant"
     image, "noise" with their mean and deviation in each channel, and their patches "shuffled"."""
-    p, q = (patch, patch) if isinstance(patch, int) else patch
+    p, q = _pair(patch)
     generator = torch.Generator().manual_seed(seed)
     mean, deviation = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
     noise = torch.randn(images.shape, generator=generator).to(images)

@@ -21,7 +21,6 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,38 +38,23 @@ from cpvt.errors import ResultsError, nearest
 # encoding, global_pool, stem, ... are fields of the configuration; max_steps is optim.steps, since the metric
 # `steps` says how many were made; `again` marks the second model without encoding that a stop-watch is tried on.
 _SYNTHETIC = {"task": None, "encoding": None, "global_pool": "token"}
-_FASHION = {"encoding": None, "global_pool": "token", "distilled": False, "teacher": "", "max_steps": 300}
+_HEADS = {"distilled": False, "teacher": ""}
+_FASHION = {"encoding": None, "global_pool": "token", **_HEADS, "max_steps": 300}
+_MODEL = {"encoding": None, "stem": "patch", "global_pool": "token", "mlp_only_blocks": 0}
 COLUMNS: dict[str, dict[str, Any]] = {
     "synthetic": _SYNTHETIC,
     "padding": _SYNTHETIC,
     "pooling": {**_SYNTHETIC, "max_steps": 500},
     "pipelines": {"pipeline": None},
     "tuning": {"encoding": None, "lr": None},
-    "tables": {
-        "encoding": None,
-        "stem": "patch",
-        "global_pool": "token",
-        "distilled": False,
-        "teacher": "",
-        "mlp_only_blocks": 0,
-        "scale_jitter": True,
-        "epochs": 60,
-        "limit": 0,
-    },
+    "tables": {**_MODEL, **_HEADS, "scale_jitter": True, "epochs": 60, "limit": 0},
     "fashion-tuning": {"encoding": None, "lr": None},
     "fashion": _FASHION,
     "fashion-length": _FASHION,
-    "costs": {
-        "encoding": None,
-        "stem": "patch",
-        "global_pool": "token",
-        "mlp_only_blocks": 0,
-        "again": False,
-    },
+    "costs": {**_MODEL, "again": False},
 }
 NOT_YET = "not yet measured"
 _METRIC = re.compile(r"[a-z][a-z0-9_]*(@\d+(x\d+)?)?(/[a-z][a-z0-9_.-]*)*")
-_PERCENT = ("top1", "top5")
 
 
 class AlreadyMeasured(ResultsError):
@@ -93,7 +77,7 @@ class Result:
     cpvt_commit     `commit()`, asked before training
     date            ISO 8601
 
-    Raises ResultsError where a value has the wrong type or cannot be.
+    Raises ResultsError where a value cannot be.
     """
 
     experiment: str
@@ -112,40 +96,26 @@ class Result:
     date: str
 
     def __post_init__(self):
-        def expect(field: str, fine: bool, expected: str) -> None:
+        def expect(field: str, fine: Any, expected: str) -> None:
             if not fine:
                 raise ResultsError(f"{field}={getattr(self, field)!r}; expected {expected}")
 
-        for field in ("experiment", "scale", "dataset", "device", "torch", "cpvt_commit"):
-            value = getattr(self, field)
-            expect(field, isinstance(value, str) and value.strip() != "", "words")
-        sha = self.dataset_sha256
-        expect(
-            "dataset_sha256",
-            isinstance(sha, str) and bool(re.fullmatch("[0-9a-f]{64}", sha)),
-            "64 hex digits",
-        )
+        expect("dataset_sha256", re.fullmatch("[0-9a-f]{64}", str(self.dataset_sha256)), "64 hex digits")
         expect("seed", type(self.seed) is int and self.seed >= 0, "a whole number, 0 or more")
         expect("weights", self.weights in ("raw", "ema"), "'raw' or 'ema'")
         expect("seconds", _is_number(self.seconds) and self.seconds >= 0, "a finite number, 0 or more")
-        expect("config", isinstance(self.config, dict), "a dictionary")
-        fine = isinstance(self.metrics, dict) and bool(self.metrics)
-        expect("metrics", fine, "at least one name and number")
+        for field in ("columns", "config", "metrics"):
+            value = getattr(self, field)
+            expect(field, isinstance(value, dict) and value, "at least one name and value")
         for name, value in self.metrics.items():
             _check_metric(name, value)
-        fine = isinstance(self.columns, dict) and bool(self.columns)
-        expect("columns", fine, "at least one name and value")
         own = COLUMNS.get(self.experiment, self.columns)
         expect("columns", self.columns.keys() == own.keys(), f"those of {self.experiment}: {', '.join(own)}")
-        fine = all(isinstance(v, str) or type(v) is bool or _is_number(v) for v in self.columns.values())
-        expect("columns", fine, "words, numbers, True or False")
+        plain = all(isinstance(value, str | bool) or _is_number(value) for value in self.columns.values())
+        expect("columns", plain, "words, numbers, True or False")
         taken = self.columns.keys() & {*FIELDS, *self.metrics}
         expect("columns", not taken, "names that no field and no metric has")
-        object.__setattr__(self, "columns", {name: self.columns[name] for name in own})
-        try:
-            datetime.fromisoformat(self.date)
-        except (TypeError, ValueError):
-            raise ResultsError(f"date={self.date!r}; expected ISO 8601, as in 2026-01-31T12:00:00") from None
+        object.__setattr__(self, "columns", {name: self.columns[name] for name in own})  # in one order
         try:  # JSON has no tuples: a result must equal what is read back
             object.__setattr__(self, "config", json.loads(json.dumps(self.config, allow_nan=False)))
         except (TypeError, ValueError) as error:
@@ -158,7 +128,6 @@ class Result:
 
     @property
     def label(self) -> str:
-        """The columns and the seed in one line, for messages."""
         return describe(self.columns, seed=self.seed)
 
 
@@ -170,21 +139,30 @@ def describe(columns: dict[str, Any], **more: Any) -> str:
     return ", ".join(f"{name}={value}" for name, value in {**columns, **more}.items())
 
 
+def complete(experiment: str, columns: dict[str, Any]) -> dict[str, Any]:
+    """Columns of a row -> all of them: one that is not named has its usual value, an encoding its one spelling.
+
+    A column that has no usual value and is not named is left out.
+    """
+    usual = COLUMNS.get(experiment, columns)
+    if unknown := [name for name in columns if name not in usual]:
+        raise ResultsError(f"{experiment} has no column {unknown[0]!r}; {nearest(unknown[0], usual)}")
+    full = {**usual, **columns}
+    if "encoding" in columns:
+        full["encoding"] = format_encoding(parse_encoding(columns["encoding"]))
+    return {name: value for name, value in full.items() if value is not None}
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_metric(name: Any, value: Any) -> None:
-    if not isinstance(name, str) or not _METRIC.fullmatch(name):
+    percent = str(name).startswith(("top1", "top5"))
+    if not isinstance(name, str) or not _METRIC.fullmatch(name) or (percent and "@" not in name):
         raise ResultsError(f"metric {name!r}; expected a name such as top1@14, top1@14/d3 or images_per_s")
-    if not _is_number(value):
-        raise ResultsError(f"metric {name}={value!r}; expected a finite number")
-    kind = re.split("[@/]", name)[0]
-    if kind in _PERCENT:
-        if "@" not in name:
-            raise ResultsError(f"metric {name!r} without its resolution in tokens a side, as in {kind}@14")
-        if not 0 <= value <= 100:
-            raise ResultsError(f"metric {name}={value!r}; expected percent, 0 to 100")
+    if not _is_number(value) or (percent and not 0 <= value <= 100):
+        raise ResultsError(f"metric {name}={value!r}; expected a finite number; of top1 in percent, 0 to 100")
 
 
 # --------------------------------------------------------------------------- writing and reading
@@ -218,23 +196,19 @@ def append(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.experiment}.jsonl"
     line = (json.dumps(dataclasses.asdict(result), allow_nan=False) + "\n").encode()
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        # Released on closing; a reader of a half-written line would refuse it.
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        size = os.fstat(handle).st_size
-        if size and os.pread(handle, 1, size - 1) != b"\n":
+    with path.open("ab+", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released on closing; a reader of half a line would refuse it
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
             raise ResultsError(f"{path}: the last line is cut off; complete or remove it")
         if not again and any(result.key == old.key for old in _lines(path)):
             raise AlreadyMeasured(f"{path} has {result.label}; remove it, or pass again=True to supersede it")
         if arrays:  # first, so that no row stands without what it promises
             _keep_arrays(result, folder, arrays)
-        if os.write(handle, line) < len(line):  # the disk is full
-            os.ftruncate(handle, size)
+        if file.write(line) < len(line):  # the disk is full
+            file.truncate(size)
             raise ResultsError(f"{path}: no space left for a row of {len(line)} bytes; nothing was written")
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        os.fsync(file)
 
 
 def recorded(experiment: str | None = None, folder: str | Path | None = None) -> list[Result]:
@@ -281,25 +255,12 @@ def read(experiment: str | None = None, folder: str | Path | None = None) -> pan
     return pandas.DataFrame(records, columns=["experiment", *own, "seed", *fields, *metrics])
 
 
-def complete(experiment: str, columns: dict[str, Any]) -> dict[str, Any]:
-    """Columns of a row -> all of them: what is not named has its usual value, an encoding its one spelling.
-
-    A column that has no usual value and is not named is left out.
-    """
-    full = {**COLUMNS.get(experiment, {}), **columns}
-    if "encoding" in columns:
-        full["encoding"] = format_encoding(parse_encoding(columns["encoding"]))
-    return {name: value for name, value in full.items() if value is not None}
-
-
 def select(rows: pandas.DataFrame, **columns: Any) -> pandas.DataFrame:
     """The rows that have these columns; those not named have their usual value (see `COLUMNS`), if there is one.
 
     So select(rows, encoding="peg") leaves out what was pooled, distilled or trained longer. All of them:
     rows[rows.encoding == "peg"].
     """
-    if unknown := [name for name in columns if name not in rows]:
-        raise ResultsError(f"no column {unknown[0]!r}; {nearest(unknown[0], rows.columns)}")
     fits = numpy.ones(len(rows), dtype=bool)
     for experiment in rows["experiment"].unique():
         others = (rows["experiment"] != experiment).to_numpy()
@@ -309,22 +270,14 @@ def select(rows: pandas.DataFrame, **columns: Any) -> pandas.DataFrame:
 
 
 def commit() -> str:
-    """The package's git commit; with "-dirty" where files of the package differ from it.
-
-    "unknown" where the package lies outside a git repository.
-    """
-    package = Path(__file__).resolve().parents[1]
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(package), *words], capture_output=True, text=True, check=True
-        ).stdout
-
+    """The package's git commit; with "-dirty" where files of the package differ from it; "unknown" without git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    asked = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", "*.py"]
     try:
-        found = git("rev-parse", "HEAD").strip()
-        return found + ("-dirty" if git("status", "--porcelain", "--", "*.py").strip() else "")
+        said = [subprocess.run([*git, *words], capture_output=True, text=True, check=True) for words in asked]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return said[0].stdout.strip() + ("-dirty" if said[1].stdout else "")
 
 
 def fingerprint(*tensors: Tensor) -> str:
@@ -382,28 +335,10 @@ def unpack(correct: Tensor, images: int) -> Tensor:
 
 # --------------------------------------------------------------------------- published
 
-PROVENANCES = ("official figure", "secondary", "digitised")
-_PUBLISHED = ["table", "model", "encoding", "setting", "metric", "value", "unit", "source", "provenance"]
 
-
-def published(table: str | None = None, path: str | Path | None = None) -> pandas.DataFrame:
-    """The published figures of a table, or all, as data/published.csv has them (data/README.md has the columns).
-
-    Raises ResultsError naming the line, or the known tables.
-    """
-    path = data_folder() / "published.csv" if path is None else Path(path)
-    try:
-        rows = pandas.read_csv(path, dtype=str, keep_default_na=False)
-    except pandas.errors.ParserError as error:
-        raise ResultsError(f"{path}: {error}".replace("\n", " ")) from None
-    if list(rows) != _PUBLISHED:
-        raise ResultsError(f"{path}:1: columns {list(rows)}; expected {_PUBLISHED}")
-    rows["value"] = pandas.to_numeric(rows["value"], errors="coerce")
-    wrong = rows["value"].isna() | ~rows["provenance"].isin(PROVENANCES)
-    if wrong.any():
-        line = int(wrong.to_numpy().argmax()) + 2
-        raise ResultsError(f"{path}:{line}: expected a number as value and a provenance of {PROVENANCES}")
-    tables = sorted(rows["table"].unique())
-    if table not in (None, *tables):
-        raise ResultsError(f"no published table {table!r}; there are {', '.join(tables)}")
+def published(table: str | None = None) -> pandas.DataFrame:
+    """The published figures of a table, or all, as data/published.csv has them; data/README.md has the columns."""
+    rows = pandas.read_csv(data_folder() / "published.csv", keep_default_na=False)
+    if table not in (None, *rows["table"]):
+        raise ResultsError(f"no published table {table!r}; {nearest(table, set(rows['table']))}")
     return rows if table is None else rows[rows["table"] == table].reset_index(drop=True)

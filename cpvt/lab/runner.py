@@ -8,10 +8,9 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -73,7 +72,7 @@ def run_job(job: Job, version: str = "") -> tuple[Result, dict[str, Tensor]]:
     `version`: the commit of the code that runs, where it is known. Raises Stopped where a signal came in between.
     """
     version, started = version or commit(), time.perf_counter()  # asked now: files may change while it trains
-    config = with_teacher(job.config)
+    config, teacher_top1 = with_teacher(job.config)
     run = train(config, open_data=job.make_loader)
     if run.interrupted:
         raise Stopped(f"{job.label}: stopped by {run.interrupted}")
@@ -92,7 +91,7 @@ def run_job(job: Job, version: str = "") -> tuple[Result, dict[str, Tensor]]:
         config=dataclasses.asdict(replace(job.config, data=anywhere)),
         metrics={
             **metrics,
-            **_teacher_top1(config),
+            **teacher_top1,
             "steps": run.steps,
             "loss": run.history[-1]["loss"],
             "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -126,9 +125,11 @@ def run_missing(
         raise ConfigError(f"budget_minutes={budget_minutes:g}: give minutes, or 0 for no limit")
     folder, version, longest = results_folder(folder), commit(), 0.0
     end = clock() + (60 * budget_minutes or math.inf)
-    _check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ResultsError(f"{folder} cannot be written to; give another folder")
     missing, failed = _missing(list(jobs), folder), []
-    with keep_images(), _stopped_by_signals():
+    with keep_images(), _raising_at_signals():
         while missing and (not longest or clock() + longest <= end):
             job, started = missing.pop(0), clock()
             try:
@@ -139,10 +140,8 @@ def run_missing(
             except (FloatingPointError, ResultsError) as error:
                 failed.append(f"{job.label}: {error}")
                 continue
-            try:
+            with suppress(AlreadyMeasured):  # by another process, meanwhile
                 append(result, folder, arrays=arrays)
-            except AlreadyMeasured:  # by another process, meanwhile
-                pass
             longest = max(longest, clock() - started)
             if report:
                 report(result, len(missing))
@@ -167,22 +166,9 @@ def _missing(jobs: list[Job], folder: Path) -> list[Job]:
     return [job for job in jobs if job.key not in stored]
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f".trial.{os.getpid()}"
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ResultsError(f"{folder} cannot be written to: {error.strerror}; give another folder") from None
-
-
 @contextmanager
-def _stopped_by_signals() -> Iterator[None]:
+def _raising_at_signals() -> Iterator[None]:
     """Raises Stopped at a signal, for whatever does not hear signals by itself as training does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def stop(number: int, _) -> None:
         raise Stopped(signal.Signals(number).name)
@@ -198,57 +184,46 @@ def _stopped_by_signals() -> Iterator[None]:
 # --------------------------------------------------------------------------- teachers
 
 
-def train_teacher(student: TrainConfig, name: str = TEACHER) -> tuple[nn.Module, float]:
-    """Trains timm's model `name` from nothing, on the student's images and as long as the student.
+def train_teacher(student: TrainConfig) -> tuple[nn.Module, float]:
+    """Trains timm's model `distill.teacher` from nothing, on the student's images and as long as the student.
 
     -> the model in evaluation mode, and its top-1 in percent on the held-out images.
     """
-    device, seed = pick_device(student.run.device), student.run.seed
-    smoothing = student.optim.label_smoothing
-    batches = open_batches(
-        student.data,
-        student.optim.global_batch_size,
-        seed,
-        device,
-        augment=student.augment,
-        smoothing=smoothing,
-    )
-    optim = resolved(student, batches.stream.steps).optim
+    device, seed, optim = pick_device(student.run.device), student.run.seed, student.optim
+    images = {"augment": student.augment, "smoothing": optim.label_smoothing}
+    loader = open_batches(student.data, optim.global_batch_size, seed, device, **images)
+    optim = resolved(student, loader.stream.steps).optim
     torch.manual_seed(seed)
-    model = timm.create_model(name, num_classes=batches.num_classes).to(device)
+    model = timm.create_model(student.distill.teacher, num_classes=loader.num_classes).to(device)
     optimiser = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr)
-    with closing(batches.micro_batches()) as micro_batches:
-        for step, batch in enumerate(islice(micro_batches, optim.steps)):
+    with closing(loader.micro_batches()) as batches:
+        for step, batch in enumerate(islice(batches, optim.steps)):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, optim)
             optimiser.zero_grad()
-            cross_entropy(model(batch.images), batch.targets, smoothing).backward()
+            cross_entropy(model(batch.images), batch.targets, optim.label_smoothing).backward()
             optimiser.step()
-    return model.eval(), accuracy(model, batches.test())["top1"]
+    return model.eval(), accuracy(model, loader.test())["top1"]
 
 
-def with_teacher(student: TrainConfig) -> TrainConfig:
-    """The configuration with the weights of its teacher: one of this data, augmentation, length and seed is taken
-    from `data.root`/teachers, or trained and laid there. Without a teacher in it, the configuration as it is."""
+def with_teacher(student: TrainConfig) -> tuple[TrainConfig, dict[str, float]]:
+    """-> the configuration with the weights of its teacher, and {"teacher_top1": percent} as a metric.
+
+    A teacher of this data, augmentation, length and seed is taken from `data.root`/teachers, or trained and laid
+    there. A configuration without a teacher, or with its weights, stays as it is.
+    """
     if not student.distill.teacher or student.distill.weights:
-        return student
+        return student, {}
     parts = (student.data, student.augment, student.optim)
     about = " ".join([*map(to_json, parts), str(student.run.seed), student.distill.teacher])
     name = f"{student.distill.teacher}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
     path = Path(student.data.root) / "teachers" / name
     if not path.exists():
-        model, top1 = train_teacher(student, student.distill.teacher)
+        model, top1 = train_teacher(student)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")  # another process may be reading the older one
         save_file(model.state_dict(), beside, metadata={"top1": f"{top1:.2f}"})
         os.replace(beside, path)
-    return replace(student, distill=replace(student.distill, weights=str(path)))
-
-
-def _teacher_top1(student: TrainConfig) -> dict[str, float]:
-    """{"teacher_top1": percent}, as noted beside the weights of a teacher that was trained here; else {}."""
-    if not student.distill.weights:
-        return {}
-    with safe_open(student.distill.weights, "pt") as file:
-        noted = (file.metadata() or {}).get("top1")
-    return {"teacher_top1": float(noted)} if noted else {}
+    with safe_open(path, "pt") as file:
+        top1 = float(file.metadata()["top1"])
+    return replace(student, distill=replace(student.distill, weights=str(path))), {"teacher_top1": top1}

@@ -70,26 +70,21 @@ def by_seed(rows: pandas.DataFrame, columns: dict[str, Any], metric: str) -> pan
 
 
 def over_seeds(rows: pandas.DataFrame, metric: str, by: Sequence[str] = ()) -> pandas.DataFrame:
-    """-> a line for each row of the table, whatever its seeds: mean, low, high (95 %), min, max and seeds.
+    """-> a line for each row of the table: mean, min, max, seeds, low and high (95 %, from three seeds on).
 
-    Its index: the columns `by`, which must tell the rows apart; without them all columns of the experiment.
+    Its index: the columns `by`, which must tell the rows apart; without them all of the experiment.
     """
-    by = list(by) or [name for name in rows.columns[1 : list(rows).index("seed")]]
-    found = rows[rows[metric].notna()] if metric in rows else rows[:0]
+    by = list(by) or list(rows.columns[1 : list(rows).index("seed")])
+    found = rows[rows[metric].notna()] if metric in rows else rows[:0].assign(**{metric: 0.0})
     if found.duplicated([*by, "seed"]).any():
         raise ResultsError(
             f"more than one row a seed for the same {', '.join(by)}: select, or name more columns"
         )
-    spreads = {key: spread(part[metric]) for key, part in found.groupby(by, sort=False)}
-    index = (
-        pandas.MultiIndex.from_tuples(spreads, names=by)
-        if spreads
-        else pandas.MultiIndex.from_product([[]] * len(by), names=by)
-    )
-    names = {"mean": "mean", "low": "low", "high": "high", "min": "min", "max": "max", "n": "seeds"}
-    values = [[getattr(one, name) for name in names] for one in spreads.values()]
-    table = pandas.DataFrame(values, index, list(names.values()))
-    return table.droplevel(by[1:]) if len(by) == 1 else table
+    table = found.groupby(by, sort=False)[metric].agg(["mean", "min", "max", "count", "std"])
+    n = table["count"].where(table["count"] >= 3)
+    half = scipy_stats.t.ppf(0.975, n - 1) * table.pop("std") / n**0.5
+    table = table.rename(columns={"count": "seeds"})
+    return table.assign(low=table["mean"] - half, high=table["mean"] + half)
 
 
 def combination(rows: pandas.DataFrame, *terms: tuple, across: bool = False) -> Spread | None:
