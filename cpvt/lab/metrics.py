@@ -62,8 +62,8 @@ def _digest(loader: Images) -> str:
 
 
 def held_out_images(loader: Images, count: int, spread: bool = False) -> tuple[Tensor, Tensor]:
-    """-> the first `count` held-out images, normalised, and their labels; `spread`: those at even steps among all, so
-    that all classes have a part where they stand one after the other."""
+    """-> the first `count` held-out images, normalised, and their labels; `spread`: those at even steps among all,
+    so that all classes have a part where they stand one after the other."""
     parts = loader.test() if spread else islice(loader.test(), -(-count // 256))
     images, labels = (torch.cat(found) for found in zip(*parts, strict=True))
     if not spread:
@@ -136,8 +136,8 @@ def score_table_row(run: Run, images: int = 2000, fine_tuned: bool = False) -> S
     """A row of the tables at 1:8.
 
     top1@10 ... top1@32     at the five sizes, by tokens a side, whole images; a table follows as its configuration
-                            says, and `/resample`, `/rescale` as it could; `/logn` with log-N attention, whose factor
-                            is 1 at the trained size, so that training is the same
+                            says, and `/resample`, `/rescale` as it could; `/logn` with log-N attention, whose
+                            factor is 1 at the trained size, so that training is the same
     top1@14x28              on a band twice as wide as it is high
     top1@24/tuned           after a short fine-tune at 24 tokens a side (`fine_tune`), with `fine_tuned`
     and what `_score_images` says of `images` at even steps
