@@ -139,6 +139,8 @@ VARIANTS = {
     "6 PEGs, kernel 1, dense": "peg(positions=(0, 1, 2, 3, 4, 5), kernel=1, convolution='dense')",
     "learned + PEG": "learned + peg",
     "learned + 2 PEGs": "learned + peg(positions=(0, 1))",
+    "relative, bias": "relative(on='bias')",
+    "relative, keys and values": "relative(on='keys_values')",
     "relative, wrapped + PEG": "relative(wrap=True) + peg",
     "sine + rotary": "sine + rotary",
 }
@@ -188,7 +190,7 @@ def test_what_the_experiments_compare_can_be_told_apart():
     ("encoding", "same"),
     [
         ("learned(resize='refuse')", "learned"),
-        ("relative(clip=4, on='bias')", "relative"),
+        ("relative(clip=4)", "relative"),
         ("peg(positions=(0,), kernel=27)", "peg(positions=(-1,), kernel=27, compute='matrix')"),
         ("2-D sine", "sine"),
         ("5 PEGs", "peg(positions=(0, 1, 2, 3, 4))"),

@@ -88,15 +88,19 @@ def style_of(encoding: str) -> Style:
 
 def _table_style(tables: Sequence[EncodingPart], pegs: Sequence[Peg]) -> Style:
     """Tables and rotary angles; the first one has the say."""
-    wrapped = [isinstance(table, Relative) and table.wrap for table in tables]
-    words = [
-        type(table).__name__.lower() + ", wrapped" * wrap for table, wrap in zip(tables, wrapped, strict=True)
-    ]
-    if pegs:
-        words.append(_count(pegs).removeprefix("1 "))
+    words = [_table_words(table) for table in tables] + [_count(pegs).removeprefix("1 ")] * bool(pegs)
     colour, marker = TABLES[type(tables[0])]
-    line = DASHDOTTED if len(words) > 1 else DASHED if wrapped[0] else SOLID
-    return Style(" + ".join(words), colour, "o" if pegs else marker, line, hollow=wrapped[0])
+    wrapped = "wrapped" in words[0]
+    line = DASHDOTTED if len(words) > 1 else DASHED if wrapped else DOTTED if "," in words[0] else SOLID
+    return Style(" + ".join(words), colour, "o" if pegs else marker, line, hollow=wrapped)
+
+
+def _table_words(table: EncodingPart) -> str:
+    words = [type(table).__name__.lower()]
+    if isinstance(table, Relative):
+        words += ["keys and values"] * (table.on == "keys_values") + ["bias"] * (table.on == "bias")
+        words += ["wrapped"] * table.wrap
+    return ", ".join(words)
 
 
 def _peg_style(pegs: Sequence[Peg]) -> Style:
