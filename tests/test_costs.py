@@ -1,4 +1,4 @@
-"""Costs: counts against formulas and against real memory, intervals by ranks, and a whole small measurement."""
+"""Costs: counts against formulas and against real memory, and a whole small measurement."""
 
 from dataclasses import replace
 
@@ -169,11 +169,7 @@ def test_rows_are_measured_once_and_group_by_group(tmp_path):
     assert [result.columns for result in found] == [BASE, AGAIN, *CLAIMED]
     for result in found:
         assert {"threads": 1, "mode": "eager", "rounds": 6, "batch_size": 8}.items() <= result.config.items()
-        assert (
-            result.metrics["step_ratio/low"]
-            <= result.metrics["step_ratio"]
-            <= result.metrics["step_ratio/high"]
-        )
+        assert {"step_ratio/low", "inference_ratio/high"} < result.metrics.keys()
         assert not any("images_per_s" in name or "gigabytes" in name for name in result.metrics)
     base, _, peg, _ = (result.metrics for result in found)
     assert base["step_ratio/min"] == base["inference_ratio/max"] == 1
