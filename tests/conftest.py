@@ -44,6 +44,22 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def clothes(tmp_path_factory) -> Path:
+    """Root of Fashion-MNIST in miniature: squares on black, brighter by class, 40 and 20 images."""
+    from helpers import draw_clothes
+
+    return draw_clothes(tmp_path_factory.mktemp("clothes"))
+
+
+@pytest.fixture(scope="session")
+def tiny_imagenet(tmp_path_factory) -> Path:
+    """Root of Tiny-ImageNet in miniature: two classes, eight and four images of 64 pixels each."""
+    from helpers import draw_tiny_imagenet
+
+    return draw_tiny_imagenet(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
 def html(tmp_path_factory) -> Path:
     """Folder of the book's built pages; built anew where `_build` is missing or older than its sources."""
     built = ROOT / "_build" / "html"

@@ -1,5 +1,6 @@
-"""What test files share: a small folder of images, a run on it with every part of the recipe, waiting."""
+"""What test files share: small data sets, a run with every part of the recipe, a result, waiting."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,32 @@ def draw_images(root: Path, train: int = 24, val: int = 7, classes: int = 3) -> 
     return root
 
 
+def draw_clothes(root: Path) -> Path:
+    """Fashion-MNIST's own files with few images: FashionMNIST/raw below `root`."""
+    rng, folder = numpy.random.default_rng(0), root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 40), ("t10k", 20)):
+        labels = numpy.arange(count, dtype="uint8") % 10
+        images = numpy.zeros((count, 28, 28), "uint8")
+        images[:, 6:22, 6:22] = 20 + 22 * labels[:, None, None] + rng.integers(0, 10, (count, 16, 16))
+        for kind, array in (("images", images), ("labels", labels)):
+            head = bytes((0, 0, 8, array.ndim)) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            (folder / f"{split}-{kind}-idx{array.ndim}-ubyte").write_bytes(head + array.tobytes())
+    return root
+
+
+def draw_tiny_imagenet(root: Path) -> Path:
+    """tiny-imagenet-200 below `root`, of two classes and noise."""
+    rng = numpy.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for label in range(2):
+            folder = root / "tiny-imagenet-200" / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 255, (64, 64, 3)).astype("uint8")).save(folder / f"{i}.png")
+    return root
+
+
 def small_run(root: Path, out: str = "", store: str = "files", **changes) -> TrainConfig:
     """Twelve steps, two epochs, of a two-block model: everything of the recipe, EMA, two micro-batches.
 
@@ -49,6 +76,27 @@ def small_run(root: Path, out: str = "", store: str = "files", **changes) -> Tra
         optim=OptimConfig(**optim),
         run=RunConfig(**run),
     )
+
+
+def make_result(experiment="x", seed=0, metrics=None, **changes):
+    """A valid Result, some fields changed."""
+    from cpvt.lab.results import Result  # with pandas, which few need
+
+    values = {
+        "columns": {"encoding": "peg", "global_pool": "avg"},
+        "scale": "seconds",
+        "dataset": "where",
+        "dataset_sha256": "0" * 64,
+        "config": dataclasses.asdict(TrainConfig(model=ModelConfig(encoding="peg"))),
+        "metrics": metrics or {"top1@14": 56.25, "top1@14/d3": 25.0, "images_per_s": 812.5},
+        "weights": "raw",
+        "seconds": 31.5,
+        "device": "cpu",
+        "torch": "2.14.1",
+        "cpvt_commit": "abc",
+        "date": "2026-01-31T12:00:00+00:00",
+    }
+    return Result(experiment=experiment, seed=seed, **{**values, **changes})
 
 
 def wait_until(happened: Callable[[], object], limit: float = 600) -> None:

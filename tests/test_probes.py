@@ -1,5 +1,6 @@
 """The probes against what theory says, and against themselves where they must find nothing."""
 
+import copy
 import math
 from functools import cache
 
@@ -10,19 +11,6 @@ import torch.nn.functional as F
 from cpvt.config import ModelConfig, Peg
 from cpvt.errors import ConfigError
 from cpvt.lab import probes
-from cpvt.lab.probes import (
-    ProbeError,
-    control_images,
-    equivariance_error,
-    order_reach,
-    patch_tokens,
-    permutation_error,
-    position_probe,
-    probe_ceiling,
-    reach,
-    shuffle_patches,
-    theory,
-)
 from cpvt.model.encodings import PEG
 from cpvt.model.vit import VisionTransformer
 
@@ -30,97 +18,79 @@ ROUNDING = 1e-13  # float64; what is visible on these models is above 1e-12
 
 
 @cache
-def model(encoding: str, global_pool: str = "class", grid=(14, 14), width=32, depth=4) -> VisionTransformer:
+def model(encoding: str, global_pool: str = "token", grid=(14, 14)) -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(
-        ModelConfig(
-            image_size=grid, patch_size=1, num_classes=4, width=width, depth=depth, heads=4,
-            encoding=encoding, global_pool=global_pool,
-        )
-    )  # fmt: skip
+    size = {"image_size": grid, "patch_size": 1, "num_classes": 4, "width": 32, "depth": 4, "heads": 4}
+    return VisionTransformer(ModelConfig(encoding=encoding, global_pool=global_pool, **size))
 
 
-PEGS = [
-    ("none", -1),
-    ("peg", 1),
-    ("peg(positions=(-1,))", 1),
-    ("peg(positions=(2,))", 1),
-    ("peg(positions=(0, 1))", 3),
-    ("peg(repeat=2)", 3),
-    ("peg(kernel=5)", 3),
-    ("peg(positions=(0, 1, 2))", 5),
-    ("peg(on='queries_keys')", 1),
-    ("peg(padding='circular')", -1),
-    ("peg(convolution='dense', skip=False)", 1),
-]
+# Encoding -> the largest distance to a border that it makes visible, by 2k - 1.
+PEGS = {
+    "none": -1,
+    "peg": 1,
+    "peg(positions=(-1,))": 1,
+    "peg(positions=(2,))": 1,
+    "peg(positions=(0, 1))": 3,
+    "peg(repeat=2)": 3,
+    "peg(kernel=5)": 3,
+    "peg(positions=(0, 1, 2))": 5,
+    "peg(on='queries_keys')": 1,
+    "peg(padding='circular')": -1,
+    "peg(convolution='dense', skip=False)": 1,
+}
+OTHERS = {
+    "peg(padding='replicate')": 0,  # shown only once the object itself is copied
+    "peg(padding='reflect')": 1,
+    "peg(padding='none', skip=False)": 1,  # as far as with zeros: what the object has spread to is cut off
+    "peg(positions=(0, 1), padding='none', skip=False)": 3,
+}
 
 
-@pytest.mark.parametrize("global_pool", ["class", "gap"])
-@pytest.mark.parametrize(("encoding", "last"), PEGS)
-def test_an_object_shows_its_place_up_to_2k_minus_1_and_no_farther(encoding, last, global_pool):
-    assert theory(encoding)[0] == last
-    seen = reach(model(encoding, global_pool), range(7)) > ROUNDING
-    assert seen.tolist() == [d <= last for d in range(7)]
+@pytest.mark.parametrize("encoding", PEGS | OTHERS)
+def test_an_object_shows_its_position_as_far_as_theory_says_and_no_farther(encoding):
+    last = (PEGS | OTHERS)[encoding]
+    assert probes.theory(encoding) is None if encoding in OTHERS else probes.theory(encoding)[0] == last
+    for global_pool in ("token", "avg"):
+        seen = probes.reach(model(encoding, global_pool), range(7)) > ROUNDING
+        assert seen.tolist() == [d <= last for d in range(7)]
 
 
-@pytest.mark.parametrize("global_pool", ["class", "gap"])
-@pytest.mark.parametrize("encoding", ["none", "peg", "peg(positions=(0, 1))", "peg(positions=(0, 1, 2))"])
-def test_two_objects_show_their_order_up_to_2k_and_no_farther(encoding, global_pool):
-    last = theory(encoding)[1]
-    seen = order_reach(model(encoding, global_pool), range(1, 10)) > ROUNDING
-    assert seen.tolist() == [s <= last for s in range(1, 10)]
+@pytest.mark.parametrize("k", range(4))
+def test_two_objects_show_their_order_up_to_2k_and_no_farther(k):
+    encoding = f"peg(positions={tuple(range(k))})" if k else "none"
+    assert probes.theory(encoding)[1] == 2 * k
+    seen = probes.order_reach(model(encoding, ("token", "avg")[k % 2]), range(1, 10)) > ROUNDING
+    assert seen.tolist() == [s <= 2 * k for s in range(1, 10)]
 
 
 @pytest.mark.parametrize(
-    ("encoding", "place", "order"),
-    [
-        ("learned", True, True),
-        ("sine", True, True),
-        ("rotary", True, True),
-        ("relative", True, True),  # borders leak through the softmax
-        ("relative(wrap=True)", False, True),
-        ("peg(positions=(-1,), kernel=27)", True, True),
-    ],
+    "encoding",
+    # In relative, borders leak through the softmax; wrapped it has none.
+    ["learned", "sine", "rotary", "relative", "relative(wrap=True)", "peg(positions=(-1,), kernel=27)"],
 )
-def test_tables_see_everywhere_and_wrapped_offsets_see_no_place(encoding, place, order):
-    assert (reach(model(encoding)) > ROUNDING).tolist() == [place] * 6
-    wide = model(encoding, grid=(14, 30))
-    assert (order_reach(wide, range(1, 9)) > ROUNDING).tolist() == [order] * 8
-
-
-@pytest.mark.parametrize(("padding", "last"), [("replicate", 0), ("reflect", 1)])
-def test_other_paddings_show_a_border_only_once_the_object_is_copied(padding, last):
-    encoding = f"peg(padding='{padding}')"
-    assert theory(encoding) is None
-    assert (reach(model(encoding)) > ROUNDING).tolist() == [d <= last for d in range(6)]
-
-
-@pytest.mark.parametrize("places", [(0,), (0, 1)])
-def test_without_padding_a_border_shows_as_far_as_with_zeros(places):
-    """It marks no token, but it cuts off part of what an object has spread to."""
-    encoding = f"peg(positions={places}, padding='none', skip=False)"
-    zeros = theory(f"peg(positions={places})")[0]
-    assert (reach(model(encoding)) > ROUNDING).tolist() == [d <= zeros for d in range(6)]
+def test_tables_see_everywhere_and_wrapped_offsets_see_no_position(encoding):
+    assert (probes.reach(model(encoding)) > ROUNDING).tolist() == ["wrap" not in encoding] * 6
+    assert (probes.order_reach(model(encoding, grid=(14, 30)), range(1, 9)) > ROUNDING).all()
 
 
 def test_reach_leaves_the_model_as_it_was():
     one = model("peg").train()
     before = {name: value.clone() for name, value in one.state_dict().items()}
-    reach(one, [0])
+    probes.reach(one, [0])
     assert one.training and all(value.dtype == torch.float32 for value in one.state_dict().values())
     assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
 
 
 def test_impossible_questions_are_refused():
-    with pytest.raises(ProbeError, match="distances=.7.*0 to 6"):
-        reach(model("none"), [7])
-    with pytest.raises(ProbeError, match="separation 30"):
-        order_reach(model("none"), [30])
+    with pytest.raises(probes.ProbeError, match="distances=.7.*0 to 6"):
+        probes.reach(model("none"), [7])
+    with pytest.raises(probes.ProbeError, match="separation 30"):
+        probes.order_reach(model("none"), [30])
     with pytest.raises(ConfigError, match="learned"):
-        theory("learnt")
-    assert theory("learned + peg") is None
-    assert theory("peg(positions=(-1,), kernel=27)") == (25, 26)
-    assert theory("peg(kernel=1)") == (-1, 0)
+        probes.theory("learnt")
+    assert probes.theory("learned + peg") is None
+    assert probes.theory("peg(positions=(-1,), kernel=27)") == (25, 26)
+    assert probes.theory("peg(kernel=1)") == (-1, 0)
 
 
 # --------------------------------------------------------------------------- shuffles and shifts
@@ -129,20 +99,20 @@ def test_impossible_questions_are_refused():
 def test_shuffling_moves_whole_patches():
     images = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
     order = torch.tensor([5, 4, 3, 2, 1, 0])
-    mixed = shuffle_patches(images, 2, order)
+    mixed = probes.shuffle_patches(images, 2, order)
     assert torch.equal(mixed[:, :, :2, :2], images[:, :, 2:, 4:])
-    assert torch.equal(shuffle_patches(mixed, 2, order), images)
-    other = shuffle_patches(images, (2, 3), torch.tensor([[0, 1, 2, 3], [1, 0, 2, 3]]))
+    assert torch.equal(probes.shuffle_patches(mixed, 2, order), images)
+    other = probes.shuffle_patches(images, (2, 3), torch.tensor([[0, 1, 2, 3], [1, 0, 2, 3]]))
     assert torch.equal(other[0], images[0]) and torch.equal(other[1, :, :2, :3], images[1, :, :2, 3:])
 
 
-@pytest.mark.parametrize("global_pool", ["class", "gap"])
-def test_only_without_an_encoding_may_patches_be_shuffled(global_pool):
+def test_only_without_an_encoding_may_patches_be_shuffled():
     images = torch.rand(2, 3, 14, 14, generator=torch.Generator().manual_seed(1))
-    error = permutation_error(model("none", global_pool), images)
-    assert error.tokens < ROUNDING and error.head < ROUNDING
+    for global_pool in ("token", "avg"):
+        error = probes.permutation_error(model("none", global_pool), images)
+        assert error.tokens < ROUNDING and error.head < ROUNDING
     for encoding in ("learned", "sine", "peg", "relative", "relative(wrap=True)", "rotary"):
-        error = permutation_error(model(encoding, global_pool), images)
+        error = probes.permutation_error(model(encoding), images)
         assert error.tokens > 1e-9 and error.head > 1e-12, encoding
 
 
@@ -163,24 +133,26 @@ def peg_map(padding: str, pegs: int = 1):
 X = torch.randn(2, 8, 18, 15, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("shift", [(0, 1), (2, -3), (-1, 0), (-4, 2)])
-@pytest.mark.parametrize("kind", ["circular", "zero", "window"])
-@pytest.mark.parametrize("pegs", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "shift", "pegs"),
+    [("circular", (0, 1), 1), ("circular", (-4, 2), 2), ("zero", (2, -3), 1), ("zero", (-1, 0), 2)]
+    + [("window", (-4, 2), 1), ("window", (2, -3), 2)],
+)
 def test_away_from_borders_a_peg_commutes_with_a_shift(kind, shift, pegs):
-    error = equivariance_error(peg_map("zero", pegs), X, shift, kind, border=pegs)
+    error = probes.equivariance_error(peg_map("zero", pegs), X, shift, kind, border=pegs)
     assert error.interior < ROUNDING and error.border > 1e-3
-    too_thin = equivariance_error(peg_map("zero", pegs), X, shift, kind, border=pegs - 1)
+    too_thin = probes.equivariance_error(peg_map("zero", pegs), X, shift, kind, border=pegs - 1)
     assert too_thin.interior > 1e-3
 
 
 def test_a_wrapped_peg_commutes_with_wrapped_shifts_everywhere():
-    error = equivariance_error(peg_map("circular"), X, (2, -3), "circular", border=1)
+    error = probes.equivariance_error(peg_map("circular"), X, (2, -3), "circular", border=1)
     assert error.interior < ROUNDING and error.border < ROUNDING
 
 
 def test_a_table_commutes_with_no_shift():
     table = torch.randn(8, 18, 15, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    error = equivariance_error(lambda x: x + table, X, (1, 1), "circular")
+    error = probes.equivariance_error(lambda x: x + table, X, (1, 1), "circular")
     assert error.interior > 0.1 and error.border > 0.1
 
 
@@ -188,14 +160,14 @@ def test_shifts_are_counted_in_tokens():
     def pool(x):
         return F.avg_pool2d(x, 3)
 
-    error = equivariance_error(pool, X, (1, -1), "window", border=0, stride=3)
+    error = probes.equivariance_error(pool, X, (1, -1), "window", border=0, stride=3)
     assert error.interior < ROUNDING and math.isnan(error.border)
-    with pytest.raises(ProbeError, match="stride=1"):
-        equivariance_error(pool, X, (1, -1), "circular")
-    with pytest.raises(ProbeError, match="kind='diagonal'"):
-        equivariance_error(pool, X, (1, -1), "diagonal")
-    with pytest.raises(ProbeError, match=r"shift=\(18, 0\)"):
-        equivariance_error(peg_map("zero"), X, (18, 0), "zero")
+    with pytest.raises(probes.ProbeError, match="stride=1"):
+        probes.equivariance_error(pool, X, (1, -1), "circular")
+    with pytest.raises(probes.ProbeError, match="kind='diagonal'"):
+        probes.equivariance_error(pool, X, (1, -1), "diagonal")
+    with pytest.raises(probes.ProbeError, match=r"shift=\(18, 0\)"):
+        probes.equivariance_error(peg_map("zero"), X, (18, 0), "zero")
 
 
 @pytest.mark.parametrize("wrap", [True, False])
@@ -204,19 +176,33 @@ def test_a_shift_stays_on_the_device_of_the_map(wrap):
     assert probes._shift(torch.ones(2, 3, 6, 6, device="meta"), (1, -2), wrap).is_meta
 
 
-# --------------------------------------------------------------------------- reading place off tokens
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_probes_follow_a_model_to_its_gpu():
+    here, there = model("peg"), copy.deepcopy(model("peg")).cuda()
+    images = torch.rand(4, 3, 14, 14, generator=torch.Generator().manual_seed(1))
+    for probe in (probes.reach, probes.order_reach):
+        assert torch.allclose(probe(there, range(1, 4)), probe(here, range(1, 4)), atol=1e-12)
+    on_gpu, on_cpu = (probes.patch_tokens(one, images) for one in (there, here))
+    assert torch.allclose(on_gpu.cpu(), on_cpu, atol=1e-4)
+    assert probes.permutation_error(there, images).tokens > 1e-9
+    assert probes.attention_maps(there, images)[0].is_cuda
+    maps = lambda x: probes.patch_tokens(there, x).transpose(1, 2).unflatten(2, (14, 14))  # noqa: E731
+    assert probes.equivariance_error(maps, images, (0, 2), "zero").interior < 1
+
+
+# --------------------------------------------------------------------------- reading the position off tokens
 
 
 @pytest.mark.parametrize(("pegs", "known"), [(1, 0.37), (2, 0.64), (5, 0.98)])
 def test_on_a_constant_image_pegs_reach_the_ceiling_exactly(pegs, known):
-    ceiling = probe_ceiling(14, pegs)
+    ceiling = probes.probe_ceiling(14, pegs)
     assert round(ceiling, 2) == known
     torch.manual_seed(0)
     # A line can tell (2 * pegs + 1)^2 kinds of token apart only in as many dimensions.
     tokens = torch.randn(192, dtype=torch.float64).expand(2, 196, 192)
     for _ in range(pegs):
         tokens = PEG(192).double()(tokens, (14, 14))
-    probe = position_probe(tokens, (14, 14), ridge=1e-12)
+    probe = probes.position_probe(tokens, (14, 14), ridge=1e-12)
     assert abs(probe.row - ceiling) < 1e-9 and abs(probe.column - ceiling) < 1e-9
     if pegs == 1:  # the interior of one PEG is one plain field
         assert abs(probe.row_interior) < 1e-9
@@ -226,7 +212,7 @@ def test_on_a_constant_image_pegs_reach_the_ceiling_exactly(pegs, known):
 
 
 def test_ceiling_of_a_border_that_is_seen_everywhere_is_one():
-    assert probe_ceiling(14, 7) == probe_ceiling(5, 3) == 1.0 and probe_ceiling(14, 0) == 0.0
+    assert [probes.probe_ceiling(*known) for known in ((14, 7), (5, 3), (14, 0))] == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(("encoding", "known"), [("peg", 1), ("none", 0), ("relative(wrap=True)", 0)])
@@ -234,49 +220,51 @@ def test_no_transformer_beats_the_ceiling_on_constant_images(encoding, known):
     exact = VisionTransformer(model(encoding).config).double()
     exact.load_state_dict(model(encoding).state_dict())
     images = torch.full((4, 3, 14, 14), 0.7, dtype=torch.float64)
-    for readout_block in (None, 1):
-        probe = position_probe(patch_tokens(exact, images, readout_block), (14, 14))
-        assert abs(probe.row - probe_ceiling(14, known)) < 1e-4
-        assert abs(probe.column - probe_ceiling(14, known)) < 1e-4
+    for block in (None, 1):
+        probe = probes.position_probe(probes.patch_tokens(exact, images, block), (14, 14))
+        assert abs(probe.row - probes.probe_ceiling(14, known)) < 1e-4
+        assert abs(probe.column - probes.probe_ceiling(14, known)) < 1e-4
 
 
-def test_the_probe_finds_a_planted_place_and_tells_row_from_column():
+def test_the_probe_finds_a_planted_position_and_tells_row_from_column():
     grid, noise = (5, 9), torch.randn(40, 45, 6, generator=torch.Generator().manual_seed(4))
     features = noise.clone()
     features[..., 2] = torch.arange(45) // 9 * 3.0 + 1
-    probe = position_probe(features, grid)
+    probe = probes.position_probe(features, grid)
     assert probe.row > 0.999 and probe.row_interior > 0.999 and abs(probe.column) < 0.05
-    chance = position_probe(noise, grid)
+    chance = probes.position_probe(noise, grid)
     assert max(abs(chance.row), abs(chance.column)) < 0.05
 
 
 def test_the_probe_is_split_by_image():
-    """Each image has a code of its own for place: who fits all of them learns nothing about another one."""
+    """Each image has a code of its own for position: who fits all of them learns nothing about another one."""
     features = torch.randn(8, 36, 36, generator=torch.Generator().manual_seed(5))
-    assert position_probe(features, (6, 6)).row < 0.1
+    assert probes.position_probe(features, (6, 6)).row < 0.1
     mixed = torch.cat([features[:1]] * 8)  # the same images on both sides are known by heart
-    assert position_probe(mixed, (6, 6)).row > 0.99
+    assert probes.position_probe(mixed, (6, 6)).row > 0.99
 
 
 def test_wrong_features_are_refused():
-    with pytest.raises(ProbeError, match="197 tokens"):
-        position_probe(torch.zeros(4, 197, 8), (14, 14))
-    with pytest.raises(ProbeError, match="1 image"):
-        position_probe(torch.zeros(1, 196, 8), (14, 14))
-    with pytest.raises(ProbeError, match="NaN"):
-        position_probe(torch.full((2, 196, 8), torch.nan), (14, 14))
+    with pytest.raises(probes.ProbeError, match="197 tokens"):
+        probes.position_probe(torch.zeros(4, 197, 8), (14, 14))
+    with pytest.raises(probes.ProbeError, match="1 image"):
+        probes.position_probe(torch.zeros(1, 196, 8), (14, 14))
+    with pytest.raises(probes.ProbeError, match="NaN"):
+        probes.position_probe(torch.full((2, 196, 8), torch.nan), (14, 14))
 
 
 def test_controls_keep_what_they_say_and_no_more():
     up = torch.linspace(1, 0, 8)[:, None].expand(8, 8)  # the sky is up
     images = up + 0.1 * torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(7))
-    controls = control_images(images, 1)
+    controls = probes.control_images(images, 1)
     assert controls["images"] is images
     assert torch.allclose(controls["constant"].mean((2, 3)), images.mean((2, 3)))
     assert controls["constant"].var((2, 3)).max() == 0
     assert torch.allclose(controls["noise"].mean(), images.mean(), atol=0.02)
     same = [x.flatten(2).sort(-1).values for x in (controls["shuffled"], images)]
     assert torch.equal(*same) and not torch.equal(controls["shuffled"], images)
-    rows = {name: position_probe(x.flatten(2).transpose(1, 2), (8, 8)).row for name, x in controls.items()}
+    rows = {
+        name: probes.position_probe(x.flatten(2).transpose(1, 2), (8, 8)).row for name, x in controls.items()
+    }
     assert rows["images"] > 0.9
     assert all(abs(rows[name]) < 0.05 for name in ("constant", "noise", "shuffled"))

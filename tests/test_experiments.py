@@ -1,0 +1,165 @@
+"""Every row of every table is a configuration; the recorded rows are those that are planned."""
+
+import json
+
+import pytest
+import torch
+
+from cpvt.config import TrainConfig, from_json, replace, to_json
+from cpvt.data.transforms import crop_boxes
+from cpvt.errors import ConfigError, ResultsError
+from cpvt.lab.experiments import (
+    ENCODINGS,
+    EXPERIMENTS,
+    FASHION_RATES,
+    FIVE,
+    GRIDS,
+    HINTS,
+    PADDINGS,
+    POOLS,
+    TABLE_RATES,
+    TABLE_SEEDS,
+    TABLES,
+    fashion_config,
+    jobs,
+    synthetic_config,
+    table_config,
+    table_rows,
+)
+from cpvt.lab.metrics import SIZES
+from cpvt.lab.results import COLUMNS, complete, recorded
+from cpvt.model.vit import VisionTransformer
+from cpvt.training.optim import resolved
+
+COUNTS = {"synthetic": 252, "padding": 18, "pooling": 26, "pipelines": 6, "tuning": 24, "tables": 205}
+COUNTS |= {"fashion-tuning": 15, "fashion": 80, "fashion-length": 24}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_is_one_configuration_that_builds(name):
+    planned = jobs(name)
+    assert len({job.key for job in planned}) == len(planned) == COUNTS[name]
+    different = {to_json(replace(job.config, run=replace(job.config.run, seed=0))) for job in planned}
+    rows = {tuple(job.columns.items()) for job in planned}
+    assert len(rows) == len(different) or name == "pipelines"  # there the loader differs
+    for job in planned:
+        assert job.experiment == name and list(job.columns) == list(COLUMNS[name])
+        assert job.columns.get("encoding", "peg") == job.config.model.encoding  # in its one spelling
+        assert from_json(TrainConfig, to_json(job.config)) == job.config
+    with torch.device("meta"):
+        for model in {job.config.model for job in planned}:
+            VisionTransformer(model)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_recorded_rows_are_those_that_are_planned(name):
+    planned = {job.key: job.config for job in jobs(name)}
+    for result in recorded(name):
+        assert planned[result.key] == from_json(TrainConfig, json.dumps(result.config)), result.label
+
+
+def test_first_seeds_come_first_and_what_claims_rest_on():
+    for name in ("synthetic", "padding"):
+        seeds = [job.config.run.seed for job in jobs(name)]
+        assert seeds == sorted(seeds)
+    ranks = {tuple(row.items()): rank for rank, rows in table_rows().items() for row in rows}
+    planned = [(ranks[tuple(job.columns.items())], job.config.run.seed) for job in jobs("tables")]
+    assert planned == sorted(planned, key=lambda job: (list(TABLE_SEEDS).index(job[0]), job[1]))
+    assert {seed for rank, seed in planned if rank == "claim"} == set(range(5))
+
+
+def test_a_row_has_one_rank_in_all_tables():
+    """What a claim rests on is not measured less often for another table."""
+    ranks: dict[tuple, set] = {}
+    for ranked in TABLES.values():
+        for rank, rows in ranked.items():
+            for row in rows:
+                ranks.setdefault(tuple(complete("tables", row).items()), set()).add(rank)
+    assert all(len(found) == 1 for found in ranks.values())
+    assert sum(map(len, table_rows().values())) == len(ranks)
+
+
+def test_the_grids_are_those_of_the_paper():
+    assert [size // 2 for size in SIZES] == [160 // 16, 224 // 16, 384 // 16, 448 // 16, 512 // 16]
+    assert table_config(encoding="peg").model.grid == fashion_config(encoding="peg").model.grid == (14, 14)
+
+
+def test_parts_of_the_images_keep_the_number_of_steps():
+    whole = table_config(encoding="learned")
+    for images in (5_000, 15_000):
+        part = table_config(encoding="learned", epochs=0, limit=images)
+        both = resolved(whole, 50_000 // 1024).optim, resolved(part, images // 1024).optim
+        assert both[0].steps == both[1].steps and both[0].warmup_steps == both[1].warmup_steps
+
+
+def test_rows_without_scale_jitter_still_see_images_shifted():
+    augment = table_config(encoding="none", scale_jitter=False).augment
+    sides = torch.full((64,), 64)
+    boxes = crop_boxes(augment, 0, 0, torch.arange(64), sides, sides)
+    assert (boxes[:, 2:] == 56).all() and boxes[:, 0].unique().tolist() == boxes[:, 1].unique().tolist()
+    assert set(boxes[:, 0].tolist()) == set(range(9))
+
+
+def test_every_padding_differs_from_zero_padding_in_the_encoding_alone():
+    zero = synthetic_config("where", "peg")
+    for job in jobs("padding"):
+        model = replace(job.config.model, encoding="peg")
+        assert replace(job.config, model=model, run=zero.run) == zero
+    assert {job.columns["encoding"] for job in jobs("padding")} == set(PADDINGS)
+
+
+def test_pooling_asks_again_on_fresh_seeds_and_changes_nothing_else():
+    matrix = {job.key[2:]: job.config for job in jobs("synthetic")}
+    asked = set()
+    for job in jobs("pooling"):
+        row, seed, config = dict(job.columns), job.config.run.seed, job.config
+        steps = row.pop("max_steps")
+        first = matrix[tuple(row.items()), 0]
+        same = replace(config, run=first.run, optim=replace(config.optim, steps=500))
+        assert same == first and config.optim.steps == steps
+        asked.add((row["task"], row["encoding"], row["global_pool"], steps, seed))
+    fresh = {(*hint, pool, 500, seed) for hint in HINTS for pool in POOLS for seed in range(3, 8)}
+    pooled = {("where", FIVE, "avg", 2000, seed) for seed in (3, 4, 5)}
+    assert asked == fresh | pooled | {("where", FIVE, "avg", 500, seed) for seed in (0, 1, 2)}
+
+
+def test_pipelines_differ_in_the_loader_alone():
+    planned = jobs("pipelines")
+    for ours, theirs in zip(planned[::2], planned[1::2], strict=True):
+        assert ours.config == theirs.config and ours.make_loader != theirs.make_loader
+        assert (ours.columns["pipeline"], theirs.columns["pipeline"]) == ("cpvt", "timm")
+
+
+@pytest.mark.parametrize(("name", "rates"), [("tuning", TABLE_RATES), ("fashion-tuning", FASHION_RATES)])
+def test_learning_rates_are_tuned_alike_and_without_a_look_at_the_validation_images(name, rates):
+    found: dict[str, set] = {}
+    for job in jobs(name):
+        assert job.config.data.hold_out == 10
+        found.setdefault(job.columns["encoding"], set()).add(job.columns["lr"])
+        assert job.config.optim.lr == job.columns["lr"]
+    assert len(found) >= 3 and all(own == set(rates) for own in found.values())
+
+
+def test_a_table_alone_a_root_and_what_an_experiment_has_not():
+    alone = jobs("tables", table="padding")
+    assert {job.columns["encoding"] for job in alone} >= {"none", "peg", "peg(skip=False)"} and len(
+        alone
+    ) == 34
+    for name in ("tables", "tuning", "fashion", "fashion-tuning", "fashion-length"):
+        assert jobs(name, root="/images")[0].config.data.root == "/images"
+    for name, options, message in (
+        ("tables", {"table": "pading"}, "'pading'.*padding"),
+        ("synthetic", {"root": "/images"}, "no root"),
+        ("fashon", {}, "'fashon'.*fashion"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            jobs(name, **options)
+    with pytest.raises(ConfigError, match="'when'"):
+        synthetic_config("when", "peg")
+    with pytest.raises(ResultsError, match="'pool'"):
+        table_config(encoding="peg", pool="avg")
+
+
+def test_the_synthetic_matrix_is_whole():
+    cells = {tuple(job.columns.values()) for job in jobs("synthetic")}
+    assert cells == {(task, encoding, pool) for task in GRIDS for encoding in ENCODINGS for pool in POOLS}

@@ -1,0 +1,259 @@
+"""What is measured on trained models: shifts, attention, position, other sizes; arrays kept beside the rows."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cpvt.config import ModelConfig, TrainConfig, replace
+from cpvt.data.loader import normalise, open_batches
+from cpvt.lab import metrics
+from cpvt.lab.experiments import FIVE, fashion_config, synthetic_config, table_config
+from cpvt.lab.metrics import (
+    arrays_of,
+    fine_tune,
+    held_out,
+    held_out_images,
+    score_attention,
+    score_fashion,
+    score_maps,
+    score_shifts,
+    score_synthetic,
+    score_table_row,
+    score_tuning,
+)
+from cpvt.lab.probes import attention_maps
+from cpvt.lab.results import unpack
+from cpvt.lab.runner import with_teacher
+from cpvt.model.vit import VisionTransformer
+from cpvt.training.evaluate import correct
+from cpvt.training.train import Run, train
+
+
+def short(config: TrainConfig, root, depth: int = 2) -> TrainConfig:
+    """Three steps on a CPU, at a small width; everything that makes the row stays."""
+    length = {"epochs": 0, "warmup_epochs": 0, "steps": 3, "warmup_steps": 1, "global_batch_size": 4}
+    data = replace(config.data, root=str(root), limit=min(config.data.limit, 8))
+    run = replace(config.run, device="cpu", precision="fp32", compile="off")
+    model = replace(config.model, width=16, heads=2, depth=depth)
+    return replace(config, model=model, data=data, optim=replace(config.optim, **length), run=run)
+
+
+def untrained(encoding: str, **model) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(
+        replace(fashion_config(encoding=encoding).model, width=16, depth=2, **model)
+    ).eval()
+
+
+def images(count: int = 4) -> torch.Tensor:
+    """Squares of noise on black, normalised."""
+    image = torch.zeros(count, 3, 28, 28)
+    image[:, :, 6:22, 6:22] = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return normalise(image)
+
+
+# --------------------------------------------------------------------------- whole rows
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"encoding": "none", "scale_jitter": False},
+        {"encoding": "learned", "distilled": True, "teacher": "resnet10t"},
+        {"encoding": "sine", "stem": "conv"},
+        {"encoding": "rotary", "limit": 5_000, "epochs": 0},
+        {"encoding": "peg", "mlp_only_blocks": 1},
+        {"encoding": FIVE, "global_pool": "avg"},
+        {"encoding": "peg(padding='none', skip=False)"},
+    ],
+    ids=lambda columns: columns["encoding"],
+)
+def test_rows_of_the_tables_are_trained_and_scored(columns, tiny_imagenet):
+    config, _ = with_teacher(
+        short(table_config(**columns), tiny_imagenet, depth=6 if "4" in columns["encoding"] else 2)
+    )
+    run = train(config)
+    found, dataset, digest = score_table_row(run, images=8)
+    assert dataset == "tiny-imagenet" and len(digest) == 64 and all(map(math.isfinite, found.values()))
+    shifts = {f"shift{pixels}" for pixels in (0, 1, 2, 4, 6)}
+    sizes = {f"top1@{tokens}" for tokens in (10, 14, 24, 28, 32)}
+    assert sizes | {"top1@14x28", "same_class/shift4", "position_r2/noise/interior"} <= found.keys()
+    assert found["top1@14"] == run.metrics["top1"]
+    others = {key.partition("/")[2] for key in found if key.startswith("top1@") and "/" in key}
+    rules = {"sine": {"resample", "rescale"}, "rotary": {"rescale"}}.get(columns["encoding"], set())
+    assert others == shifts | rules | {"logn"} and "top1@14/logn" not in found  # there the factor is 1
+    # Without padding the map is smaller, and has no counterpart under a shift.
+    shrinks = "'none'" in columns["encoding"]
+    assert ("shift_error/window/border" in found) != shrinks
+    seen = [key for key in found if key.startswith("attention_distance")]
+    assert len(seen) == (1 if shrinks else run.model.config.depth - columns.get("mlp_only_blocks", 0))
+
+
+def test_rows_on_clothes_and_what_is_kept_of_them(clothes):
+    run = train(short(fashion_config(encoding="learned + peg"), clothes))
+    found, dataset, digest = score_fashion(run, images=8)
+    assert dataset == "fashion-mnist" and len(digest) == 64 and found["top1@14"] == run.metrics["top1"]
+    assert {
+        "same_class/shift6",
+        "position_r2/constant",
+        "shift_error/zero",
+        "attention_distance/block1",
+    } <= found.keys()
+    arrays = arrays_of(run)
+    assert arrays["peg0"].shape == (16, 1, 3, 3) and arrays["table"].shape == (197, 16)
+    everything, labels = held_out_images(held_out(run), 1000)
+    assert torch.equal(unpack(arrays["correct"], 20), correct(run.model, everything, labels).cpu())
+    middle = 1 + 7 * 14 + 7  # behind the class token: row 7, column 7
+    weights = attention_maps(run.model, everything)[1][:, :, middle].mean((0, 1))
+    assert torch.allclose(arrays["attention"][1].flatten().float(), weights[1:], atol=1e-4)
+    assert arrays["attention"].shape == (2, 14, 14)
+
+
+def test_a_tuning_row_never_sees_the_validation_images(clothes):
+    config = short(fashion_config(encoding="peg"), clothes)
+    config = replace(config, data=replace(config.data, hold_out=10))
+    run = train(config)
+    found, data, digest = score_tuning(run)
+    assert found["images"] == 4 and "training images" in data  # a tenth of forty
+    held, whole = (
+        held_out(run).held_out,
+        open_batches(short(fashion_config(encoding="peg"), clothes).data, 4, 0).train,
+    )
+    assert torch.equal(held.images, whole.images[::10])
+
+
+def test_synthetic_scores():
+    for task, parts in (
+        ("where", {f"/d{d}" for d in range(5)}),
+        ("what", {"/trained", "/unseen", "/diagonals"}),
+    ):
+        config = synthetic_config(task, "peg")
+        run = Run(VisionTransformer(config.model).eval(), config)
+        found, name, digest = score_synthetic(run, images=16)
+        assert name == task and {key.partition("@")[2].lstrip("0123456789x") for key in found} == parts | {""}
+        assert score_synthetic(run, images=16)[2] == digest  # of the images, which the seed decides
+
+
+def test_every_class_has_a_part_in_what_is_scored(tiny_imagenet):
+    """Held-out images stand class by class; the first of them would be of one class."""
+    loader = open_batches(short(table_config(encoding="none"), tiny_imagenet).data, 1, 0, train=False)
+    some, labels = held_out_images(loader, 4, spread=True)
+    assert labels.tolist() == [0, 0, 1, 1] and some.shape == (4, 3, 28, 28)
+    everything, _ = held_out_images(loader, 8)
+    assert torch.equal(some, everything[[0, 2, 4, 7]])
+
+
+def test_larger_tests_show_detail_and_not_blur(tiny_imagenet):
+    """An image of 64 pixels is shown whole at 64: the very pixels that lie on the disk."""
+    config = short(table_config(encoding="none"), tiny_imagenet)
+    loader = open_batches(replace(config.data, image_size=64), 1, 0)
+    shown, _ = next(iter(loader.test()))
+    assert torch.equal(shown, normalise(loader.held_out.images.float() / 255))
+
+
+def test_fine_tuning_goes_on_from_the_trained_weights_at_the_other_size(clothes):
+    run = train(short(fashion_config(encoding="learned"), clothes))
+    tuned = fine_tune(run, 40)
+    assert tuned.model.config.grid == (20, 20) and tuned.steps == 1
+    assert tuned.config.optim.lr == pytest.approx(run.config.optim.lr / 10)
+    moved = (tuned.model.head.weight - run.model.head.weight).abs().max()
+    assert 0 < moved < 2 * tuned.config.optim.lr  # AdamW's first step is about the learning rate
+    cropped = replace(run.config.augment, crop=True, crop_scale=(0.25, 1.0))
+    run.config = replace(run.config, data=replace(run.config.data, stored_size=50), augment=cropped)
+    assert fine_tune(run, 40).config.augment.crop_scale == (
+        pytest.approx(0.64),
+        1.0,
+    )  # 40 of 50 pixels and more
+
+
+def test_log_n_attention_trains_as_the_plain_model_does(tiny_imagenet):
+    """At the trained size its factor is 1: so it is a test of the trained weights, and no row of its own."""
+    plain = short(table_config(encoding="peg"), tiny_imagenet)
+    found = [train(replace(plain, model=replace(plain.model, logn_scale=on))).model for on in (False, True)]
+    for one, other in zip(*(model.parameters() for model in found), strict=True):
+        assert torch.equal(one, other)
+    larger = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(found[0](larger), found[1](larger))
+
+
+# --------------------------------------------------------------------------- their parts
+
+
+def test_attention_maps_are_what_attention_multiplies_the_values_with():
+    for encoding in (
+        "none",
+        "learned",
+        "relative",
+        "relative(on='keys_values')",
+        "relative(on='bias')",
+        "rotary",
+    ):
+        model, seen = untrained(encoding), {}
+        maps = attention_maps(model, images(2))
+        assert set(maps) == {0, 1}
+
+        def look(attention, arguments, output, seen=seen):
+            seen["x"], seen["out"] = arguments[0], output
+
+        attn = model.blocks[0].attn
+        with torch.no_grad():
+            handle = attn.register_forward_hook(look)
+            model(images(2))
+            handle.remove()
+            v = attn.qkv(seen["x"]).chunk(3, -1)[2].unflatten(-1, (2, -1)).transpose(1, 2)
+            out = maps[0] @ v
+            if encoding.endswith("values')"):
+                out = out + model.encoding.values(0, maps[0], (14, 14))
+            expected = attn.proj(out.transpose(1, 2).flatten(2))
+        assert torch.allclose(seen["out"], expected, atol=1e-5), encoding
+        assert torch.allclose(maps[0].sum(-1), torch.ones(()), atol=1e-5)
+    assert set(attention_maps(untrained("none", mlp_only_blocks=1), images(2))) == {1}
+
+
+def test_attention_distance_of_who_reads_evenly():
+    model = untrained("none")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.zero_()
+    positions = torch.cartesian_prod(torch.arange(14.0), torch.arange(14.0))
+    even = torch.cdist(positions, positions).mean().item()
+    found = score_attention(model, images(2))
+    assert found["attention_distance/block0"] == pytest.approx(even, rel=1e-5) == pytest.approx(7.3, abs=0.05)
+
+
+def test_shifts_by_nothing_change_nothing_and_black_comes_in():
+    class FirstColumn(nn.Module):  # answers 1 where the first column of pixels is black, else 0
+        config = ModelConfig(image_size=(28, 28), patch_size=2)
+
+        def forward(self, images):
+            black = (images[..., 0] < -1.5).all(-1).all(-1)
+            return torch.stack([~black, black], -1).float()
+
+    bright = torch.rand(8, 3, 28, 28)  # normalised black is darker than any of these
+    found = score_shifts(FirstColumn(), bright, torch.zeros(8, dtype=torch.long), pixels=(3,))
+    assert found["top1@14/shift0"] == 100.0  # below: wrong to the right, right to the left
+    assert found["top1@14/shift3"] == found["same_class/shift3"] == 50.0
+
+
+def test_maps_move_along_where_theory_says_so():
+    for encoding, exact in (("none", 1), ("peg(padding='circular')", 1), ("learned", 0), ("peg", 0)):
+        found = score_maps(untrained(encoding).double(), images().double())
+        assert (found["shift_error/circular"] < 1e-12) == exact, encoding
+        wanted = {"shift_error/zero", "shift_error/circular/block0", "shift_error/circular/border"}
+        assert wanted <= found.keys() and "shift_error/window" not in found
+
+
+def test_bands_twice_as_wide_as_high(clothes):
+    shapes = []
+
+    class Spy(VisionTransformer):
+        def forward(self, images, *rest):
+            shapes.append(tuple(images.shape))
+            return super().forward(images, *rest)
+
+    config = short(fashion_config(encoding="learned"), clothes)
+    loader = open_batches(config.data, 1, 0, train=False)
+    found = metrics.score_oblong(Spy(config.model).eval(), loader)
+    assert shapes == [(20, 3, 28, 56)] and 0 <= found["top1@14x28"] <= 100

@@ -1,0 +1,172 @@
+"""Jobs are run once, in order, within a budget; what cannot be measured is named and stops no other."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+
+from cpvt.config import replace
+from cpvt.data.loader import open_batches
+from cpvt.errors import ConfigError, ResultsError
+from cpvt.lab.experiments import fashion_config, jobs, synthetic_config
+from cpvt.lab.metrics import score_synthetic
+from cpvt.lab.results import append, complete, read, read_arrays, recorded, select
+from cpvt.lab.runner import Job, run_job, run_missing, train_teacher, with_teacher
+from cpvt.training.distributed import Stopped
+from cpvt.training.train import train
+
+
+def job(name: str, seed: int = 0, lr: float = 3e-3, score=score_synthetic, **fields) -> Job:
+    config = synthetic_config("where", "none", seed=seed)
+    config = replace(
+        config, model=replace(config.model, depth=1, width=8), data=replace(config.data, test_size=4)
+    )
+    optim = replace(config.optim, steps=2, global_batch_size=4, warmup_steps=0, lr=lr)
+    kept = {"arrays": lambda run: {"head": run.model.head.weight.detach()}}
+    return Job("x", {"row": name}, "seconds", replace(config, optim=optim), score, **kept | fields)
+
+
+def names(folder) -> list[str]:
+    return list(read("x", folder)["row"])
+
+
+def test_a_new_folder_is_made_and_holds_rows_and_arrays(tmp_path):
+    folder, seen = tmp_path / "new" / "results", []
+    report = lambda result, left: seen.append((result.columns["row"], left))  # noqa: E731
+    assert run_missing([job("a"), job("b")], folder, report=report) == 0
+    assert names(folder) == ["a", "b"] and seen == [("a", 1), ("b", 0)]
+    assert read_arrays("x", "head", folder, row="a")[0].shape == (4, 8)
+    size = (folder / "x.jsonl").stat().st_size
+    assert run_missing([job("a"), job("b")], folder) == 0  # nothing is measured twice
+    assert (folder / "x.jsonl").stat().st_size == size
+    row = read("x", folder).iloc[0]
+    assert row["device"] == "cpu" and row["steps"] == 2 and row["config"]["model"]["width"] == 8
+
+
+def never(*_, **__):
+    raise AssertionError("nothing is trained here")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_trained(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises((ResultsError, OSError), match="file"):
+        run_missing([job("a", make_loader=never)], tmp_path / "file" / "results")
+
+
+def test_a_row_of_another_configuration_does_not_count_as_done(tmp_path):
+    run_missing([job("a")], tmp_path)
+    with pytest.raises(ResultsError, match=r"row=a, seed=0.*another configuration.*optim.lr"):
+        run_missing([job("a", lr=0.5, make_loader=never)], tmp_path)
+    assert run_missing([job("a", seed=1, lr=0.5)], tmp_path) == 0
+
+
+def test_a_job_that_fails_is_named_and_the_others_are_run(tmp_path):
+    def diverged(run):
+        raise FloatingPointError("no finite loss")
+
+    with pytest.raises(ResultsError, match="not measured: row=b, seed=0: no finite loss"):
+        run_missing([job("a"), job("b", score=diverged), job("c")], tmp_path)
+    assert names(tmp_path) == ["a", "c"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_while_a_run_is_scored_ends_between_two_rows(tmp_path, number):
+    def signalled(run):
+        os.kill(os.getpid(), number)
+        raise AssertionError("nothing is scored behind a signal")
+
+    before = signal.getsignal(number)
+    assert run_missing([job("a"), job("b", score=signalled), job("c")], tmp_path) == 2
+    assert names(tmp_path) == ["a"] and signal.getsignal(number) is before
+
+
+def test_a_signal_while_a_run_is_trained_leaves_no_row(tmp_path):
+    def signalled(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return open_batches(*arguments, **options)
+
+    with pytest.raises(Stopped, match="row=a, seed=0.*SIGTERM"):
+        run_job(job("a", make_loader=signalled))
+    assert run_missing([job("a", make_loader=signalled)], tmp_path) == 1
+
+
+def test_a_job_begins_only_where_the_longest_so_far_would_fit(tmp_path):
+    now = [0.0]
+
+    def ten_minutes(run):
+        now[0] += 600
+        return score_synthetic(run)
+
+    plans, clock = [job(name, score=ten_minutes) for name in "abcd"], lambda: now[0]
+    assert run_missing(plans, tmp_path, budget_minutes=25, clock=clock) == 2  # a third would end after 30
+    assert run_missing(plans, tmp_path, budget_minutes=1, clock=clock) == 1  # one at least
+    for minutes in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="budget_minutes"):
+            run_missing(plans, tmp_path, budget_minutes=minutes)
+
+
+def test_a_row_that_another_process_measured_meanwhile_stays_as_it_is(tmp_path):
+    def overtaken(run):
+        result, _ = run_job(job("a"))
+        append(dataclasses.replace(result, seconds=1.25), tmp_path)
+        return score_synthetic(run)
+
+    assert run_missing([job("a", score=overtaken)], tmp_path) == 0
+    assert list(read("x", tmp_path)["seconds"]) == [1.25]
+    assert read_arrays("x", "head", tmp_path, row="a") == {}  # those of the later run are not laid beside it
+
+
+def test_the_commit_is_that_of_the_code_that_was_loaded(tmp_path, monkeypatch):
+    """Files change while a row trains; it is asked before."""
+    said = iter(["before", "after", "later still"])
+    monkeypatch.setattr("cpvt.lab.runner.commit", lambda: next(said))
+    run_missing([job("a"), job("b")], tmp_path)
+    assert [result.cpvt_commit for result in recorded("x", tmp_path)] == ["before", "before"]
+
+
+# --------------------------------------------------------------------------- teachers
+
+
+def student(clothes, **optim):
+    config = fashion_config(encoding="peg", distilled=True, teacher="resnet10t")
+    optim = {"global_batch_size": 10, "steps": 2, "warmup_steps": 1, **optim}
+    config = replace(
+        config, model=replace(config.model, width=16, depth=2), optim=replace(config.optim, **optim)
+    )
+    return replace(config, data=replace(config.data, root=str(clothes)))
+
+
+def test_a_teacher_is_trained_once_on_the_students_images(clothes):
+    taught, metrics = with_teacher(student(clothes))
+    (file,) = (clothes / "teachers").iterdir()
+    assert taught.distill.weights == str(file) and 0 <= metrics["teacher_top1"] <= 100
+    when = file.stat().st_mtime_ns
+    assert with_teacher(student(clothes)) == (taught, metrics) and file.stat().st_mtime_ns == when
+    assert train(taught).model.config.distilled
+    other = replace(taught, distill=student(clothes).distill, run=replace(taught.run, seed=1))
+    assert with_teacher(other)[0].distill.weights != str(file)
+    assert with_teacher(fashion_config(encoding="peg")) == (fashion_config(encoding="peg"), {})
+
+
+def test_a_teacher_learns(clothes):
+    model, top1 = train_teacher(student(clothes, steps=12, lr=3e-3))
+    assert top1 > 20 and not model.training  # of ten classes
+
+
+# --------------------------------------------------------------------------- a whole experiment, in small
+
+
+def test_a_synthetic_row_as_it_is_planned(tmp_path):
+    """It carries over to the other side what it learnt on one, as the recorded row does."""
+    what = {"task": "what", "encoding": "peg"}
+    run_missing(
+        [job for job in jobs("synthetic") if job.columns == complete("synthetic", what)][:1], tmp_path
+    )
+    (row,), (recorded_row, *_) = (
+        select(read("synthetic", folder), **what).iloc for folder in (tmp_path, None)
+    )
+    for name in ("top1@8x12/unseen", "top1@8x12/trained"):
+        assert row[name] > 95 and recorded_row[name] > 95
+    for name in ("parameters", "dataset_sha256", "config"):
+        assert row[name] == recorded_row[name]
