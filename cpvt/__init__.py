@@ -1,6 +1,36 @@
 """Conditional positional encodings for vision transformers: the models, their training, the measurements."""
 
+import importlib.abc
+import importlib.util
+import sys
+
 from cpvt.config import ModelConfig
-from cpvt.model.zoo import attach_peg, create_model, model_names  # registers the names with timm
+from cpvt.model.attach import attach_peg
+from cpvt.model.zoo import create_model, model_names
 
 __all__ = ["ModelConfig", "attach_peg", "create_model", "model_names"]
+
+
+class _RegisterWithTimm(importlib.abc.MetaPathFinder):
+    """Waits until somebody imports timm, which takes seconds and is seldom needed, then gives it our names."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("timm")
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_register(module):
+                load(module)
+                importlib.import_module("cpvt.model.timm_registry")
+
+            spec.loader.exec_module = load_and_register
+        return spec
+
+
+if "timm" in sys.modules:
+    importlib.import_module("cpvt.model.timm_registry")
+else:
+    sys.meta_path.insert(0, _RegisterWithTimm())

@@ -1,218 +1,23 @@
-"""How tokens learn where they are: every encoding of the book.
+"""How tokens learn where they are: every encoding of the book. The paper's idea is `PEG`; start there.
 
 Letters: B batch, N = H*W patches, P prefix tokens (class, distillation), T = P + N tokens,
-D width, h heads, d = D/h head width, (H, W) grid of tokens.
+D width, h heads, d = D/h head width, (H, W) grid of tokens, k the width of a kernel.
 
-The model calls an encoding at hooks, and names none: at a *place* in the stack of blocks (-1 before
-block 0, i after block i), and where a block forms its attention. What is said here is what is computed;
-`kernels.py` has shorter roads to the same numbers, taken on a GPU.
+A model calls its encoding at the hooks of `PositionEncoding`, and names none: at each position in the stack of
+blocks (-1 before block 0, i after block i), and where a block forms its attention.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpvt.config import Learned, Peg, Relative, Rotary, Sine, format_encoding, parse_encoding
-from cpvt.errors import ConfigError
+from cpvt.config import Grid, Learned, ModelConfig, Peg, Relative, Rotary, Sine, parse_encoding
+from cpvt.errors import ConfigError, DataError
 from cpvt.model import fused_peg
-from cpvt.model.tables import Grid, axial_angles, offsets, resample_table, sine_table
 
-
-class PositionEncoding(nn.Module):
-    """The hooks. Each does nothing here; an encoding fills in those that it needs."""
-
-    places: frozenset[int] = frozenset()  # where `at` acts
-    query_key_blocks: frozenset[int] = frozenset()  # whose queries and keys `queries_keys` feeds
-    in_attention = False  # whether it has a part in what a block's attention computes
-    reads_weights = False  # whether `values` needs the attention weights
-    public_names: ClassVar[dict[str, str]] = {}  # parameter here -> its name in the model's state dict
-
-    def at(self, place: int, patches: Tensor, prefix: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Grid]:
-        """(B, N, D), (B, P, D), grid -> the same, encoded. Only a table with slots for prefixes changes them."""
-        return patches, prefix, grid
-
-    def encode(self, place: int, x: Tensor, prefix_tokens: int, grid: Grid) -> tuple[Tensor, Grid]:
-        """(B, T, D), grid -> the same: `at`, with the one place where prefix and patch tokens part."""
-        patches, prefix, grid = self.at(place, x[:, prefix_tokens:], x[:, :prefix_tokens], grid)
-        return torch.cat([prefix, patches], 1), grid
-
-    def queries_keys(self, block: int, patches: Tensor, grid: Grid) -> Tensor:
-        """(B, N, D) -> (B, N, D): the patches that the block's queries and keys are made from."""
-        return patches
-
-    def rotate(self, block: int, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Two (B, h, T, d) -> two (B, h, T, d): queries and keys before their product."""
-        return q, k
-
-    def logits(self, block: int, q: Tensor, grid: Grid) -> Tensor | None:
-        """(B, h, T, d) -> (B or 1, h, T, T), added to the scaled attention logits; or None."""
-        return None
-
-    def lengthen(self, block: int, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Two (B, h, T, d) -> two (B, h, T, >= d), whose products hold what `logits` left out. v stays."""
-        return q, k
-
-    def values(self, block: int, weights: Tensor, grid: Grid) -> Tensor | None:
-        """Attention weights (B, h, T, T) -> (B, h, T, d), added to the attention's output; or None."""
-        return None
-
-
-# --------------------------------------------------------------------------- tables
-
-
-class LearnedTable(PositionEncoding):
-    """One learned vector a position, the prefix tokens' included, added before block 0 (DeiT)."""
-
-    places = frozenset({-1})
-    public_names: ClassVar[dict[str, str]] = {"pos_embed": "pos_embed"}  # timm's and DeiT's key
-
-    def __init__(self, config: Learned, width: int, grid: Grid, prefix_tokens: int):
-        super().__init__()
-        self.config, self.grid, self.prefix_tokens = config, grid, prefix_tokens
-        self.pos_embed = nn.Parameter(torch.empty(1, prefix_tokens + grid[0] * grid[1], width))
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-
-    def at(self, place, patches, prefix, grid):
-        if self.config.resize == "refuse" and grid != self.grid:
-            raise ValueError(
-                f"grid {grid[0]}x{grid[1]}: this learned table has {self.grid[0]}x{self.grid[1]} rows and "
-                "resize='refuse'; give images of the trained size, or choose learned(resize='resample')"
-            )
-        own, table = self.pos_embed.split([self.prefix_tokens, self.grid[0] * self.grid[1]], 1)
-        return patches + resample_table(table, self.grid, grid, self.config.antialias), prefix + own, grid
-
-
-class SineTable(PositionEncoding):
-    """The fixed 2-D sine table, added to the patches before block 0. Prefix tokens get nothing."""
-
-    places = frozenset({-1})
-
-    def __init__(self, config: Sine, width: int, grid: Grid):
-        super().__init__()
-        self.config, self.width, self.grid = config, width, grid
-        sine_table((1, 1), width)  # refuses an odd width now rather than at the first image
-
-    def at(self, place, patches, prefix, grid):
-        kw = {"dtype": torch.promote_types(patches.dtype, torch.float32), "device": patches.device}
-        if self.config.resize == "resample":
-            table = sine_table(self.grid, self.width, self.config.temperature, **kw)
-            table = resample_table(table, self.grid, grid)
-        else:
-            rescale = self.config.resize == "rescale"
-            step = (self.grid[0] / grid[0], self.grid[1] / grid[1]) if rescale else (1.0, 1.0)
-            table = sine_table(grid, self.width, self.config.temperature, step, **kw)
-        return patches + table.to(patches.dtype), prefix, grid
-
-
-# --------------------------------------------------------------------------- inside attention
-
-
-class RelativeTable(PositionEncoding):
-    """Clipped row and column offsets inside every block's attention (Shaw et al. 2018, in 2-D).
-
-    The logit of query i and key j gains q_i . (row[r_j - r_i] + column[c_j - c_i]) / sqrt(d). A pair with
-    a prefix token has an entry of its own (as AutoFormer's index 0). Each block has its tables; heads share.
-    """
-
-    in_attention = True
-
-    def __init__(self, config: Relative, width: int, heads: int, depth: int, prefix_tokens: int):
-        super().__init__()
-        self.config, self.prefix_tokens = config, prefix_tokens
-        self.reads_weights = config.on == "keys_values"
-        entries = 2 * config.clip + 1
-        shape = (heads,) if config.on == "bias" else (width // heads,)
-        for name in ("keys", "values")[: 1 + self.reads_weights]:
-            for axis, rows in (("rows", entries), ("columns", entries), ("prefix", 1)):
-                if axis == "prefix" and not prefix_tokens:
-                    continue
-                table = nn.Parameter(torch.empty(depth, rows, *shape))
-                self.register_parameter(f"{name}_{axis}", nn.init.trunc_normal_(table, std=0.02))
-
-    def _gather(self, name: str, block: int, grid: Grid) -> tuple[Tensor, Tensor]:
-        """-> (H, H, ...) and (W, W, ...): the table entry of each pair of rows, and of columns."""
-        tables = getattr(self, f"{name}_rows")[block], getattr(self, f"{name}_columns")[block]
-        clip, wrap = self.config.clip, self.config.wrap
-        rows, columns = (t[offsets(n, clip, wrap, t.device)] for t, n in zip(tables, grid, strict=True))
-        return rows, columns
-
-    def lengthen(self, block, q, k, grid):
-        if not fused_peg.lengthens(self.config, self.keys_rows, q, grid):
-            return q, k
-        entry = self.keys_prefix[block, 0] if self.prefix_tokens else None
-        return fused_peg.lengthen(q, k, *self._gather("keys", block, grid), entry, grid)
-
-    def logits(self, block, q, grid):
-        if fused_peg.lengthens(self.config, self.keys_rows, q, grid):
-            return None
-        P, scale = self.prefix_tokens, q.shape[-1] ** -0.5
-        rows, columns = self._gather("keys", block, grid)
-        if self.config.on == "bias":
-            rows, columns = (t.permute(2, 0, 1)[None] for t in (rows, columns))  # (1, h, H, H), (1, h, W, W)
-            pairs = rows[:, :, :, None, :, None] + columns[:, :, None, :, None, :]
-        else:
-            image = q[:, :, P:].unflatten(2, grid)
-            # Contiguous (they are small), so that torch.export need not reason about the order of strides.
-            by_row = torch.einsum("bhxyd,xjd->bhxyj", image, rows.to(q.dtype)).contiguous()
-            by_column = torch.einsum("bhxyd,yjd->bhxyj", image, columns.to(q.dtype)).contiguous()
-            pairs = (by_row[..., :, None] + by_column[..., None, :]) * scale
-        pairs = pairs.flatten(4, 5).flatten(2, 3)  # (B, h, N, N)
-        if not P:
-            return pairs.to(q.dtype)
-        entry = self.keys_prefix[block, 0]
-        if self.config.on == "bias":
-            own = entry[None, :, None].expand(1, -1, q.shape[2])
-        else:
-            own = (q @ entry.to(q.dtype)) * scale  # (B, h, T)
-        top = own[:, :, :P, None].expand(-1, -1, -1, q.shape[2])
-        below = torch.cat([own[:, :, P:, None].expand(-1, -1, -1, P), pairs], -1)
-        return torch.cat([top, below], 2).to(q.dtype)
-
-    def values(self, block, weights, grid):
-        if not self.reads_weights:
-            return None
-        P = self.prefix_tokens
-        rows, columns = (t.to(weights.dtype) for t in self._gather("values", block, grid))
-        pairs = weights[:, :, P:, P:].unflatten(3, grid).unflatten(2, grid)  # (B, h, H, W, H, W)
-        by_row = torch.einsum("bhxyj,xjd->bhxyd", pairs.sum(-1), rows).contiguous()
-        by_column = torch.einsum("bhxyj,yjd->bhxyd", pairs.sum(-2), columns).contiguous()
-        out = (by_row + by_column).flatten(2, 3)
-        if not P:
-            return out
-        own = self.values_prefix[block, 0].to(weights.dtype)
-        out = out + weights[:, :, P:, :P].sum(-1, keepdim=True) * own
-        return torch.cat([weights[:, :, :P].sum(-1, keepdim=True) * own, out], 2)
-
-
-class RotaryAngles(PositionEncoding):
-    """Axial rotary encoding: half of each head turns with the row, half with the column; no prefix turns."""
-
-    in_attention = True
-
-    def __init__(self, config: Rotary, width: int, heads: int, grid: Grid, prefix_tokens: int):
-        super().__init__()
-        self.config, self.grid, self.prefix_tokens = config, grid, prefix_tokens
-        if width // heads % 4:
-            raise ConfigError(f"rotary: head width {width // heads}; two axes of pairs need a multiple of 4")
-
-    def rotate(self, block, q, k, grid):
-        kw = {"dtype": torch.promote_types(q.dtype, torch.float32), "device": q.device}
-        rescale = self.config.resize == "rescale"
-        step = (self.grid[0] / grid[0], self.grid[1] / grid[1]) if rescale else (1.0, 1.0)
-        angles = axial_angles(grid, q.shape[-1] // 4, self.config.theta, step, **kw).flatten(1)  # (N, d/2)
-        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
-
-        def turn(x: Tensor) -> Tensor:
-            prefix, (a, b) = x[:, :, : self.prefix_tokens], x[:, :, self.prefix_tokens :].chunk(2, -1)
-            return torch.cat([prefix, torch.cat([a * cos - b * sin, a * sin + b * cos], -1)], 2)
-
-        return turn(q), turn(k)
-
-
-# --------------------------------------------------------------------------- the convolution
+# --------------------------------------------------------------------------- the PEG
 
 
 class PEG(nn.Module):
@@ -227,6 +32,7 @@ class PEG(nn.Module):
     def __init__(self, width: int, kernel: int = 3, *, config: Peg | None = None):
         super().__init__()
         self.config = config = config or Peg(kernel=kernel)
+        self.fused: bool | None = None  # see `set_fused`
         border = 0 if config.padding == "none" else config.kernel // 2
         mode = {"zero": "zeros", "none": "zeros"}.get(config.padding, config.padding)
         groups = 1 if config.convolution == "dense" else width
@@ -246,11 +52,10 @@ class PEG(nn.Module):
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         if grid is None or x.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"PEG: {x.shape[1]} tokens with grid={grid}; pass grid=(H, W) with H * W tokens")
-        if fused_peg.fuses(self.config, x):
+        if self.fuses(x):
             return fused_peg.peg(x, self.proj.weight, self.proj.bias, *grid)
         if self.covers(grid):
-            out = fused_peg.peg_matrix(x, self.proj.weight, grid)
-            out = out if self.proj.bias is None else out + self.proj.bias.to(out.dtype)
+            out = convolve_as_matrix(x, self.proj, grid)
         else:
             # Behind a class token the slice strides over it; a convolution would copy it in any case. Contiguous
             # tokens seen as (B, D, H, W) already are channels-last, the layout of the fast depthwise kernels.
@@ -262,134 +67,402 @@ class PEG(nn.Module):
             out = out.flatten(2).transpose(1, 2)
         return x + out if self.config.skip else out
 
+    def grid_after(self, grid: Grid) -> Grid:
+        """The grid that comes out: smaller without padding, else the same."""
+        lost = self.config.kernel - 1 if self.config.padding == "none" else 0
+        if lost and min(grid) <= lost:
+            raise DataError(
+                f"PEG: grid {grid[0]}x{grid[1]} is too small for kernel {lost + 1} without padding"
+            )
+        return grid[0] - lost, grid[1] - lost
+
     def covers(self, grid: Grid) -> bool:
         """Whether to compute the convolution as a matrix: asked for, and every pair of tokens within reach."""
         if self.config.compute != "matrix" or self.config.on == "constant" or torch.compiler.is_exporting():
             return False
         return self.config.kernel >= 2 * max(grid) - 1
 
-    def grid_after(self, grid: Grid) -> Grid:
-        """The grid that comes out: smaller without padding, else the same."""
-        lost = self.config.kernel - 1 if self.config.padding == "none" else 0
-        if lost and min(grid) <= lost:
-            raise ValueError(
-                f"PEG: grid {grid[0]}x{grid[1]} is too small for kernel {lost + 1} without padding"
-            )
-        return grid[0] - lost, grid[1] - lost
+    def fuses(self, x: Tensor) -> bool:
+        """Whether one operator (`fused_peg.peg`) computes this PEG of tensors like `x`."""
+        c = self.config
+        plain = (c.convolution, c.padding, c.skip, c.compute) == ("depthwise", "zero", True, "convolution")
+        plain = plain and c.on != "constant" and c.kernel <= fused_peg.LARGEST_KERNEL
+        wanted = x.is_cuda if self.fused is None else self.fused
+        return plain and wanted and fused_peg.available(x)
+
+
+def set_fused(model: nn.Module, fused: bool | None) -> None:
+    """How the PEGs of a model are computed, which changes time and not what comes out: by one operator where it
+    is faster, on a GPU (None); wherever there is one, a CPU included (True); by the convolution (False)."""
+    for module in model.modules():
+        if isinstance(module, PEG):
+            module.fused = fused
+
+
+def on_patches(peg: PEG, x: Tensor, grid: Grid, prefix_tokens: int) -> Tensor:
+    """(B, P + N, D) -> (B, P + N, D): a PEG over the patch tokens; the prefix tokens go around it."""
+    if peg.fuses(x):  # one pass over all tokens: nothing to take apart and put together
+        return fused_peg.peg(x, peg.proj.weight, peg.proj.bias, *grid)
+    return torch.cat([x[:, :prefix_tokens], peg(x[:, prefix_tokens:], grid)], 1)
+
+
+def offsets(n: int, clip: int, wrap: bool = False, device=None) -> Tensor:
+    """-> (n, n) indices of a table of 2*clip + 1 rows: [i, j] holds j - i, clipped; on a ring if `wrap`."""
+    i = torch.arange(n, device=device)
+    offset = i[None, :] - i[:, None]
+    if wrap:
+        offset = (offset + n // 2) % torch.full_like(offset, n) - n // 2  # a tensor, as ONNX asks for
+    return offset.clamp(-clip, clip) + clip
+
+
+def convolve_as_matrix(x: Tensor, proj: nn.Conv2d, grid: Grid) -> Tensor:
+    """(B, N, D) -> (B, N, D): a depthwise convolution as one N x N matrix a channel; for k >= 2 max(H, W) - 1.
+
+    The matrices are gathered once a call (D*N*N numbers: 7.4 million for DeiT-Ti, a fifth of the tokens of a
+    batch of 1024), then multiply the whole batch: 15 GFLOP there, in autocast's precision with float32 sums.
+    """
+    rows, columns = (offsets(n, proj.kernel_size[0] // 2, device=x.device) for n in grid)
+    # (D, k, k) -> (D, N, N); entry [m, n] is the weight from token n to token m
+    matrix = proj.weight[:, 0][:, rows[:, None, :, None], columns[None, :, None, :]]
+    matrix = matrix.flatten(3, 4).flatten(1, 2)
+    # On "meta" (shapes alone) there is no autocast to ask about: PyTorch refuses the question.
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, matrix = x.to(dtype), matrix.to(dtype)
+    # Turned once, (D, N, B), and kept so for the backward pass; einsum would turn it anew for each product.
+    out = torch.bmm(matrix, x.permute(2, 1, 0).contiguous()).permute(2, 1, 0)
+    return out if proj.bias is None else out + proj.bias.to(out.dtype)
+
+
+# --------------------------------------------------------------------------- the hooks
+
+
+class PositionEncoding(nn.Module):
+    """What a model calls. Each hook does nothing here; an encoding fills in those that it needs."""
+
+    in_attention = False  # whether it has a part in what a block's attention computes
+    needs_weights = False  # whether `attn_values` needs the attention weights
+
+    def __init__(self, config=None, model: ModelConfig = ModelConfig()):  # noqa: B008
+        super().__init__()
+        self.config, self.grid, self.prefix_tokens = config, model.grid, model.prefix_tokens
+
+    def encode(
+        self, position: int, x: Tensor, grid: Grid, table: Tensor | None = None
+    ) -> tuple[Tensor, Grid]:
+        """(B, T, D), grid -> the same, encoded. `table` (1, T, D): the model's learned one, where it has one."""
+        return x, grid
+
+    def grid_after(self, position: int, grid: Grid) -> Grid:
+        """The grid that `encode` gives back."""
+        return grid
+
+    def qk_input(self, block: int, x: Tensor, grid: Grid) -> Tensor:
+        """(B, T, D) -> (B, T, D): the tokens that the block's queries and keys are made from."""
+        return x
+
+    def rotate(self, block: int, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Two (B, h, T, d) -> two (B, h, T, d): queries and keys before their product."""
+        return q, k
+
+    def attn_bias(self, block: int, q: Tensor, grid: Grid) -> Tensor | None:
+        """(B, h, T, d) -> (B or 1, h, T, T), added to the scaled attention logits; or None."""
+        return None
+
+    def attn_values(self, block: int, weights: Tensor, grid: Grid) -> Tensor | None:
+        """Attention weights (B, h, T, T) -> (B, h, T, d), added to the attention's output; or None."""
+        return None
 
 
 class PegEncoding(PositionEncoding):
-    """PEGs at the configured places of the stack, or on the queries and keys of the block that follows."""
+    """PEGs at the configured positions, or on the queries and keys of the block that follows.
 
-    def __init__(self, config: Peg, width: int, depth: int):
-        super().__init__()
-        last = depth - (2 if config.on == "queries_keys" else 1)
+    The PEG after block i is the submodule "i" (before block 0: "-1"); one behind another, "i_1", "i_2", ...
+    """
+
+    def __init__(self, config: Peg, model: ModelConfig):
+        super().__init__(config, model)
+        self.in_attention = config.on == "queries_keys"
+        last = model.depth - (2 if self.in_attention else 1)
         if max(config.positions) > last:
             raise ConfigError(
-                f"peg: positions={config.positions} in a model of {depth} blocks; the last place is {last}"
+                f"peg: positions={config.positions} in a model of {model.depth} blocks; the last is {last}"
             )
-        self.config = config
-        places = frozenset(config.positions)
-        self.places, self.query_key_blocks = places, frozenset()
-        if config.on == "queries_keys":
-            self.places, self.query_key_blocks = frozenset(), frozenset(p + 1 for p in places)
-            self.in_attention = True
-        count = config.repeat * (1 if config.shared else len(places))
-        self.pegs = nn.ModuleList(PEG(width, config=config) for _ in range(count))
+        for position in sorted(config.positions)[: 1 if config.shared else None]:
+            for name in self._names(position):
+                self.add_module(name, PEG(model.width, config=config))
 
-    def generators(self, place: int) -> list[PEG]:
-        """The PEGs that act at `place`, in order."""
-        first = 0 if self.config.shared else sorted(self.config.positions).index(place) * self.config.repeat
-        return list(self.pegs[first : first + self.config.repeat])
+    def _names(self, position: int) -> list[str]:
+        return [f"{position}_{i}" if i else f"{position}" for i in range(self.config.repeat)]
 
-    def encode(self, place, x, prefix_tokens, grid):
-        if not fused_peg.fuses(self.config, x):
-            return super().encode(place, x, prefix_tokens, grid)
-        for peg in self.generators(place):  # over the whole stream: nothing to take apart and put together
-            x = fused_peg.peg(x, peg.proj.weight, peg.proj.bias, *grid)
+    def generators(self, position: int) -> list[PEG]:
+        """The PEGs of a position, in order; none where it is not configured."""
+        if position not in self.config.positions:
+            return []
+        own = min(self.config.positions) if self.config.shared else position
+        return [self.get_submodule(name) for name in self._names(own)]
+
+    def _run(self, position: int, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        for peg in self.generators(position):
+            after = peg.grid_after(grid)  # refuses a small grid before the convolution fails
+            x, grid = on_patches(peg, x, grid, self.prefix_tokens), after
         return x, grid
 
-    def at(self, place, patches, prefix, grid):
-        for peg in self.generators(place):
-            grid, patches = peg.grid_after(grid), peg(patches, grid)  # refuses a small grid before it fails
-        return patches, prefix, grid
+    def encode(self, position, x, grid, table=None):
+        return (x, grid) if self.in_attention else self._run(position, x, grid)
 
-    def queries_keys(self, block, patches, grid):
-        for peg in self.generators(block - 1):
-            patches = peg(patches, grid)
-        return patches
+    def grid_after(self, position, grid):
+        for peg in self.generators(position):
+            grid = peg.grid_after(grid)
+        return grid
 
-
-# --------------------------------------------------------------------------- sums
+    def qk_input(self, block, x, grid):
+        return self._run(block - 1, x, grid)[0] if self.in_attention else x
 
 
-class Sum(PositionEncoding):
-    """Several encodings at once, each acting in the order written."""
+# --------------------------------------------------------------------------- tables
 
-    def __init__(self, parts: list[PositionEncoding]):
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-        self.places = frozenset().union(*(part.places for part in parts))
-        self.query_key_blocks = frozenset().union(*(part.query_key_blocks for part in parts))
-        self.in_attention = any(part.in_attention for part in parts)
-        self.reads_weights = any(part.reads_weights for part in parts)
-        self.public_names = {
-            f"parts.{i}.{own}": public
-            for i, part in enumerate(parts)
-            for own, public in part.public_names.items()
-        }
 
-    def at(self, place, patches, prefix, grid):
-        for part in self.parts:
-            if place in part.places:
-                patches, prefix, grid = part.at(place, patches, prefix, grid)
-        return patches, prefix, grid
+def resample_table(table: Tensor, old: Grid, new: Grid, antialias: bool = False) -> Tensor:
+    """(..., old H*W, D) -> (..., new H*W, D), bicubic, to any height and width; the same grid changes nothing."""
+    if not torch.compiler.is_exporting() and old == new:  # an exported graph must not ask: its grid is open
+        return table
+    image = table.reshape(-1, *old, table.shape[-1]).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=antialias)
+    return image.flatten(2).transpose(1, 2).reshape(*table.shape[:-2], -1, table.shape[-1])
 
-    def encode(self, place, x, prefix_tokens, grid):
-        for part in self.parts:
-            if place in part.places:
-                x, grid = part.encode(place, x, prefix_tokens, grid)
-        return x, grid
 
-    def queries_keys(self, block, patches, grid):
-        for part in self.parts:
-            if block in part.query_key_blocks:
-                patches = part.queries_keys(block, patches, grid)
-        return patches
+def axial_angles(grid: Grid, n: int, base: float, step: tuple[float, float] = (1.0, 1.0), **kw) -> Tensor:
+    """-> (H*W, 2, n): row and column times n frequencies, from 1 down towards 1 / base.
+
+    `step` is the distance between neighbouring tokens, down and across; `kw`: dtype and device.
+    """
+    frequency = base ** -(torch.arange(n, **kw) / n)
+    rows, columns = (torch.arange(m, **kw)[:, None] * s * frequency for m, s in zip(grid, step, strict=True))
+    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
+    return torch.stack([rows, columns], 2).flatten(0, 1)
+
+
+def sine_table(
+    grid: Grid, width: int, temperature: float = 10000.0, step: tuple[float, float] = (1.0, 1.0), **kw
+) -> Tensor:
+    """-> (H*W, width): [sin row, cos row, sin column, cos column], a quarter of the width each."""
+    if width % 4:
+        raise ConfigError(f"sine: width={width}; a row and a column, sine and cosine, need a multiple of 4")
+    angles = axial_angles(grid, width // 4, temperature, step, **kw)
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+
+
+def _like(x: Tensor) -> dict:
+    """dtype and device for angles: those of `x`, in 32 bits at least."""
+    return {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device}
+
+
+def _step(resize: str, trained: Grid, grid: Grid) -> tuple[float, float]:
+    """Distance between neighbouring tokens, down and across; rescaled, the trained grid's ends stay the ends."""
+    return (trained[0] / grid[0], trained[1] / grid[1]) if resize == "rescale" else (1.0, 1.0)
+
+
+class LearnedEncoding(PositionEncoding):
+    """One learned vector a token, the prefix tokens' included, added before block 0 (DeiT).
+
+    The table is the parameter `pos_embed` of the model itself, as in timm and DeiT, and is handed in.
+    """
+
+    def encode(self, position, x, grid, table=None):
+        if position != -1:
+            return x, grid
+        if self.config.resize == "refuse" and grid != self.grid:
+            raise DataError(
+                f"grid {grid[0]}x{grid[1]}: this learned table has {self.grid[0]}x{self.grid[1]} rows and "
+                "resize='refuse'; give images of the trained size, or choose learned(resize='resample')"
+            )
+        prefix, patches = table[:, : self.prefix_tokens], table[:, self.prefix_tokens :]
+        patches = resample_table(patches, self.grid, grid, self.config.antialias)
+        return x + torch.cat([prefix, patches], 1), grid
+
+
+class SineEncoding(PositionEncoding):
+    """The fixed 2-D sine table, added to the patches before block 0. Prefix tokens get nothing."""
+
+    def __init__(self, config: Sine, model: ModelConfig):
+        super().__init__(config, model)
+        sine_table((1, 1), model.width)  # refuses an odd width now rather than at the first image
+
+    def encode(self, position, x, grid, table=None):
+        if position != -1:
+            return x, grid
+        config, width, like = self.config, x.shape[-1], _like(x)
+        if config.resize == "resample":
+            table = resample_table(sine_table(self.grid, width, config.temperature, **like), self.grid, grid)
+        else:
+            step = _step(config.resize, self.grid, grid)
+            table = sine_table(grid, width, config.temperature, step, **like)
+        return x + F.pad(table.to(x.dtype), (0, 0, self.prefix_tokens, 0)), grid
+
+
+# --------------------------------------------------------------------------- inside attention
+
+
+class RelativeEncoding(PositionEncoding):
+    """Clipped row and column offsets inside every block's attention (Shaw et al. 2018, in 2-D).
+
+    The logit of query i and key j gains q_i . (row[r_j - r_i] + column[c_j - c_i]) / sqrt(d). A pair with
+    a prefix token has an entry of its own (as AutoFormer's index 0). Each block has its tables; heads share.
+    """
+
+    in_attention = True
+
+    def __init__(self, config: Relative, model: ModelConfig):
+        super().__init__(config, model)
+        self.needs_weights = config.on == "keys_values"
+        entries = 2 * config.clip + 1
+        shape = model.heads if config.on == "bias" else model.width // model.heads
+        for name in ("keys", "values")[: 1 + self.needs_weights]:
+            for axis, rows in (("rows", entries), ("columns", entries), ("prefix", 1)):
+                if axis != "prefix" or self.prefix_tokens:
+                    table = nn.Parameter(torch.empty(model.depth, rows, shape))
+                    self.register_parameter(f"{name}_{axis}", nn.init.trunc_normal_(table, std=0.02))
+        # Kept, and not computed at each call: the clamp becomes part of an index otherwise, and torch.compile
+        # cannot generate that for a GPU.
+        for axis, n in zip(("rows", "columns"), self.grid, strict=True):
+            self.register_buffer(f"{axis}_index", offsets(n, config.clip, config.wrap), persistent=False)
+
+    def _entries(self, name: str, block: int, grid: Grid) -> tuple[Tensor, Tensor]:
+        """-> (H, H, ...) and (W, W, ...): the table entry of each pair of rows, and of columns."""
+        rows, columns = self.rows_index, self.columns_index
+        if torch.compiler.is_exporting() or grid != self.grid:  # an exported graph has an open grid
+            clip, wrap = self.config.clip, self.config.wrap
+            rows, columns = (offsets(n, clip, wrap, rows.device) for n in grid)
+        return getattr(self, f"{name}_rows")[block][rows], getattr(self, f"{name}_columns")[block][columns]
+
+    def attn_bias(self, block, q, grid):
+        P, T, scale = self.prefix_tokens, q.shape[2], q.shape[-1] ** -0.5
+        rows, columns = self._entries("keys", block, grid)
+        if self.config.on == "bias":
+            by_row = rows.permute(2, 0, 1)[None, :, :, None]  # (1, h, H, 1, H)
+            by_column = columns.permute(2, 0, 1)[None, :, None]  # (1, h, 1, W, W)
+            pairs = by_row[..., :, None] + by_column[..., None, :]  # (1, h, H, W, H, W)
+        else:
+            image = q[:, :, P:].unflatten(2, grid)
+            # Contiguous (they are small), so that torch.export need not reason about the order of strides.
+            by_row = torch.einsum("bhxyd,xjd->bhxyj", image, rows.to(q.dtype)).contiguous()
+            by_column = torch.einsum("bhxyd,yjd->bhxyj", image, columns.to(q.dtype)).contiguous()
+            pairs = (by_row[..., :, None] + by_column[..., None, :]) * scale
+        pairs = pairs.flatten(4, 5).flatten(2, 3)  # (B, h, N, N)
+        if not P:
+            return pairs.to(q.dtype)
+        entry = self.keys_prefix[block, 0]
+        if self.config.on == "bias":
+            own = entry[None, :, None].expand(1, -1, T)
+        else:
+            own = (q @ entry.to(q.dtype)) * scale  # (B, h, T)
+        top = own[:, :, :P, None].expand(-1, -1, -1, T)
+        below = torch.cat([own[:, :, P:, None].expand(-1, -1, -1, P), pairs], -1)
+        return torch.cat([top, below], 2).to(q.dtype)
+
+    def attn_values(self, block, weights, grid):
+        if not self.needs_weights:
+            return None
+        P = self.prefix_tokens
+        rows, columns = (t.to(weights.dtype) for t in self._entries("values", block, grid))
+        pairs = weights[:, :, P:, P:].unflatten(3, grid).unflatten(2, grid)  # (B, h, H, W, H, W)
+        by_row = torch.einsum("bhxyj,xjd->bhxyd", pairs.sum(-1), rows).contiguous()
+        by_column = torch.einsum("bhxyj,yjd->bhxyd", pairs.sum(-2), columns).contiguous()
+        out = (by_row + by_column).flatten(2, 3)
+        if not P:
+            return out
+        own = self.values_prefix[block, 0].to(weights.dtype)
+        out = out + weights[:, :, P:, :P].sum(-1, keepdim=True) * own
+        return torch.cat([weights[:, :, :P].sum(-1, keepdim=True) * own, out], 2)
+
+
+class RotaryEncoding(PositionEncoding):
+    """Axial rotary encoding: half of each head turns with the row, half with the column; no prefix turns."""
+
+    in_attention = True
+
+    def __init__(self, config: Rotary, model: ModelConfig):
+        super().__init__(config, model)
+        if model.width // model.heads % 4:
+            raise ConfigError(
+                f"rotary: head width {model.width // model.heads}; two axes of pairs need a multiple of 4"
+            )
 
     def rotate(self, block, q, k, grid):
-        for part in self.parts:
+        step = _step(self.config.resize, self.grid, grid)
+        angles = axial_angles(grid, q.shape[-1] // 4, self.config.theta, step, **_like(q)).flatten(
+            1
+        )  # (N, d/2)
+        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+
+        def turn(x: Tensor) -> Tensor:
+            prefix, (a, b) = x[:, :, : self.prefix_tokens], x[:, :, self.prefix_tokens :].chunk(2, -1)
+            return torch.cat([prefix, torch.cat([a * cos - b * sin, a * sin + b * cos], -1)], 2)
+
+        return turn(q), turn(k)
+
+
+# --------------------------------------------------------------------------- from a configuration
+
+KINDS: dict[type, type[PositionEncoding]] = {
+    Learned: LearnedEncoding,
+    Sine: SineEncoding,
+    Relative: RelativeEncoding,
+    Rotary: RotaryEncoding,
+    Peg: PegEncoding,
+}
+
+
+class EncodingSum(PositionEncoding):
+    """The encodings of a model, none or more, each acting in the order written; submodules by their kind."""
+
+    def __init__(self, model: ModelConfig):
+        super().__init__(model=model)
+        for config in parse_encoding(model.encoding):
+            name = type(config).__name__.lower()
+            if isinstance(config, Learned) and hasattr(self, name):
+                raise ConfigError(f"encoding {model.encoding!r}: one learned table at most")
+            count = sum(type(part.config) is type(config) for part in self.children())
+            self.add_module(name + (f"_{count + 1}" if count else ""), KINDS[type(config)](config, model))
+        self.in_attention = any(part.in_attention for part in self.children())
+        self.needs_weights = any(part.needs_weights for part in self.children())
+
+    def encode(self, position, x, grid, table=None):
+        for part in self.children():
+            x, grid = part.encode(position, x, grid, table)
+        return x, grid
+
+    def grid_after(self, position, grid):
+        for part in self.children():
+            grid = part.grid_after(position, grid)
+        return grid
+
+    def qk_input(self, block, x, grid):
+        for part in self.children():
+            x = part.qk_input(block, x, grid)
+        return x
+
+    def rotate(self, block, q, k, grid):
+        for part in self.children():
             q, k = part.rotate(block, q, k, grid)
         return q, k
 
-    def lengthen(self, block, q, k, grid):
-        for part in self.parts:
-            q, k = part.lengthen(block, q, k, grid)
-        return q, k
+    def attn_bias(self, block, q, grid):
+        return _sum(part.attn_bias(block, q, grid) for part in self.children())
 
-    def logits(self, block, q, grid):
-        return _add(part.logits(block, q, grid) for part in self.parts)
-
-    def values(self, block, weights, grid):
-        return _add(part.values(block, weights, grid) for part in self.parts)
+    def attn_values(self, block, weights, grid):
+        return _sum(part.attn_values(block, weights, grid) for part in self.children())
 
 
-def _add(terms) -> Tensor | None:
+def _sum(terms) -> Tensor | None:
     terms = [term for term in terms if term is not None]
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def build_encoding(text: str, *, width: int, heads: int, depth: int, grid: Grid, prefix_tokens: int) -> Sum:
-    """Encoding text (see `cpvt.config`) -> the module that a model of these sizes calls."""
-    builders = {
-        Learned: lambda c: LearnedTable(c, width, grid, prefix_tokens),
-        Sine: lambda c: SineTable(c, width, grid),
-        Relative: lambda c: RelativeTable(c, width, heads, depth, prefix_tokens),
-        Rotary: lambda c: RotaryAngles(c, width, heads, grid, prefix_tokens),
-        Peg: lambda c: PegEncoding(c, width, depth),
-    }
-    config = parse_encoding(text)
-    tables = [part for part in config if isinstance(part, Learned)]
-    if len(tables) > 1:
-        raise ConfigError(f"encoding {format_encoding(config)!r}: one learned table at most")
-    return Sum([builders[type(part)](part) for part in config])
+def learned_table(model: ModelConfig) -> nn.Parameter | None:
+    """-> (1, P + N, D), a fresh table for a model whose encoding has a learned one; else None."""
+    if not any(isinstance(part, Learned) for part in parse_encoding(model.encoding)):
+        return None
+    table = nn.Parameter(torch.empty(1, model.prefix_tokens + model.grid[0] * model.grid[1], model.width))
+    return nn.init.trunc_normal_(table, std=0.02)

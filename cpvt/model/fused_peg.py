@@ -1,22 +1,20 @@
-"""The encodings' sums, arranged for a GPU: one pass over the tokens, no table of all pairs.
+"""The PEG as one operator, `peg`: in Triton on a GPU, one pass over the tokens with their prefix.
 
-Letters: B batch, N = H*W patches, P prefix tokens (class, distillation), T = P + N tokens,
-D width, h heads, d = D/h head width, (H, W) grid of tokens, k the width of a kernel.
+Letters: B batch, P prefix tokens (class, distillation), T = P + H*W tokens, D width, (H, W) grid of tokens,
+k the width of a kernel.
 
-What an encoding is stands in `encodings.py`; here is the same number reached by a shorter road. The PEG's
-operator runs where Triton is; it has a CPU form too, which no model uses but every test can.
+What it computes is said by `encodings.PEG` and, in short, by `by_convolution` here, which also is the operator's
+form on a CPU, and what a GPU gets where the kernels do not prove right at their first use.
 """
 
 from __future__ import annotations
 
-import os
+import functools
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from cpvt.config import Peg, Relative
-from cpvt.model.tables import Grid, offsets
 
 try:
     import triton
@@ -24,29 +22,18 @@ try:
 except ImportError:  # PyTorch for CPUs, or for a Mac, comes without it
     triton = tl = None
 
-# A switch of the environment and not of the configuration: it changes how long a step takes and not what is
-# computed, and recorded rows carry the text of the configuration. 0 shows what the other road costs.
-FUSED = os.environ.get("CPVT_FUSED", "1") != "0"
-
 LARGEST_KERNEL = 5  # the backward pass keeps k * k sums in registers: 25 fit, 49 do not
-LARGEST_HEAD = 128  # the widest head that the fused attention kernels take at full speed
 
 
-def fast(x: Tensor) -> bool:
-    """Whether tensors like `x` take the short road: on a GPU, in a precision that is not for checking."""
+def available(x: Tensor) -> bool:
+    """Whether `peg` computes tensors like `x` to their own precision; Triton's sums are float32."""
+    if torch.compiler.is_exporting():  # ONNX has no such operator
+        return False
     low = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return FUSED and x.is_cuda and low and not torch.compiler.is_exporting()  # ONNX has no such operators
+    return (triton is not None and low) if x.is_cuda else True
 
 
-# --------------------------------------------------------------------------- the PEG as one operator
-
-
-def fuses(config: Peg, x: Tensor) -> bool:
-    """Whether `peg` computes this PEG; the convolution does elsewhere."""
-    plain = config.convolution == "depthwise" and config.padding == "zero" and config.skip
-    plain = plain and config.on != "constant"
-    small = config.kernel <= LARGEST_KERNEL and config.compute == "convolution"
-    return plain and small and triton is not None and fast(x)
+# --------------------------------------------------------------------------- the kernels
 
 
 def _jit(function):
@@ -178,9 +165,60 @@ def _channels_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+# --------------------------------------------------------------------------- the same by the convolution
+
+
+def by_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, H: int, W: int) -> Tensor:
+    """`launch_forward` in PyTorch's own operators."""
+    with torch.autocast(x.device.type, enabled=False):
+        prefix, image = _split(x.to(weight.dtype), H, W)
+        out = F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+        return torch.cat([prefix, (image + out).flatten(2).transpose(1, 2)], 1).to(x.dtype)
+
+
+def backward_by_convolution(g: Tensor, x: Tensor, weight: Tensor, H: int, W: int):
+    """`launch_backward` in PyTorch's own operators."""
+    (prefix, down), (_, image) = (_split(t.to(weight.dtype), H, W) for t in (g, x))
+    border, one = [weight.shape[-1] // 2] * 2, [1, 1]
+    image_g, weight_g, bias_g = torch.ops.aten.convolution_backward(
+        down, image, weight, [len(weight)], one, border, one, False, [0, 0], len(weight), [True] * 3
+    )
+    dx = torch.cat([prefix, (down + image_g).flatten(2).transpose(1, 2)], 1)
+    return dx.to(x.dtype).contiguous(), weight_g.contiguous(), bias_g
+
+
+def _split(x: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
+    prefix, patches = x.split([x.shape[1] - H * W, H * W], 1)
+    return prefix, patches.transpose(1, 2).unflatten(2, (H, W))
+
+
+@functools.cache
+def proven(device: torch.device, dtype: torch.dtype, width: int, kernel: int) -> bool:
+    """Whether both kernels give what the convolution gives in float64, tried once on a small case of this kind."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((2, 31, width), (2, 31, width), (width, 1, kernel, kernel), (width,))
+    x, g, weight, bias = (torch.randn(shape, generator=draw).to(device) for shape in shapes)
+    x, g = x.to(dtype), g.to(dtype)
+    bound = max(1e-5, 2 * torch.finfo(dtype).eps)  # float32 gives 1e-7; a wrong or missing term gives 0.1
+    try:
+        found = launch_forward(x, weight, bias, 5, 6), *launch_backward(g, x, weight, 5, 6)
+        x, g, weight, bias = (t.double() for t in (x, g, weight, bias))
+        exact = by_convolution(x, weight, bias, 5, 6), *backward_by_convolution(g, x, weight, 5, 6)
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+        reason = "" if max(errors) < bound else f"relative errors {errors}, expected below {bound:.1g}"
+    except Exception as error:  # whatever compilers and drivers raise: there is another way to compute it
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        warnings.warn(f"the Triton PEG is not used on {device} ({dtype}): {reason}", stacklevel=2)
+    return not reason
+
+
+# --------------------------------------------------------------------------- the operator
+
+
 # An opaque operator, whose kernel reads the strides when it runs: whatever layout the compiler chooses, the
 # numbers are right. (torch.library.triton_op would fix them as constants while tracing.) It is one node of the
-# graph, and the CPU form below goes through the same tracing and compiling, so that tests reach all but the
+# graph, and the CPU form goes through the same tracing and compiling, so that tests reach all but the
 # two kernels without a GPU.
 @torch.library.custom_op("cpvt::peg", mutates_args=())
 def peg(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
@@ -190,7 +228,8 @@ def peg(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int)
     autocast, which therefore rounds nothing here), weights have theirs, sums are float32. Not for double
     backward.
     """
-    return launch_forward(x, weight, bias, height, width)
+    run = launch_forward if _kernels_serve(x, weight) else by_convolution
+    return run(x, weight, bias, height, width).contiguous()
 
 
 @torch.library.custom_op("cpvt::peg_backward", mutates_args=())
@@ -198,32 +237,12 @@ def peg_backward(
     g: Tensor, x: Tensor, weight: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of `peg`'s output -> those of x, weight and bias."""
-    return launch_backward(g, x, weight, height, width)
+    run = launch_backward if _kernels_serve(x, weight) else backward_by_convolution
+    return run(g, x, weight, height, width)
 
 
-@peg.register_kernel("cpu")
-def _(x, weight, bias, height, width):
-    with torch.autocast("cpu", enabled=False):
-        prefix, image = _split(x.to(weight.dtype), height, width)
-        out = F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
-        out = torch.cat([prefix, (image + out).flatten(2).transpose(1, 2)], 1)
-    return out.to(x.dtype).contiguous()
-
-
-@peg_backward.register_kernel("cpu")
-def _(g, x, weight, height, width):
-    (prefix, down), (_, image) = (_split(t.to(weight.dtype), height, width) for t in (g, x))
-    border, one = [weight.shape[-1] // 2] * 2, [1, 1]
-    image_g, weight_g, bias_g = torch.ops.aten.convolution_backward(
-        down, image, weight, [len(weight)], one, border, one, False, [0, 0], len(weight), [True] * 3
-    )
-    dx = torch.cat([prefix, (down + image_g).flatten(2).transpose(1, 2)], 1)
-    return dx.to(x.dtype).contiguous(), weight_g.contiguous(), bias_g
-
-
-def _split(x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    prefix, patches = x.split([x.shape[1] - height * width, height * width], 1)
-    return prefix, patches.transpose(1, 2).unflatten(2, (height, width))
+def _kernels_serve(x: Tensor, weight: Tensor) -> bool:
+    return x.is_cuda and proven(x.device, x.dtype, x.shape[-1], weight.shape[-1])
 
 
 @peg.register_fake
@@ -249,83 +268,3 @@ def _differentiate(ctx, g):
 
 
 peg.register_autograd(_differentiate, setup_context=_remember)
-
-
-# --------------------------------------------------------------------------- a kernel that covers the grid
-
-
-def peg_matrix(x: Tensor, weight: Tensor, grid: Grid) -> Tensor:
-    """(B, N, D), (D, 1, k, k) -> (B, N, D): the convolution as one N x N matrix a channel.
-
-    For k >= 2 max(H, W) - 1, so that each pair of tokens has a weight. The matrices are gathered once a call
-    (D*N*N numbers: 7.4 million for DeiT-Ti, a fifth of the tokens of a batch of 1024), then multiply the whole
-    batch: 15 GFLOP there, in autocast's precision with float32 sums.
-    """
-    centre = weight.shape[-1] // 2
-    rows, columns = (offsets(n, centre, False, x.device) for n in grid)
-    # (D, k, k); entry [m, n] is the weight from token n to token m
-    matrix = weight[:, 0][:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3, 4).flatten(1, 2)
-    # On "meta" (shapes alone) there is no autocast to ask about: PyTorch refuses the question.
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, matrix = x.to(dtype), matrix.to(dtype)
-    # Turned once, (D, N, B), and kept so for the backward pass; einsum would turn it anew for each product.
-    return torch.bmm(matrix, x.permute(2, 1, 0).contiguous()).permute(2, 1, 0)
-
-
-# --------------------------------------------------------------------------- relative offsets in longer heads
-
-
-def lengthens(config: Relative, table: Tensor, q: Tensor, grid: Grid) -> bool:
-    """Whether queries and keys grow by a channel for each row and column of the grid, instead of a (T, T) bias.
-
-    `table` (..., d) is the encoding's own: `q` may have grown already.
-    """
-    return config.on == "keys" and table.shape[-1] + grid[0] + grid[1] <= LARGEST_HEAD and fast(q)
-
-
-def lengthen(
-    q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, entry: Tensor | None, grid: Grid
-) -> tuple[Tensor, Tensor]:
-    """Two (B, h, T, d) -> two (B, h, T, d + H + W, rounded up to 8), whose products hold the relative terms.
-
-    `rows` (H, H, d) and `columns` (W, W, d): the table's entry for each pair of rows, and of columns, a function
-    of their offset alone. `entry` (d,): that of a pair with a prefix token, None without any.
-
-    The term q . (rows[r, r'] + columns[c, c']) picks one of H numbers by the key's row and one of W by its
-    column. So the query carries all H + W numbers, and the key ones at its own row and column. Towards prefix
-    tokens, q . entry is reached by adding `entry` to their keys; from them, by numbers alike for all rows.
-    """
-    (H, W), d = grid, rows.shape[-1]
-    P, extra = q.shape[2] - H * W, -(q.shape[-1] + H + W) % 8
-    # Every offset from -(H-1) to H-1, then those of the columns, then the prefix: one product for all tokens.
-    table = [rows[1:, 0].flip(0), rows[0], columns[1:, 0].flip(0), columns[0]]
-    table = torch.cat([*table, rows.new_zeros(1, d) if entry is None else entry[None]]).to(q.dtype)
-    table = F.pad(table, (0, 0, 0, -len(table) % 8))
-    # By heads, (h, B*T, d): a view of what the linear layer wrote, where (B*h*T, d) would copy it.
-    by_head = q[..., :d].transpose(0, 1)
-    scores = torch.bmm(by_head.flatten(1, 2), table.t().expand(len(by_head), -1, -1))
-    scores = scores.unflatten(1, by_head.shape[1:3]).transpose(0, 1)  # (B, h, T, M)
-    M, flat = scores.shape[-1], scores[:, :, P:].flatten(2)
-    # Token (r, c) needs M-long rows from H-1-r on for its H rows, from 2H-1 + W-1-c on for its W columns.
-    by_row = _windows(_windows(flat, H, W * M - 1, (W - 1) * M + H, H - 1), W, M, H)
-    by_column = _windows(flat.unflatten(2, (H, W * M)), W, M - 1, W, 2 * H - 1 + W - 1)
-    added = torch.cat([by_row, by_column], -1).flatten(2, 3)
-    place = torch.arange(H * W, device=q.device)
-    r, c = torch.arange(H, device=q.device), torch.arange(W, device=q.device)
-    marks = torch.cat([place[:, None] // W == r, place[:, None] % W == c], -1).to(k.dtype)
-    if P:
-        own = 2 * H - 1 + 2 * W - 1
-        same = F.pad(scores[:, :, :P, own : own + 1].expand(-1, -1, -1, H), (0, W))
-        added, marks = torch.cat([same, added], 2), F.pad(marks, (0, 0, P, 0))
-        near = F.pad(entry.to(k.dtype)[None].expand(P, -1), (0, k.shape[-1] - d, 0, H * W))
-        k = k + near
-    marks = F.pad(marks, (0, extra)).expand(*k.shape[:2], -1, -1)
-    return torch.cat([q, F.pad(added, (0, extra))], -1), torch.cat([k, marks], -1)
-
-
-def _windows(x: Tensor, count: int, step: int, size: int, start: int = 0) -> Tensor:
-    """(..., L) -> (..., count, size): window i begins at start + i * step. As Tensor.unfold, but what autograd
-    makes of that is a scattered sum."""
-    x = x[..., start : start + (count - 1) * step + size]
-    return F.pad(x, (0, count * step - x.shape[-1])).unflatten(-1, (count, step))[..., :size]

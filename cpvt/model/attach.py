@@ -1,0 +1,114 @@
+"""PEGs for timm's own transformers."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from cpvt.config import Grid, Peg, replace
+from cpvt.errors import ConfigError
+from cpvt.model.encodings import PEG, on_patches
+
+
+class AttachedPegs(nn.ModuleDict):
+    """The PEGs of a timm model, by position, and the grid of the images that it is looking at."""
+
+    def __init__(self, config: Peg, width: int, prefix_tokens: int):
+        super().__init__({str(position): PEG(width, config=config) for position in sorted(config.positions)})
+        self.prefix_tokens = prefix_tokens
+        self.grid: Grid | None = None
+
+    def see(self, patch_embed: nn.Module, images: tuple[Tensor], tokens: Tensor) -> None:
+        """Behind the patch embedding, whose tokens are (B, H, W, D), or (B, N, D) at a size of its own."""
+        pixels = images[0].shape[-2:]
+        self.grid = tuple(tokens.shape[1:3] if tokens.ndim == 4 else patch_embed.dynamic_feat_size(pixels))
+
+    def encode(self, position: int, tokens: Tensor) -> Tensor:
+        """(B, P + N, D) -> the same."""
+        return on_patches(self[str(position)], tokens, self.grid, self.prefix_tokens)
+
+    def before(self, block: nn.Module, args: tuple) -> tuple:
+        return (self.encode(-1, args[0]), *args[1:])
+
+    def after(self, position: int, block: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
+        return self.encode(position, tokens)
+
+
+def attach_peg(
+    model: nn.Module,
+    positions: tuple[int, ...] = (0,),
+    drop_pos_embed: bool = False,
+    kernel: int = 3,
+    padding: str = "zero",
+    init: str = "pytorch",
+) -> nn.Module:
+    """Puts PEGs into a timm `VisionTransformer` or `Eva`, in place, and returns it.
+
+    All keys of its state dict stay; the PEGs' are `pegs.POSITION.proj.*`. `positions`, `kernel`, `padding`
+    and `init` are those of `cpvt.config.Peg`. With `drop_pos_embed` the learned table goes, and with it the
+    one size of image that the model could read; rotary angles stay, computed for each size.
+
+    With gradient checkpointing, finish the backward pass of one image size before running another.
+    Raises ConfigError for other families, for token dropping, and for a model that has PEGs already.
+    """
+    from timm.models.eva import (
+        Eva,
+    )  # here: timm takes seconds to import, and whoever has a model of it has it
+    from timm.models.vision_transformer import VisionTransformer
+
+    # Hooks, and not wrapped blocks: a wrapper would rename every key below `blocks`; a subclass would have
+    # to copy the loops over blocks of forward_features and forward_intermediates, in two families. The hooks
+    # are methods of a submodule: a deep copy (averaged weights) or a pickle then has hooks of its own.
+    name = type(model).__name__
+    if not isinstance(model, VisionTransformer | Eva):
+        raise ConfigError(
+            f"attach_peg: {name} from {type(model).__module__}; expected timm's VisionTransformer or Eva, "
+            "whose blocks all see one grid of tokens (a cpvt model takes encoding='peg' instead)"
+        )
+    if getattr(model, "pegs", None) is not None:
+        raise ConfigError(
+            f"attach_peg: this {name} has PEGs at {list(model.pegs)}; attach all positions at once"
+        )
+    if not isinstance(model.patch_drop, nn.Identity | None):
+        raise ConfigError(
+            f"attach_peg: this {name} drops patches (patch_drop_rate > 0), and a PEG needs the whole grid; "
+            "create the model with patch_drop_rate=0"
+        )
+    config = replace(Peg(), positions=tuple(positions), kernel=kernel, padding=padding, init=init)
+    if max(config.positions) >= len(model.blocks):
+        raise ConfigError(
+            f"attach_peg: positions={config.positions} in a model of {len(model.blocks)} blocks; "
+            f"the last is {len(model.blocks) - 1}"
+        )
+    pegs = AttachedPegs(config, model.embed_dim, model.num_prefix_tokens)
+    like = next(model.blocks.parameters())
+    model.pegs = pegs.to(like.device, like.dtype).train(model.training)
+    model.patch_embed.register_forward_hook(pegs.see)
+    for position in config.positions:
+        if position == -1:
+            model.blocks[0].register_forward_pre_hook(pegs.before)
+        else:
+            model.blocks[position].register_forward_hook(functools.partial(pegs.after, position))
+    if drop_pos_embed:
+        _drop_pos_embed(model)
+    return model
+
+
+def _drop_pos_embed(model: nn.Module) -> None:
+    """Removes the learned table, and lets the model read any multiple of the patch size."""
+    from timm.layers import Format
+    from timm.models.deit import VisionTransformerDistilled
+
+    table, model.pos_embed = model.pos_embed, None
+    if isinstance(model, VisionTransformerDistilled):  # the one class that always adds a table: now zeros
+        del model.pos_embed
+        model.register_buffer("pos_embed", torch.zeros_like(table), persistent=False)
+    model.dynamic_img_size = True
+    embed = model.patch_embed
+    embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
+    rope = getattr(model, "rope", None)
+    if rope is not None and getattr(rope, "_use_cached_embed", False):
+        # What timm's constructor does where no size is given: angles are made for each grid.
+        rope._use_cached_embed, rope.feat_shape, rope.pos_embed = False, None, None
