@@ -88,8 +88,8 @@ def test_what_is_decayed():
     decayed, free = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.05))
     assert decayed | free == set(names.values()) and not decayed & free
     assert {"patch_embed.proj.weight", "head.weight", "blocks.0.attn.qkv.weight"} <= decayed
-    assert any("pegs.0.proj.weight" in name for name in decayed)
-    assert {"cls_token", "norm.weight", "head.bias", "encoding.parts.0.pos_embed"} <= free
+    assert any("peg.0.proj.weight" in name for name in decayed)
+    assert {"cls_token", "norm.weight", "head.bias", "pos_embed"} <= free
     assert all(name in free for name in names.values() if "keys_" in name)
 
 

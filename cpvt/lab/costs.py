@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from cpvt.lab import results
 from cpvt.lab.experiments import FIVE, table_rows
 from cpvt.lab.results import COLUMNS, Result, complete, describe
 from cpvt.lab.timing import Step, each_compiled, in_rounds, noise, ratios, seconds_of, summary
-from cpvt.model.fused_peg import FUSED
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_config
 
@@ -88,7 +87,8 @@ def multiply_adds(config: ModelConfig, side: int | None = None) -> int:
         model = VisionTransformer(config).eval()
     # A fused attention on a CPU is not among the operators that the counter knows: its two products are.
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        weights = {name: torch.empty(p.shape) for name, p in model.named_parameters()}
+        tensors = chain(model.named_parameters(), model.named_buffers())
+        weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors}
         with FlopCounterMode(display=False) as counter:
             functional_call(model, weights, torch.empty(1, config.in_channels, *size))
     return counter.get_total_flops() // 2
@@ -112,7 +112,7 @@ def saved_bytes(config: ModelConfig, images: int = 1) -> int:
     """
     torch.manual_seed(0)
     model = VisionTransformer(replace(config, drop_path=0.0)).train()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in chain(model.parameters(), model.buffers())}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -233,7 +233,7 @@ def time_group(rows: Sequence[Row], size: Size, device: str, commit: str) -> Ite
                 **asdict(size),
                 "model": asdict(configs[name]),
                 "precision": "bf16" if cuda else "fp32",
-                "fused": FUSED and cuda,
+                "fused": cuda,
                 "threads": torch.get_num_threads(),
             },
             metrics=metrics,

@@ -34,7 +34,7 @@ from cpvt.lab.probes import (
 )
 from cpvt.lab.results import fingerprint
 from cpvt.lab.timm_baseline import selected
-from cpvt.model.encodings import PEG, LearnedTable
+from cpvt.model.encodings import PEG
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import save_model
 from cpvt.training.distributed import Stopped
@@ -216,9 +216,8 @@ def arrays_of(run: Run, spread: bool = False) -> dict[str, Tensor]:
     for module in model.modules():
         if isinstance(module, PEG):
             found[f"peg{len(found)}"] = module.proj.weight
-    for module in model.modules():
-        if isinstance(module, LearnedTable):
-            found["table"] = module.pos_embed[0]
+    if model.pos_embed is not None:
+        found["table"] = model.pos_embed[0]
     (H, W), P = model.config.grid, model.num_prefix_tokens
     middle = P + H // 2 * W + W // 2
     maps = attention_maps(model, held_out_images(loader, 64, spread)[0]).values()

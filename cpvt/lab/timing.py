@@ -101,7 +101,7 @@ class Step:
         scale = ()  # ours takes the factors of its drop path from the loop; timm's draws them itself
         if self.optimizer and isinstance(self.model, VisionTransformer) and self.model.config.drop_path:
             draws = torch.rand(len(self.model.blocks), 2, len(images), device=images.device)
-            scale = (self.model.keep_factors(draws),)
+            scale = (self.model.drop_path_scale(draws),)
         if self.mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned may be overwritten
         with self.autocast, torch.set_grad_enabled(self.optimizer is not None):

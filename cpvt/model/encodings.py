@@ -3,7 +3,7 @@
 Letters: B batch, N = H*W patches, P prefix tokens (class, distillation), T = P + N tokens,
 D width, h heads, d = D/h head width, (H, W) grid of tokens, k the width of a kernel.
 
-A model calls its encoding at the hooks of `PositionEncoding`, and names none: at each position in the stack of
+A model calls its encoding at the hooks of `Encoding`, and names none: at each position in the stack of
 blocks (-1 before block 0, i after block i), and where a block forms its attention.
 """
 
@@ -78,9 +78,8 @@ class PEG(nn.Module):
 
     def covers(self, grid: Grid) -> bool:
         """Whether to compute the convolution as a matrix: asked for, and every pair of tokens within reach."""
-        if self.config.compute != "matrix" or self.config.on == "constant" or torch.compiler.is_exporting():
-            return False
-        return self.config.kernel >= 2 * max(grid) - 1
+        asked = self.config.compute == "matrix" and self.config.on != "constant"
+        return asked and not torch.compiler.is_exporting() and self.config.kernel >= 2 * max(grid) - 1
 
     def fuses(self, x: Tensor) -> bool:
         """Whether one operator (`fused_peg.peg`) computes this PEG of tensors like `x`."""
@@ -137,7 +136,7 @@ def convolve_as_matrix(x: Tensor, proj: nn.Conv2d, grid: Grid) -> Tensor:
 # --------------------------------------------------------------------------- the hooks
 
 
-class PositionEncoding(nn.Module):
+class Encoding(nn.Module):
     """What a model calls. Each hook does nothing here; an encoding fills in those that it needs."""
 
     in_attention = False  # whether it has a part in what a block's attention computes
@@ -174,7 +173,7 @@ class PositionEncoding(nn.Module):
         return None
 
 
-class PegEncoding(PositionEncoding):
+class PegEncoding(Encoding):
     """PEGs at the configured positions, or on the queries and keys of the block that follows.
 
     The PEG after block i is the submodule "i" (before block 0: "-1"); one behind another, "i_1", "i_2", ...
@@ -263,7 +262,7 @@ def _step(resize: str, trained: Grid, grid: Grid) -> tuple[float, float]:
     return (trained[0] / grid[0], trained[1] / grid[1]) if resize == "rescale" else (1.0, 1.0)
 
 
-class LearnedEncoding(PositionEncoding):
+class LearnedEncoding(Encoding):
     """One learned vector a token, the prefix tokens' included, added before block 0 (DeiT).
 
     The table is the parameter `pos_embed` of the model itself, as in timm and DeiT, and is handed in.
@@ -282,7 +281,7 @@ class LearnedEncoding(PositionEncoding):
         return x + torch.cat([prefix, patches], 1), grid
 
 
-class SineEncoding(PositionEncoding):
+class SineEncoding(Encoding):
     """The fixed 2-D sine table, added to the patches before block 0. Prefix tokens get nothing."""
 
     def __init__(self, config: Sine, model: ModelConfig):
@@ -304,7 +303,7 @@ class SineEncoding(PositionEncoding):
 # --------------------------------------------------------------------------- inside attention
 
 
-class RelativeEncoding(PositionEncoding):
+class RelativeEncoding(Encoding):
     """Clipped row and column offsets inside every block's attention (Shaw et al. 2018, in 2-D).
 
     The logit of query i and key j gains q_i . (row[r_j - r_i] + column[c_j - c_i]) / sqrt(d). A pair with
@@ -377,7 +376,7 @@ class RelativeEncoding(PositionEncoding):
         return torch.cat([weights[:, :, :P].sum(-1, keepdim=True) * own, out], 2)
 
 
-class RotaryEncoding(PositionEncoding):
+class RotaryEncoding(Encoding):
     """Axial rotary encoding: half of each head turns with the row, half with the column; no prefix turns."""
 
     in_attention = True
@@ -405,7 +404,7 @@ class RotaryEncoding(PositionEncoding):
 
 # --------------------------------------------------------------------------- from a configuration
 
-KINDS: dict[type, type[PositionEncoding]] = {
+KINDS: dict[type, type[Encoding]] = {
     Learned: LearnedEncoding,
     Sine: SineEncoding,
     Relative: RelativeEncoding,
@@ -414,7 +413,7 @@ KINDS: dict[type, type[PositionEncoding]] = {
 }
 
 
-class EncodingSum(PositionEncoding):
+class EncodingSum(Encoding):
     """The encodings of a model, none or more, each acting in the order written; submodules by their kind."""
 
     def __init__(self, model: ModelConfig):

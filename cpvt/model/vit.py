@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cpvt.config import Grid, ModelConfig
 from cpvt.errors import ConfigError, DataError
-from cpvt.model.encodings import EncodingSum, PositionEncoding, learned_table
+from cpvt.model.encodings import Encoding, EncodingSum, learned_table
+
+Logits = Tensor | tuple[Tensor, Tensor]  # a pair while a distilled model trains
 
 
 class PatchEmbed(nn.Module):
@@ -36,9 +38,7 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         p, channels = self.patch_size, self.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
-            raise DataError(
-                f"images of shape {tuple(images.shape)}; expected (batch, {channels}, height, width)"
-            )
+            raise DataError(f"images of shape {tuple(images.shape)}; expected (B, {channels}, height, width)")
         height, width = images.shape[-2:]
         if height % p or width % p:
             raise DataError(
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, qk_x: Tensor, encoding: PositionEncoding, block: int, grid: Grid) -> Tensor:
+    def forward(self, x: Tensor, qk_x: Tensor, encoding: Encoding, block: int, grid: Grid) -> Tensor:
         """`qk_x` (B, T, D): the tokens that queries and keys are made from; nearly always `x` itself."""
         q, k, v, bias = self._qkv(x, qk_x, encoding, block, grid)
         if encoding.needs_weights:
@@ -70,12 +70,12 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, h, T, d)
         return self.proj(out.transpose(1, 2).flatten(2))
 
-    def weights(self, x: Tensor, qk_x: Tensor, encoding: PositionEncoding, block: int, grid: Grid) -> Tensor:
+    def weights(self, x: Tensor, qk_x: Tensor, encoding: Encoding, block: int, grid: Grid) -> Tensor:
         """The same arguments -> (B, h, T, T): how much each token, down, reads from each token, across."""
         q, k, _, bias = self._qkv(x, qk_x, encoding, block, grid)
         return _weights(q, k, bias)
 
-    def _qkv(self, x: Tensor, qk_x: Tensor, encoding: PositionEncoding, block: int, grid: Grid):
+    def _qkv(self, x: Tensor, qk_x: Tensor, encoding: Encoding, block: int, grid: Grid):
         """-> queries, keys and values, each (B, h, T, d), and what is added to the logits, or None."""
         if qk_x is x:
             q, k, v = self.qkv(x).chunk(3, -1)
@@ -121,7 +121,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        encoding: PositionEncoding,
+        encoding: Encoding,
         block: int,
         grid: Grid,
         drop_path_scale: Tensor | None = None,
@@ -139,7 +139,7 @@ def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
     return branch if scale is None else scale[:, None, None] * branch
 
 
-_NO_ENCODING = PositionEncoding()
+_NO_ENCODING = Encoding()
 
 
 class VisionTransformer(nn.Module):
@@ -157,7 +157,8 @@ class VisionTransformer(nn.Module):
         self.num_features = self.embed_dim = self.head_hidden_size = D
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(config.in_channels, D, config.patch_size, config.stem)
-        for name in ("cls_token", "dist_token")[:P]:
+        self.prefix_names = ("cls_token", "dist_token")[:P]
+        for name in self.prefix_names:
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, D)))
         self.pos_embed = learned_table(config)
         self.encoding = EncodingSum(config)
@@ -170,27 +171,25 @@ class VisionTransformer(nn.Module):
             self.blocks.append(Block(D, config.mlp_ratio, attention))
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.head = self.head_dist = nn.Identity()
-        self._initialise()
+        for name in self.prefix_names:
+            nn.init.trunc_normal_(getattr(self, name), std=0.02)
+        self._initialise(self)
         self.reset_classifier(config.num_classes)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": D, "reduction": config.patch_size}
             for i in range(config.depth)
         ]
 
-    def _initialise(self) -> None:
+    def _initialise(self, module: nn.Module) -> None:
         """DeiT's: normal, cut at 2 (absolute), zero biases; convolutions keep PyTorch's default."""
-        for name in ("cls_token", "dist_token")[: self.num_prefix_tokens]:
-            nn.init.trunc_normal_(getattr(self, name), std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=self.config.init_std)
-                nn.init.zeros_(module.bias)
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=self.config.init_std)
+                nn.init.zeros_(layer.bias)
 
     # ----------------------------------------------------------------- forward
 
-    def forward(
-        self, images: Tensor, drop_path_scale: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, drop_path_scale: Tensor | None = None) -> Logits:
         return self.forward_head(self.forward_features(images, drop_path_scale))
 
     def forward_features(self, images: Tensor, drop_path_scale: Tensor | None = None) -> Tensor:
@@ -208,9 +207,9 @@ class VisionTransformer(nn.Module):
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """(B, C, height, width) -> (B, T, D) and the grid: everything before block 0."""
         patches, grid = self.patch_embed(images)  # (B, N, D)
-        names = ("cls_token", "dist_token")[: self.num_prefix_tokens]
-        prefix = [getattr(self, name).to(patches.dtype).expand(len(patches), -1, -1) for name in names]
-        return self._encode(-1, torch.cat([*prefix, patches], 1), grid)
+        prefix = [getattr(self, name).to(patches.dtype) for name in self.prefix_names]
+        prefix = [token.expand(patches.shape[0], -1, -1) for token in prefix]
+        return self.encoding.encode(-1, torch.cat([*prefix, patches], 1), grid, self.pos_embed)
 
     def run_block(
         self, i: int, x: Tensor, grid: Grid, drop_path_scale: Tensor | None = None
@@ -223,12 +222,9 @@ class VisionTransformer(nn.Module):
             x = checkpoint(self.blocks[i], *arguments, use_reentrant=False)
         else:
             x = self.blocks[i](*arguments)
-        return self._encode(i, x, grid)
+        return self.encoding.encode(i, x, grid, self.pos_embed)
 
-    def _encode(self, position: int, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-        return self.encoding.encode(position, x, grid, self.pos_embed)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Logits:
         """(B, T, D) -> (B, num_classes), or (B, D) with `pre_logits`."""
         if self.config.global_pool == "avg":
             pooled = x.mean(1)
@@ -250,7 +246,7 @@ class VisionTransformer(nn.Module):
     def _drawn(self, images: Tensor) -> Tensor | None:
         if not (self.training and self.config.drop_path):
             return None
-        return self.drop_path_scale(torch.rand(len(self.blocks), 2, len(images), device=images.device))
+        return self.drop_path_scale(torch.rand(len(self.blocks), 2, images.shape[0], device=images.device))
 
     # ----------------------------------------------------------------- timm's conventions
 
@@ -260,17 +256,13 @@ class VisionTransformer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, or none for 0 classes. The pooling is part of the configuration and stays."""
         if global_pool not in (None, self.config.global_pool):
-            raise ConfigError(
-                f"global_pool={global_pool!r} in a model built with {self.config.global_pool!r}; "
-                "build it so instead"
-            )
+            own = self.config.global_pool
+            raise ConfigError(f"global_pool={global_pool!r} in a model of global_pool={own!r}: build another")
         self.num_classes = num_classes
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         for name in ("head", "head_dist")[: 1 + self.config.distilled]:
             head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-            if num_classes:
-                nn.init.trunc_normal_(head.weight, std=self.config.init_std)
-                nn.init.zeros_(head.bias)
+            self._initialise(head)
             setattr(self, name, head.to(self.patch_embed.proj.weight))
 
     def forward_intermediates(
@@ -322,7 +314,7 @@ class VisionTransformer(nn.Module):
             indices = range(depth - (depth if indices is None else indices), depth)
         if any(not -depth <= i < depth for i in indices):
             raise ValueError(
-                f"indices={list(indices)} in a model of {depth} blocks; expected -{depth} to {depth - 1}"
+                f"indices={list(indices)}; expected -{depth} to {depth - 1}, one of {depth} blocks"
             )
         return sorted(i % depth for i in indices)
 
@@ -334,7 +326,7 @@ class VisionTransformer(nn.Module):
         return {
             f"{path}.{name}".lstrip(".")
             for path, module in self.named_modules()
-            if isinstance(module, VisionTransformer | PositionEncoding)
+            if isinstance(module, VisionTransformer | Encoding)
             for name, _ in module.named_parameters(recurse=False)
         }
 

@@ -113,22 +113,17 @@ def _read(path: Path) -> dict:
     return state
 
 
-def _mismatches(own: dict[str, Tensor], state: dict) -> list[str]:
-    """One phrase for each key that keeps `state` from being loaded; wrong tables first."""
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(map(str, state.keys() - own.keys()))
-    shapes = [
-        f"{key} has {_shape(state[key])}, expected {_shape(own[key])}"
-        for key in sorted(own.keys() & state.keys(), key=lambda key: (key != "pos_embed", key))
-        if _shape(state[key]) != _shape(own[key])
-    ]
-    shapes += [f"{key} is missing, expected {_shape(own[key])}" for key in missing]
-    return shapes + [f"{key} is unknown to the model" for key in unknown]
+def _mismatches(own: dict, state: dict) -> list[str]:
+    """One phrase for each key that keeps `state` from being loaded, a wrong learned table first."""
+    keys = sorted({*own, *state}, key=lambda key: (key != "pos_embed", str(key)))
+    pairs = [(key, _shape(state.get(key)), _shape(own.get(key))) for key in keys]
+    return [f"{key} has {given}, expected {wanted}" for key, given, wanted in pairs if given != wanted]
 
 
 def _shape(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return "x".join(map(str, value.shape)) or "a scalar"
+    if isinstance(value, Tensor):
+        return "x".join(map(str, value.shape)) or "a scalar"
+    return "nothing" if value is None else type(value).__name__
 
 
 def _resampled(model: nn.Module, table: Tensor, old: bool | Grid) -> Tensor:
@@ -139,10 +134,8 @@ def _resampled(model: nn.Module, table: Tensor, old: bool | Grid) -> Tensor:
         )
     if not isinstance(table, Tensor) or table.ndim != 3:
         return table  # refused with the rest
-    P = model.num_prefix_tokens
-    patches = table.shape[1] - P
-    if old is True:
-        old = (math.isqrt(max(patches, 0)),) * 2
+    P, patches = model.num_prefix_tokens, table.shape[1] - model.num_prefix_tokens
+    old = (math.isqrt(max(patches, 0)),) * 2 if old is True else old
     if patches != old[0] * old[1] or not patches:
         raise UserError(
             f"pos_embed has {_shape(table)}: {patches} patches beside {P} prefix tokens are not a grid of "

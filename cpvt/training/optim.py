@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from cpvt.config import OptimConfig, TrainConfig, replace
+from cpvt.model.encodings import PEG
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_pegs: bool = True) -> list[dict]:
     """Two AdamW groups: matrices and kernels are decayed; biases, norms, tokens and position tables are not."""
-    free = {name for name, _ in model.named_parameters() if name.endswith("_token")}
-    for path, module in model.named_modules():  # tables are the parameters that no layer of torch.nn holds
-        if path.startswith("encoding") and not (isinstance(module, nn.Conv2d) and decay_pegs):
-            free |= {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
+    free = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    if not decay_pegs:
+        pegs = [(path, module) for path, module in model.named_modules() if isinstance(module, PEG)]
+        free |= {f"{path}.{name}" for path, peg in pegs for name, _ in peg.named_parameters()}
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -149,7 +149,7 @@ def drop_path_factors(model: VisionTransformer, epoch: int, positions: Tensor, s
     if not model.config.drop_path:
         return None
     branch = torch.arange(2 * len(model.blocks)).view(-1, 2, 1)
-    return model.keep_factors(uniform("drop path", seed, epoch, positions[None, None], branch))
+    return model.drop_path_scale(uniform("drop path", seed, epoch, positions[None, None], branch))
 
 
 def pick_device(name: str) -> str:
