@@ -47,18 +47,17 @@ def build(family, **options):
     return model
 
 
-def images_of(model, n=2):
-    return torch.randn(n, 3, *model.patch_embed.img_size)
+def images_of(model):
+    return torch.randn(2, 3, *model.patch_embed.img_size)
 
 
-def every(name="family"):
-    return pytest.mark.parametrize(name, FAMILIES)
+every = pytest.mark.parametrize("family", FAMILIES)
 
 
 # --------------------------------------------------------------------------- what it computes
 
 
-@every()
+@every
 @torch.no_grad()
 def test_keys_stay_and_a_peg_of_zeros_changes_nothing(family):
     model = build(family)
@@ -76,7 +75,7 @@ def test_keys_stay_and_a_peg_of_zeros_changes_nothing(family):
     assert set(missing) == new and not unexpected
 
 
-@every()
+@every
 @torch.no_grad()
 def test_it_is_a_peg_between_the_blocks(family):
     """By hand: run the blocks one by one, and put the convolution between them."""
@@ -110,7 +109,7 @@ def test_in_a_deit_it_is_the_cpvt_of_the_same_weights():
     theirs = timm.create_model("deit_tiny_patch16_224", depth=3).eval()
     attach_peg(theirs, positions=(0,), drop_pos_embed=True)
     ours = cpvt.create_model("cpvt_tiny", depth=3).eval()
-    state = {k.replace("pegs.0.", "encoding.parts.0.pegs.0."): v for k, v in theirs.state_dict().items()}
+    state = {k.replace("pegs.", "encoding.peg."): v for k, v in theirs.state_dict().items()}
     ours.load_state_dict(state, strict=True)
     for size in ((224, 224), (160, 320)):
         x = torch.randn(1, 3, *size)
@@ -132,7 +131,7 @@ def test_features_and_intermediates_see_the_pegs():
 # --------------------------------------------------------------------------- without the table
 
 
-@every()
+@every
 @torch.no_grad()
 def test_without_the_table_any_size_runs(family):
     """Built for one size, equal to the model built for the other with the same weights."""
@@ -154,7 +153,7 @@ def test_without_the_table_any_size_runs(family):
         model(torch.randn(1, 3, 60, 64))
 
 
-@every()
+@every
 @torch.no_grad()
 def test_dropping_the_table_takes_away_nothing_else(family):
     """A table of zeros, at the size that the model was built for, is no table."""
@@ -169,20 +168,11 @@ def test_dropping_the_table_takes_away_nothing_else(family):
     torch.testing.assert_close(without(x), with_zeros(x), rtol=1e-5, atol=1e-6)
 
 
-@torch.no_grad()
-def test_a_model_of_timm_built_for_224():
-    """At 384 and at 160 x 320, as the paper's resolutions ask for."""
-    model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3).eval()
-    attach_peg(model, positions=(0,), drop_pos_embed=True)
-    for size in ((224, 224), (384, 384), (160, 320)):
-        assert model(torch.randn(1, 3, *size)).shape == (1, 3)
-
-
 @pytest.mark.parametrize(
-    "name", ["vit_base_patch16_rope_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"]
+    "name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"]
 )
 @torch.no_grad()
-def test_named_models_of_the_eva_family(name):
+def test_models_of_timm_by_name(name):
     model = timm.create_model(name, depth=2, img_size=(112, 112), num_classes=3).eval()
     attach_peg(model, drop_pos_embed=True)
     for size in ((112, 112), (112, 224)):
@@ -192,32 +182,8 @@ def test_named_models_of_the_eva_family(name):
 # --------------------------------------------------------------------------- training, copies, compilation
 
 
-@every()
-@pytest.mark.parametrize("drop", [False, True])
-def test_every_parameter_trains(family, drop):
-    model = attach_peg(build(family), positions=(-1, 0, 1), drop_pos_embed=drop).train()
-    out = model(images_of(model))
-    (out * torch.randn_like(out)).sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.any(), name
-
-
-def test_a_step_lowers_the_loss():
-    model = attach_peg(build("class token"), positions=(0,), drop_pos_embed=True).train()
-    x, labels = torch.randn(8, 3, 48, 64), torch.arange(8) % 5
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(5):
-        loss = torch.nn.functional.cross_entropy(model(x), labels)
-        losses.append(loss.item())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("family", ["class token", "eva, registers, rotary", "eva, mixed rotary"])
-def test_gradient_checkpointing_gives_the_same_gradients(family):
+@every
+def test_every_parameter_trains_with_and_without_checkpointing(family):
     model = attach_peg(build(family), positions=(-1, 1), drop_pos_embed=True).train()
     x, found = torch.randn(2, 3, 48, 80), []
     for checkpointing in (False, True):
@@ -226,25 +192,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
         model(x).square().sum().backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name in found[0]:
+        assert found[0][name].any(), name
         torch.testing.assert_close(found[0][name], found[1][name], msg=name)
 
 
-@every()
-@pytest.mark.parametrize("drop", [False, True])
-@torch.no_grad()
-def test_saves_and_loads(family, drop, tmp_path):
-    model, other = (attach_peg(build(family), positions=(-1, 2), drop_pos_embed=drop) for _ in range(2))
-    x = images_of(model)
-    assert not torch.allclose(model(x), other(x))
-    torch.save(model.state_dict(), tmp_path / "w.pth")
-    other.load_state_dict(torch.load(tmp_path / "w.pth", weights_only=True), strict=True)
-    assert torch.equal(model(x), other(x))
-    elsewhere = attach_peg(build(family), positions=(-1, 1), drop_pos_embed=drop)
-    with pytest.raises(RuntimeError, match=r"Missing key.*pegs\.1\.proj"):
-        elsewhere.load_state_dict(model.state_dict(), strict=True)
-
-
-@every()
+@every
 @torch.no_grad()
 def test_copies_have_pegs_of_their_own(family):
     """As for averaged weights: the copy must not look at the original's convolutions or grid."""
@@ -276,79 +228,57 @@ def test_compiles_whole(family):
     torch.compiler.reset()
 
 
-def test_it_takes_the_models_device_type_and_mode():
-    model = attach_peg(build("class token").double().eval())
-    assert model.pegs["0"].proj.weight.dtype == torch.float64 and not model.pegs.training
-    assert model(images_of(model).double()).dtype == torch.float64
-
-
-def test_options():
-    torch.manual_seed(0)
-    model = attach_peg(
-        build("class token", embed_dim=64), positions=range(3), kernel=5, padding="replicate", init="twins"
-    )
-    assert list(model.pegs) == ["0", "1", "2"]
+def test_options_and_the_models_own_type_and_mode():
+    options = {"positions": range(3), "kernel": 5, "padding": "replicate", "init": "twins"}
+    model = attach_peg(build("class token", embed_dim=64).double(), **options)
+    assert list(model.pegs) == ["0", "1", "2"] and not model.pegs.training
     for peg in model.pegs.values():
         assert peg.proj.kernel_size == (5, 5) and peg.proj.padding_mode == "replicate"
+        assert peg.proj.weight.dtype == torch.float64
         assert peg.proj.weight.std().item() == pytest.approx((2 / 25) ** 0.5, rel=0.1)
 
 
 # --------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("family", ["class token", "eva, registers, rotary"])
-def test_token_dropping_is_refused(family):
-    model = build(family, patch_drop_rate=0.25)
-    before = list(model.state_dict())
-    with pytest.raises(ConfigError, match="patch_drop_rate > 0.*patch_drop_rate=0") as caught:
-        attach_peg(model)
-    assert "\n" not in str(caught.value) and type(model).__name__ in str(caught.value)
-    assert list(model.state_dict()) == before and not model.patch_embed._forward_hooks
-
-
 @pytest.mark.parametrize(
     "name, family",
     [
         ("swin_tiny_patch4_window7_224", "SwinTransformer"),
-        ("convnext_atto", "ConvNeXt"),
         ("twins_pcpvt_small", "Twins"),
-        ("resnet18", "ResNet"),
         ("cpvt_tiny", "VisionTransformer from cpvt.model.vit"),
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
-        ("naflexvit_base_patch16_gap", "NaFlexVit"),
     ],
 )
 def test_other_families_are_refused_by_name(name, family):
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=f"{family}.*VisionTransformer or Eva"):
         attach_peg(model)
-    message = str(caught.value)
-    assert "\n" not in message and family in message and "VisionTransformer or Eva" in message
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "family, build_options, options, words",
     [
-        ({"positions": (4,)}, ["positions=(4,)", "4 blocks", "last place is 3"]),
-        ({"positions": (-2,)}, ["-2"]),
-        ({"positions": ()}, ["positions=()"]),
-        ({"kernel": 2}, ["kernel=2", "odd"]),
-        ({"init": "zeros"}, ["init='zeros'", "'twins'"]),
-        ({"padding": "none"}, ["padding='none'"]),
+        ("class token", {}, {"positions": (4,)}, ["positions=(4,)", "4 blocks", "3"]),
+        ("class token", {}, {"positions": ()}, ["positions=()"]),
+        ("class token", {}, {"kernel": 2}, ["kernel=2", "odd"]),
+        ("class token", {}, {"init": "zeros"}, ["init='zeros'", "'twins'"]),
+        ("class token", {}, {"padding": "none"}, ["padding='none'"]),
+        ("class token", {"patch_drop_rate": 0.25}, {}, ["patch_drop_rate=0"]),
+        ("eva, registers, rotary", {"patch_drop_rate": 0.25}, {}, ["patch_drop_rate=0"]),
     ],
 )
-def test_wrong_options_change_nothing(options, words):
-    model = build("class token")
+def test_refusals_change_nothing(family, build_options, options, words):
+    model = build(family, **build_options)
     before = list(model.state_dict())
     with pytest.raises(ConfigError) as caught:
         attach_peg(model, **options, drop_pos_embed=True)
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
+    assert all(word in str(caught.value) for word in words), caught.value
     assert list(model.state_dict()) == before and not model.patch_embed._forward_hooks
 
 
 def test_twice_is_refused():
     model = attach_peg(build("class token"), positions=(0, 2))
-    with pytest.raises(ConfigError, match=r"has PEGs at \['0', '2'\]; attach all positions at once"):
+    with pytest.raises(ConfigError, match=r"\['0', '2'\]"):
         attach_peg(model, positions=(1,))

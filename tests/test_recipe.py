@@ -260,7 +260,7 @@ def test_a_dropped_branch_adds_nothing_and_a_kept_one_more():
     model = VisionTransformer(replace(SMALL, drop_path=0.5, encoding="none")).double().train()
     images = torch.randn(2, 3, 8, 8).double()
     none, all_kept = torch.zeros(3, 2, 2).double(), torch.ones(3, 2, 2).double()
-    tokens, _ = model._tokens(images)
+    tokens, _ = model.embed(images)
     torch.testing.assert_close(model.forward_features(images, none), model.norm(tokens))
     torch.testing.assert_close(model(images, all_kept), model.eval()(images))
     mixed = torch.stack([none[..., 0], all_kept[..., 1]], -1)

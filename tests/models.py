@@ -1,0 +1,74 @@
+"""What the tests of the models share: every encoding, small models whose every weight matters, comparisons."""
+
+import torch
+
+from cpvt import ModelConfig
+from cpvt.model.vit import VisionTransformer
+
+ENCODINGS = [
+    "none",
+    "learned",
+    "learned(antialias=True)",
+    "sine",
+    "sine(resize='resample')",
+    "sine(resize='rescale')",
+    "relative(clip=2)",
+    "relative(clip=2, on='keys_values')",
+    "relative(clip=2, on='bias')",
+    "relative(clip=2, wrap=True)",
+    "rotary",
+    "rotary(resize='rescale')",
+    "peg",
+    "peg(positions=(-1,))",
+    "peg(positions=(0, 1))",
+    "peg(positions=(-1,), kernel=27)",
+    "peg(positions=(-1,), kernel=27, compute='matrix')",
+    "peg(convolution='separable', init='twins')",
+    "peg(kernel=1, convolution='dense', bias=False)",
+    "peg(padding='none', skip=False)",
+    "peg(padding='replicate')",
+    "peg(padding='reflect')",
+    "peg(padding='circular')",
+    "peg(repeat=4)",
+    "peg(positions=(0, 1), shared=True)",
+    "peg(frozen=True)",
+    "peg(on='queries_keys')",
+    "learned + peg",
+    "relative(clip=2) + peg + rotary",
+]
+POOLS = {"token": {}, "avg": {"global_pool": "avg"}, "distilled": {"distilled": True}}
+# Each encoding once, with one of the three; the pairs that treat prefix tokens apart with all.
+PAIRS = [(encoding, list(POOLS)[i % 3]) for i, encoding in enumerate(ENCODINGS)]
+PAIRS += [
+    (encoding, pool)
+    for encoding in ("learned", "relative(clip=2)", "relative(clip=2, on='keys_values')", "rotary", "peg")
+    for pool in POOLS
+    if (encoding, pool) not in PAIRS
+]
+CHANGE, SAME = 1e-10, 1e-12  # relative differences: what is claimed to exceed, what rounding stays below
+
+
+def random_model(encoding, grid, seed=0, std=0.25, **options) -> VisionTransformer:
+    """One pixel a token, in float64, every weight normal with deviation `std`."""
+    torch.manual_seed(seed)
+    sizes = {"image_size": grid, "patch_size": 1, "width": 16, "heads": 2, "depth": 4, "mlp_ratio": 2.0}
+    model = VisionTransformer(ModelConfig(**{**sizes, "num_classes": 7, "encoding": encoding, **options}))
+    model = model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std)
+    return model
+
+
+def random_images(n, grid, seed=1):
+    return torch.randn(n, 3, *grid, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, images):
+    return model(images)
+
+
+def difference(a, b) -> float:
+    """The largest relative change among the pairs of outputs."""
+    return ((a - b).norm(dim=-1) / b.norm(dim=-1)).max().item()
