@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature
+from itertools import product
 
 from cpvt.config import (
     AugmentConfig,
@@ -85,11 +86,8 @@ def _synthetic_job(experiment: str, seed: int, **columns) -> Job:
 
 def synthetic() -> Iterator[Job]:
     """Every encoding on the synthetic tasks, with class token and with average pooling; a minute a row."""
-    for seed in SEEDS:
-        for pool in POOLS:
-            for encoding in ENCODINGS:
-                for task in GRIDS:
-                    yield _synthetic_job("synthetic", seed, task=task, encoding=encoding, global_pool=pool)
+    for seed, pool, encoding, task in product(SEEDS, POOLS, ENCODINGS, GRIDS):
+        yield _synthetic_job("synthetic", seed, task=task, encoding=encoding, global_pool=pool)
 
 
 def padding() -> Iterator[Job]:
@@ -100,9 +98,8 @@ def padding() -> Iterator[Job]:
     for the border alone, of nothing for circular; and without padding the position is learnt at both visible
     distances.
     """
-    for seed in SEEDS:
-        for encoding in PADDINGS:
-            yield _synthetic_job("padding", seed, task="where", encoding=encoding)
+    for seed, encoding in product(SEEDS, PADDINGS):
+        yield _synthetic_job("padding", seed, task="where", encoding=encoding)
 
 
 HINTS = (("what", "sine"), ("where", FIVE))
@@ -118,22 +115,16 @@ def pooling() -> Iterator[Job]:
     Afterwards, since claim and fresh seeds did not agree: the three runs that had hinted at it, repeated with the
     same seeds and configuration.
     """
-    for seed in range(3, 8):
-        for task, encoding in HINTS:
-            for pool in POOLS:
-                yield _synthetic_job("pooling", seed, task=task, encoding=encoding, global_pool=pool)
-    for seeds, steps in ((range(3, 6), 2000), (SEEDS, 500)):
-        for seed in seeds:
-            yield _synthetic_job("pooling", seed, task="where", encoding=FIVE, max_steps=steps, **POOLED)
+    for seed, (task, encoding), pool in product(range(3, 8), HINTS, POOLS):
+        yield _synthetic_job("pooling", seed, task=task, encoding=encoding, global_pool=pool)
+    for seed, steps in (*product(range(3, 6), [2000]), *product(SEEDS, [500])):
+        yield _synthetic_job("pooling", seed, task="where", encoding=FIVE, max_steps=steps, **POOLED)
 
 
 # --------------------------------------------------------------------------- pipelines: minutes on a CPU
 
 CLASSES = 20  # the first of Tiny-ImageNet's 200: 10,000 images to train on, 1,000 held out
-PIPELINES: dict[str, Callable] = {
-    "cpvt": partial(Selected, classes=CLASSES),
-    "timm": partial(TimmBatches, classes=CLASSES),
-}
+PIPELINES = {"cpvt": partial(Selected, classes=CLASSES), "timm": partial(TimmBatches, classes=CLASSES)}
 
 
 def pipeline_config(seed: int = 0) -> TrainConfig:
@@ -142,14 +133,7 @@ def pipeline_config(seed: int = 0) -> TrainConfig:
     One group of mixed images is one batch, as it is for timm. No image is repeated, or six epochs would show each
     only twice.
     """
-    body = {
-        "image_size": (28, 28),
-        "patch_size": 4,
-        "num_classes": CLASSES,
-        "width": 64,
-        "depth": 4,
-        "heads": 2,
-    }
+    body = dict(image_size=(28, 28), patch_size=4, num_classes=CLASSES, width=64, depth=4, heads=2)
     length = {"epochs": 6, "warmup_epochs": 1}
     return TrainConfig(
         model=ModelConfig(encoding="peg", drop_path=0.1, **body, **_NARROW),
@@ -170,9 +154,8 @@ def pipelines() -> Iterator[Job]:
     twice the standard error of their difference, or by less than 1.5 points of top-1 where that is more.
     """
     score = partial(metrics.score_pipeline, classes=CLASSES)
-    for seed in SEEDS:
-        for name, loader in PIPELINES.items():
-            yield Job("pipelines", {"pipeline": name}, "minutes", pipeline_config(seed), score, loader)
+    for seed, (name, loader) in product(SEEDS, PIPELINES.items()):
+        yield Job("pipelines", {"pipeline": name}, "minutes", pipeline_config(seed), score, loader)
 
 
 # --------------------------------------------------------------------------- the paper's tables at 1:8: a GPU
@@ -241,7 +224,7 @@ def table_config(seed: int = 0, **columns) -> TrainConfig:
     """
     row = complete("tables", columns)
     own = {name: row[name] for name in ("encoding", "stem", "global_pool", "distilled", "mlp_only_blocks")}
-    body = {"image_size": (28, 28), "patch_size": 2, "width": 192, "depth": 6, "heads": 3, "drop_path": 0.1}
+    body = dict(image_size=(28, 28), patch_size=2, width=192, depth=6, heads=3, drop_path=0.1)
     length = {"epochs": row["epochs"], "warmup_epochs": row["epochs"] // 12}
     if row["limit"]:  # of the training images: as many steps as 60 epochs of 50,000 images
         length |= {"steps": 2880, "warmup_steps": 240}
@@ -276,21 +259,18 @@ def tables(root: str = "", table: str = "") -> Iterator[Job]:
     retrained = [row for rows in table_rows("resolution").values() for row in rows]  # and tested at 24 tokens
     kept = partial(metrics.arrays_of, spread=True)  # held-out images stand class by class
     for rank, rows in table_rows(table).items():
-        for seed in TABLE_SEEDS[rank]:
-            for row in rows:
-                score = partial(metrics.score_table_row, fine_tuned=row in retrained)
-                yield Job(
-                    "tables", row, "minutes", _with(table_config(seed, **row), root), score, arrays=kept
-                )
+        for seed, row in product(TABLE_SEEDS[rank], rows):
+            config = _with(table_config(seed, **row), root)
+            score = partial(metrics.score_table_row, fine_tuned=row in retrained)
+            yield Job("tables", row, "minutes", config, score, arrays=kept)
 
 
 def tuning(root: str = "") -> Iterator[Job]:
     """What the learning rate of `tables` is chosen from: the encodings behind claims at each rate, for a third of
     the length, evaluated on a held-out tenth of the training images."""
-    for lr in TABLE_RATES:
-        for row in _rows(*_MAIN, "relative(wrap=True)"):
-            config = _with(table_config(epochs=20, **row), root, lr=lr, warmup_epochs=2)
-            yield Job("tuning", row | {"lr": lr}, "minutes", config, metrics.score_tuning)
+    for lr, row in product(TABLE_RATES, _rows(*_MAIN, "relative(wrap=True)")):
+        config = _with(table_config(epochs=20, **row), root, lr=lr, warmup_epochs=2)
+        yield Job("tuning", row | {"lr": lr}, "minutes", config, metrics.score_tuning)
 
 
 # --------------------------------------------------------------------------- Fashion-MNIST: minutes on a CPU
@@ -322,7 +302,7 @@ def fashion_config(seed: int = 0, **columns) -> TrainConfig:
     """
     row = complete("fashion", columns)
     own = {name: row[name] for name in ("encoding", "global_pool", "distilled")}
-    body = {"image_size": (28, 28), "patch_size": 2, "num_classes": 10, "width": 32, "depth": 6, "heads": 2}
+    body = dict(image_size=(28, 28), patch_size=2, num_classes=10, width=32, depth=6, heads=2)
     return TrainConfig(
         model=ModelConfig(**body, **_NARROW, **own),
         data=DataConfig(name="fashion-mnist", image_size=28),
@@ -347,40 +327,27 @@ def fashion(root: str = "") -> Iterator[Job]:
     t > 15, four at t > 7.9.
     """
     for rows, seeds in ((FASHION_CLAIMED, SEEDS), (FASHION_CLAIMED[:8], (3,)), (FASHION_OTHERS, SEEDS)):
-        for seed in seeds:
-            for row in rows:
-                yield _fashion_job("fashion", seed, row, root, arrays=metrics.arrays_of)
+        for seed, row in product(seeds, rows):
+            yield _fashion_job("fashion", seed, row, root, arrays=metrics.arrays_of)
 
 
 def fashion_length(root: str = "") -> Iterator[Job]:
     """Four rows of `fashion` with three times and with a third of the steps; their claims were written before."""
-    for steps in LENGTHS:
-        for seed in SEEDS:
-            for row in _rows(*LENGTHENED, max_steps=steps):
-                yield _fashion_job("fashion-length", seed, row, root)
+    for steps, seed, encoding in product(LENGTHS, SEEDS, LENGTHENED):
+        yield _fashion_job("fashion-length", seed, {"encoding": encoding, "max_steps": steps}, root)
 
 
 def fashion_tuning(root: str = "") -> Iterator[Job]:
     """What the learning rate of `fashion` is chosen from, on a held-out tenth of the training images; one seed."""
-    for lr in FASHION_RATES:
-        for row in _rows("none", "learned", "peg"):
-            config = _with(fashion_config(**row), root, lr=lr)
-            yield Job("fashion-tuning", row | {"lr": lr}, "minutes", config, metrics.score_tuning)
+    for lr, row in product(FASHION_RATES, _rows("none", "learned", "peg")):
+        config = _with(fashion_config(**row), root, lr=lr)
+        yield Job("fashion-tuning", row | {"lr": lr}, "minutes", config, metrics.score_tuning)
 
 
 # --------------------------------------------------------------------------- all of them
 
-EXPERIMENTS: dict[str, Callable[..., Iterator[Job]]] = {
-    "synthetic": synthetic,
-    "padding": padding,
-    "pooling": pooling,
-    "pipelines": pipelines,
-    "tuning": tuning,
-    "tables": tables,
-    "fashion-tuning": fashion_tuning,
-    "fashion": fashion,
-    "fashion-length": fashion_length,
-}
+_ALL = (synthetic, padding, pooling, pipelines, tuning, tables, fashion_tuning, fashion, fashion_length)
+EXPERIMENTS: dict[str, Callable[..., Iterator[Job]]] = {f.__name__.replace("_", "-"): f for f in _ALL}
 
 
 def jobs(experiment: str, **options: str) -> list[Job]:

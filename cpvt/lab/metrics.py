@@ -24,14 +24,7 @@ from cpvt.data.datasets import open_dataset
 from cpvt.data.loader import Images, normalise, open_batches
 from cpvt.data.resize import crop_resize
 from cpvt.data.synthetic import draw
-from cpvt.lab.probes import (
-    Equivariance,
-    attention_maps,
-    control_images,
-    equivariance_error,
-    patch_tokens,
-    position_probe,
-)
+from cpvt.lab import probes
 from cpvt.lab.results import fingerprint
 from cpvt.lab.timm_baseline import selected
 from cpvt.model.encodings import PEG
@@ -220,7 +213,7 @@ def arrays_of(run: Run, spread: bool = False) -> dict[str, Tensor]:
         found["table"] = model.pos_embed[0]
     (H, W), P = model.config.grid, model.num_prefix_tokens
     middle = P + H // 2 * W + W // 2
-    maps = attention_maps(model, held_out_images(loader, 64, spread)[0]).values()
+    maps = probes.attention_maps(model, held_out_images(loader, 64, spread)[0]).values()
     maps = [weights[:, :, middle, P:].mean((0, 1)) for weights in maps]
     found["attention"] = torch.stack([flat.unflatten(0, (H, W)) for flat in maps if len(flat) == H * W])
     kept = {name: array.detach().cpu().half() for name, array in found.items() if array.numel() <= LARGEST}
@@ -246,8 +239,8 @@ def score_position(model: VisionTransformer, images: Tensor) -> dict[str, float]
     position_r2/constant, /noise, /shuffled; each also as .../interior, away from the border.
     """
     metrics, grid = {}, last_grid(model)
-    for name, pictures in control_images(images, model.config.patch_size).items():
-        probe = position_probe(patch_tokens(model, pictures.to(images.device)), grid)
+    for name, pictures in probes.control_images(images, model.config.patch_size).items():
+        probe = probes.position_probe(probes.patch_tokens(model, pictures.to(images.device)), grid)
         metrics[f"position_r2/{name}"] = (probe.row + probe.column) / 2
         metrics[f"position_r2/{name}/interior"] = (probe.row_interior + probe.column_interior) / 2
     return _finite(metrics)
@@ -271,13 +264,13 @@ def score_maps(
         return {}
     black = _black(images)
 
-    def error(kind: str, pictures: Tensor, block: int | None = None) -> Equivariance:
+    def error(kind: str, pictures: Tensor, block: int | None = None) -> probes.Equivariance:
         def maps(moved: Tensor) -> Tensor:
-            found = patch_tokens(model, moved + black, block)
+            found = probes.patch_tokens(model, moved + black, block)
             return found.transpose(1, 2).unflatten(2, (-1, model.config.grid[1]))
 
         shift = {"shift": (0, tokens), "border": 3, "stride": model.config.patch_size}
-        return equivariance_error(maps, pictures - black, kind=kind, **shift)
+        return probes.equivariance_error(maps, pictures - black, kind=kind, **shift)
 
     given = {"circular": images, "zero": images} | ({} if scenes is None else {"window": scenes})
     metrics = {}
@@ -330,7 +323,7 @@ def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float
     places = torch.cartesian_prod(torch.arange(H), torch.arange(W)).to(images)
     distances = torch.cdist(places, places)
     metrics = {}
-    for block, weights in attention_maps(model, images).items():
+    for block, weights in probes.attention_maps(model, images).items():
         patches = weights[:, :, P:, P:]
         if patches.shape[-1] != H * W:
             continue
