@@ -205,7 +205,7 @@ def test_attention_maps_are_what_attention_multiplies_the_values_with():
             v = attn.qkv(seen["x"]).chunk(3, -1)[2].unflatten(-1, (2, -1)).transpose(1, 2)
             out = maps[0] @ v
             if encoding.endswith("values')"):
-                out = out + model.encoding.values(0, maps[0], (14, 14))
+                out = out + model.encoding.attn_values(0, maps[0], (14, 14))
             expected = attn.proj(out.transpose(1, 2).flatten(2))
         assert torch.allclose(seen["out"], expected, atol=1e-5), encoding
         assert torch.allclose(maps[0].sum(-1), torch.ones(()), atol=1e-5)

@@ -53,8 +53,6 @@ def scene(model: nn.Module, grid: Grid, objects: Iterable, background=BACKGROUND
     """-> (1, C, H*p, W*p) float64: a plain background; objects of one token, ((row, column), colour) each."""
     image = torch.tensor(background, dtype=torch.float64)[:, None, None].repeat(1, *grid)
     for (row, column), colour in objects:
-        if not (0 <= row < grid[0] and 0 <= column < grid[1]):
-            raise ProbeError(f"an object at {(row, column)} on a grid of {grid[0]}x{grid[1]}; put it inside")
         image[:, row, column] = torch.tensor(colour, dtype=torch.float64)
     down, across = _pair(model.patch_embed.patch_size)
     return image[None].repeat_interleave(down, 2).repeat_interleave(across, 3).to(_device(model))
@@ -132,11 +130,10 @@ def shuffle_patches(images: Tensor, patch: int | Grid, order: Tensor) -> Tensor:
 
 
 class Permutation(NamedTuple):
-    """Relative errors, about 1e-15 where it holds: `tokens` of "the tokens shuffle along" (equivariance),
-    `head` of "what the head reads stays" (invariance)."""
+    """Relative errors, about 1e-15 where it holds."""
 
-    tokens: float
-    head: float
+    tokens: float  # of "the tokens shuffle along": equivariance
+    head: float  # of "what the head reads stays": invariance
 
 
 @torch.no_grad()
@@ -154,10 +151,9 @@ def permutation_error(model: nn.Module, images: Tensor, seed: int = 0) -> Permut
 
 
 class Equivariance(NamedTuple):
-    """Relative errors of "shift the input, the output shifts along", away from the borders and along them; NaN
-    where there are no such tokens."""
+    """Relative errors of "shift the input, the output shifts along"; NaN where there are no such tokens."""
 
-    interior: float
+    interior: float  # away from the borders
     border: float
 
 
@@ -192,17 +188,21 @@ def equivariance_error(
         raise ProbeError(f"shift={shift} on maps of {H}x{W}; shift by less than the map")
     if (H * stride, W * stride) != tuple(old.shape[2:]):
         raise ProbeError(f"{tuple(old.shape[2:])} -> {H}x{W} with stride={stride}; give the true stride")
-    rows, columns = torch.arange(H), torch.arange(W)
-    depth = torch.minimum(torch.minimum(rows, H - 1 - rows)[:, None], torch.minimum(columns, W - 1 - columns))
-    inside = (depth >= border) & (_shift(depth, shift, wrap) >= border)
-    compared = _shift(torch.ones(H, W, dtype=torch.bool), shift, wrap)
-    expected = _shift(before, shift, wrap)
+    depth = 1 + _depth((H, W)).view(H, W)  # 1 on the border
+    came, expected = _shift(depth, shift, wrap), _shift(before, shift, wrap)  # came: 0 where nothing did
+    inside = (depth > border) & (came > border)
 
     def error(mask: Tensor) -> float:
-        mask = mask & compared
+        mask = mask & (came > 0)
         return _relative((found - expected)[:, :, mask], expected[:, :, mask]) if mask.any() else float("nan")
 
     return Equivariance(error(inside), error(~inside))
+
+
+def _depth(grid: Grid) -> Tensor:
+    """-> (N,): how many tokens lie between each and the nearest border."""
+    place = torch.cartesian_prod(*map(torch.arange, grid))
+    return torch.minimum(place, torch.tensor(grid) - 1 - place).amin(1)
 
 
 def _shift(x: Tensor, shift, wrap: bool) -> Tensor:
@@ -262,7 +262,7 @@ def position_probe(
     penalty = torch.maximum(ridge * gram.diagonal().mean(), rounding.clamp_min(1e-300))
     weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=torch.float64), x.T @ y)
     found = (features[half:] - mean) @ weight + target  # (n - half, N, 2)
-    depth = torch.minimum(place, torch.tensor(grid) - 1 - place).amin(1)
+    depth = _depth(grid)
 
     def score(mask: Tensor) -> list[float]:
         if not mask.any():

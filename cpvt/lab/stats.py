@@ -61,10 +61,10 @@ def by_seed(rows: pandas.DataFrame, columns: dict[str, Any], metric: str) -> pan
     """What `select` gives, by seed, where it has the metric; raises ResultsError where a seed stands twice."""
     found = select(rows, **columns)
     found = found[found[metric].notna()] if metric in found else found[:0]
-    if (twice := found["seed"].duplicated(keep=False)).any():
-        which = ", ".join(sorted(found[twice]["experiment"].unique()))
+    if found["seed"].duplicated().any():
+        which = ", ".join(sorted(found["experiment"].unique()))
         raise ResultsError(
-            f"{describe(columns)}: more than one row a seed, of {which}; select the experiment and every column"
+            f"{describe(columns)}: more than one row a seed, of {which}; select one experiment"
         )
     return found.set_index("seed")
 
@@ -77,9 +77,7 @@ def over_seeds(rows: pandas.DataFrame, metric: str, by: Sequence[str] = ()) -> p
     by = list(by) or list(rows.columns[1 : list(rows).index("seed")])
     found = rows[rows[metric].notna()] if metric in rows else rows[:0].assign(**{metric: 0.0})
     if found.duplicated([*by, "seed"]).any():
-        raise ResultsError(
-            f"more than one row a seed for the same {', '.join(by)}: select, or name more columns"
-        )
+        raise ResultsError(f"more than one row a seed for one {', '.join(by)}: select, or name more columns")
     table = found.groupby(by, sort=False)[metric].agg(["mean", "min", "max", "count", "std"])
     n = table["count"].where(table["count"] >= 3)
     half = scipy_stats.t.ppf(0.975, n - 1) * table.pop("std") / n**0.5
