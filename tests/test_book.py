@@ -1,12 +1,10 @@
 """The chapters as files: run in order, cited, described, with exercises that can be failed and solved."""
 
 import contextlib
-import csv
 import io
 import json
 import math
 import re
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +12,10 @@ import pytest
 import torch
 import yaml
 from nbval.plugin import comment_markers, metadata_tags
+
+from cpvt.config import Peg
+from cpvt.lab.results import published
+from cpvt.model.encodings import PEG
 
 BOOK = Path(__file__).parent.parent / "book"
 NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
@@ -55,8 +57,10 @@ def test_cells_were_run_in_order(path):
     assert [cell["execution_count"] for cell in code(path)] == list(range(1, len(code(path)) + 1))
     for cell in code(path):
         for output in cell["outputs"]:
-            assert output["output_type"] != "error", cell["source"]
-            assert output.get("name") != "stderr", cell["source"]
+            assert output["output_type"] != "error" and output.get("name") != "stderr", cell["source"]
+            shown = [output.get("text", ""), *(v for k, v in output.get("data", {}).items() if "text" in k)]
+            told = re.search(r"\b0x[0-9a-f]{6,}|site-packages|\bcuda:\d", str(shown))
+            assert not told, f"another machine shows another {told[0]}: {cell['source']}"
 
 
 @chapters
@@ -71,7 +75,10 @@ def test_nothing_hides_from_comparison(path):
 
 
 @chapters
-def test_figures_are_described(path):
+def test_title_and_figures_are_there_and_described(path):
+    assert cells(path)[0]["source"].startswith("# ")
+    text = prose(path)
+    assert len(re.findall(r"^# ", text, flags=re.M)) == 1
     for cell in code(path):
         images = [out for out in cell["outputs"] if any(k.startswith("image/") for k in out.get("data", {}))]
         options = cell["metadata"].get("mystnb", {})
@@ -80,31 +87,20 @@ def test_figures_are_described(path):
             assert len(options.get("image", {}).get("alt", "")) >= 20, f"no alt text: {cell['source']}"
             assert len(options.get("figure", {}).get("caption", "")) >= 20, f"no caption: {cell['source']}"
             assert options["figure"].get("name", "").startswith("fig-"), f"no name: {cell['source']}"
-    text = prose(path)
     assert not re.findall(r"!\[\s*\]\(|<img(?![^>]*\balt=\"[^\"]{20})", text), "an image without alt text"
     for directive in re.findall(r"\{(?:figure|image)\}.*?(?=\n\n|\n```|\n:::)", text, flags=re.S):
         assert re.search(r":alt: .{20}", directive), directive
 
 
-@chapters
-def test_opening_and_title(path):
-    first = cells(path)[0]
-    assert first["cell_type"] == "markdown" and first["source"].startswith("# ")
-    assert len(re.findall(r"^# ", prose(path), flags=re.M)) == 1
-
-
 def test_citations_have_their_entry():
-    entries = re.findall(
-        r"^@\w+\{([^,]+),", (BOOK / "references.bib").read_text(encoding="utf-8"), flags=re.M
-    )
+    bibliography = (BOOK / "references.bib").read_text(encoding="utf-8")
+    entries = re.findall(r"^@\w+\{([^,]+),", bibliography, flags=re.M)
     assert len(entries) == len(set(entries)) > 30
-    cited = set()
-    for path in NOTEBOOKS + PAGES:
-        for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", prose(path)):
-            for key in keys.split(","):
-                assert key.strip() in entries, f"{path.name} cites {key.strip()}, which references.bib lacks"
-                cited.add(key.strip())
-    assert cited
+    text = "\n".join(map(prose, NOTEBOOKS + PAGES))
+    cited = {
+        key.strip() for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", text) for key in keys.split(",")
+    }
+    assert cited and cited <= set(entries), cited - set(entries)
 
 
 # An exercise NAME is a markdown cell with the label exercise-NAME, then a stub, a check and a solution cell
@@ -137,17 +133,33 @@ def run(source: str, names: dict) -> str:
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("path, name", EXERCISES, ids=[f"{p.stem}-{n}" for p, n in EXERCISES])
-def test_exercise_fails_on_the_stub_and_passes_on_the_solution(path, name, monkeypatch):
-    monkeypatch.chdir(path.parent)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    stub, check, solution = exercise_cells(path, name).values()
-    assert "hide-cell" in tags(solution), f"{name}: the solution is not hidden"
-    stored = ["".join("".join(o.get("text", "")) for o in cell["outputs"]) for cell in (check, solution)]
+@cache
+def prepared(path: Path) -> dict:
+    """Names after the chapter's setup cells, which run once for all of its exercises."""
     names = {"__name__": "exercise"}
     for cell in code(path):
         if "setup" in tags(cell):
             run(cell["source"], names)
+    return names
+
+
+@pytest.fixture
+def names(path, monkeypatch):
+    """What an exercise finds; what it leaves behind is taken away."""
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names = prepared(path)
+    before = dict(names)
+    yield names
+    names.clear()
+    names.update(before)
+
+
+@pytest.mark.parametrize("path, name", EXERCISES, ids=[f"{p.stem}-{n}" for p, n in EXERCISES])
+def test_exercise_fails_on_the_stub_and_passes_on_the_solution(path, name, names):
+    stub, check, solution = exercise_cells(path, name).values()
+    assert "hide-cell" in tags(solution), f"{name}: the solution is not hidden"
+    stored = ["".join("".join(o.get("text", "")) for o in cell["outputs"]) for cell in (check, solution)]
     before = set(names)
     run(stub["source"], names)
     defined = set(names) - before - {"__builtins__"}
@@ -155,12 +167,9 @@ def test_exercise_fails_on_the_stub_and_passes_on_the_solution(path, name, monke
     handed_in = {key: names[key] for key in defined}
     assert run(check["source"], names).strip().endswith(f"{name}: not yet") and "not yet" in stored[0]
 
-    assert f"check_{name}" in names, f"the check cell defines no check_{name}"
-    parameters = names[f"check_{name}"].__code__
-    wanted = parameters.co_varnames[: parameters.co_argcount]
-    assert wanted and set(wanted) <= defined, (
-        f"check_{name} takes {wanted}; the stub defines {sorted(defined)}"
-    )
+    signature = names[f"check_{name}"].__code__
+    wanted = signature.co_varnames[: signature.co_argcount]
+    assert wanted and set(wanted) <= defined, f"check_{name} takes {wanted}; the stub defines {defined}"
     with pytest.raises(Exception):  # noqa: B017  (an assertion, NotImplementedError, a wrong shape: all are failures)
         names[f"check_{name}"](*[handed_in[key] for key in wanted])
     assert run(solution["source"], names).strip().endswith(f"{name}: right") and "right" in stored[1]
@@ -181,92 +190,57 @@ def test_exercises_have_question_and_worded_solution(path):
 # The page of corrections: its numbers are computed again from the published figures.
 
 
-def published(table: str, model: str, encoding: str, setting: str = "") -> float:
-    with open(BOOK.parent / "data" / "published.csv", newline="", encoding="utf-8") as lines:
-        found = [
-            float(row["value"])
-            for row in csv.DictReader(lines)
-            if (row["table"], row["model"], row["encoding"]) == (table, model, encoding)
-            and setting in row["setting"]
-        ]
-    assert len(found) == 1, (table, model, encoding, setting)
-    return found[0]
+def value(table: str, model: str, encoding: str, setting: str = "") -> float:
+    rows = published(table)
+    rows = rows[(rows["model"] == model) & (rows["encoding"] == encoding)]
+    [found] = rows[rows["setting"].str.contains(setting, regex=False)]["value"]
+    return found
 
 
-def corrections() -> str:
-    return " ".join((BOOK / "corrections.md").read_text(encoding="utf-8").split())
+def corrected(section: int, *numbers) -> str:
+    """The text of a section, in which these numbers stand."""
+    page = (BOOK / "corrections.md").read_text(encoding="utf-8").replace("{,}", ",")
+    text = page.split(f"\n## {section}. ")[1].split("\n## ")[0]
+    for number in numbers:
+        shown = f"{number:,}" if isinstance(number, int) else f"{number:.1f}"
+        assert re.search(rf"(?<![\d.,]){re.escape(shown)}(?!\d)", text), f"{shown} in {text}"
+    return text
 
 
 def test_corrections_about_test_sizes():
-    page = corrections()
-    sizes = ["224", "384", "448", "512"]
-    models = {
-        "DeiT-Ti, learned table": ("DeiT-tiny", "learned"),
-        "CPVT-Ti, one PEG": ("CPVT-Ti", "1 PEG"),
-        "CPVT-Ti, five PEGs": ("CPVT-Ti", "5 PEGs"),
-    }
-    rows = {label: [published("resolution", *key, size) for size in sizes] for label, key in models.items()}
-    five, table = rows["CPVT-Ti, five PEGs"], rows["DeiT-Ti, learned table"]
-    rows["margin of five PEGs"] = [round(a - b, 1) for a, b in zip(five, table, strict=True)]
-    for label, values in rows.items():
-        assert f"| {label} | " + " | ".join(f"{v:.1f}" for v in values) + " |" in page
+    def rows(*key):
+        return [value("resolution", *key, size) for size in ("224", "384", "448", "512")]
+
+    table, one, five = rows("DeiT-tiny", "learned"), rows("CPVT-Ti", "1 PEG"), rows("CPVT-Ti", "5 PEGs")
+    margin = [a - b for a, b in zip(five, table, strict=True)]
     assert five.index(max(five)) == 1 and five[3] < five[0]  # peaks at 384, ends below where it began
-    assert rows["margin of five PEGs"] == sorted(rows["margin of five PEGs"])
-    one = rows["CPVT-Ti, one PEG"]
-    assert f"With one PEG the same step leads from {one[0]} to {one[1]}." in page
-    assert "belongs to five PEGs" in page and f"from {five[0]} to {five[1]}" in page
-    assert (
-        round(one[1] - one[0], 1) == round(five[1] - five[0], 1) == 0.8
-        and "The gain is 0.8 points in both" in page
-    )
-    assert f"is {448 / 0.875:.0f} pixels" in page
+    assert margin == sorted(margin)
+    corrected(2, *five[:2], *one[:2], five[1] - five[0], one[1] - one[0])
+    text = corrected(3, round(448 / 0.875))
+    for row in (table, one, five, margin):
+        assert "| " + " | ".join(f"{number:.1f}" for number in row) + " |" in text
 
 
 def test_corrections_about_parameters():
-    from cpvt.config import Peg
-    from cpvt.model.encodings import PEG
+    def weights(**options):
+        return sum(p.numel() for p in PEG(192, config=Peg(bias=False, **options)).parameters())
 
-    page = corrections()
-    separable, table = 192**2 + 9 * 192, 192 * 14**2
-    assert separable == published("complexity", "CPVT-Ti", "1 PEG separable k=3")
-    assert table == published("complexity", "DeiT-tiny", "learned", "class slot")
-    assert separable == sum(
-        p.numel() for p in PEG(192, config=Peg(convolution="separable", bias=False)).parameters()
-    )
-    assert 9 * 192 == sum(p.numel() for p in PEG(192, config=Peg(bias=False)).parameters())
-    assert f"A separable convolution has {separable:,} parameters" in page
-    assert f"parameters: {separable - table} more than the learned table" in page
-    for number in (192**2, 9 * 192, separable, table):
-        assert f"{number:,}".replace(",", "{,}") in page
+    separable, depthwise, table = weights(convolution="separable"), weights(), 192 * 14**2
+    assert separable == 192**2 + 9 * 192 == value("complexity", "CPVT-Ti", "1 PEG separable k=3")
+    assert table == value("complexity", "DeiT-tiny", "learned", "class slot")
+    corrected(4, 192**2, depthwise, separable, table, separable - table)
 
 
 def test_corrections_about_encodings_padding_and_gain():
-    from cpvt.config import parse_encoding
-
-    page = corrections()
-    learned, sine, relative, one, five = (
-        published("encodings", "DeiT-tiny", name)
-        for name in ("learned", "2-D sine", "relative 2-D K=8", "1 PEG", "5 PEGs at positions 0-4")
-    )
-    assert f"Sine reaches {sine}; {learned} is the learned table." in page
-    assert f"${learned} - {relative} = {learned - relative:.1f}$" in page
-    padded, unpadded = (
-        published("padding", "CPVT-Ti", "1 PEG", kind) for kind in ("zero padding", "no padding")
-    )
-    none = published("imagenet", "DeiT-tiny", "none")
-    assert f"reports {unpadded}, against {padded} with it, and against {none} for no encoding" in page
-    assert f"still gains {unpadded - none:.1f} points" in page
-    assert "`peg(padding='circular')`" in page
-    circular = parse_encoding("peg(padding='circular')")[0]
-    assert circular.skip and circular == replace(parse_encoding("peg")[0], padding="circular")
-    assert (
-        f"one PEG stands {one - learned:.1f} points above the learned table ({one} against {learned})" in page
-    )
-    pooled = published("imagenet", "CPVT-Ti-GAP", "5 PEGs")
-    assert f"({five}, so {five - learned:.1f} points)" in page
-    assert f"({pooled}, another {pooled - five:.1f} points)" in page
+    names = ("learned", "2-D sine", "relative 2-D K=8", "1 PEG", "5 PEGs at positions 0-4")
+    learned, sine, relative, one, five = (value("encodings", "DeiT-tiny", name) for name in names)
     error = 100 * math.sqrt(learned / 100 * (1 - learned / 100) / 50_000)
-    assert f"of {learned} % on 50,000 images alone is {error:.1f} points" in page
+    corrected(5, sine, learned, relative, learned - relative, error)
+    padded, bare = (value("padding", "CPVT-Ti", "1 PEG", kind) for kind in ("zero padding", "no padding"))
+    none = value("imagenet", "DeiT-tiny", "none")
+    corrected(6, padded, bare, none, bare - none)
+    pooled = value("imagenet", "CPVT-Ti-GAP", "5 PEGs")
+    corrected(8, one - learned, one, learned, five, five - learned, pooled, pooled - five)
 
 
 def test_corrections_about_the_listing():
@@ -276,4 +250,4 @@ def test_corrections_about_the_listing():
 
     with pytest.raises(AttributeError) as refusal:
         Demo()
-    assert f"`{refusal.value}`" in corrections()
+    assert f"`{refusal.value}`" in corrected(7)
