@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from io import BytesIO
@@ -34,6 +34,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 ENDINGS = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .ppm .pgm .tif .tiff".split())
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: a quarter of a GB in RGB
 MAX_BYTES = 1 << 28  # of one file: an image of so many pixels, not compressed
+MAX_GPU_SIDE = 16_384  # of an image for the GPU's decoder
+LUMA_FACTORS = (
+    (1, 1),
+    (2, 1),
+    (2, 2),
+    (1, 2),
+)  # across, down; over a chroma of (1, 1): 4:4:4, 4:2:2, 4:2:0, 4:4:0
 ATTEMPTS = 8  # replacements tried for one unreadable image
 GREY, GREY_SIDE = 128, 16  # the image that stands in where every replacement failed too
 
@@ -67,28 +74,25 @@ def open_image(source: bytes | Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise DecodeError(f"in none of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's readers let anything through that broken data may cause
-        raise DecodeError(_reason(error)) from error
+        raise DecodeError(reason(error)) from error
 
 
 def decode_image(data: bytes) -> Tensor:
-    """Encoded bytes -> (3, h, w) uint8 RGB, as stored, whatever EXIF says of rotation.
+    """Encoded bytes -> (3, h, w) uint8 RGB, as stored, whatever EXIF says of rotation. Raises DecodeError.
 
     The pixels are those of Pillow's `convert("RGB")`, the reference's loader, but for 16-bit greyscale: there
     Pillow cuts off at 255, which leaves nearly white images, and here the upper byte is kept, as Pillow does
     with 16-bit colour. Plain JPEGs go through torchcodec, in two thirds of the time and with the same pixels.
-    Raises DecodeError.
     """
     decode_jpeg = find_jpeg_decoder()
-    if decode_jpeg and plain_jpeg_size(data):
-        try:
-            return decode_jpeg(hide_exif(data))
-        except RuntimeError:
-            pass  # Pillow decides, and words the reason
     with open_image(data) as image:
+        jpeg = plain_jpeg(data, image) if decode_jpeg else None
+        if jpeg:
+            with suppress(RuntimeError):  # Pillow decides, and words the reason
+                return decode_jpeg(jpeg)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
-        pixels = numpy.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def read_file(path: Path) -> bytes:
@@ -105,114 +109,52 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What went wrong, in one line without names of files."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0]
 
 
-def find_jpeg_decoder() -> Callable | None:
-    """torchcodec's decoder, which takes a JPEG or a list of them and a device; None where it cannot be loaded."""
+# --------------------------------------------------------------------------- plain JPEGs, and who decodes them
+
+
+def plain_jpeg(data: bytes, image: Image.Image) -> bytes | None:
+    """The JPEG, where a GPU's decoder makes of it what Pillow does, up to rounding; else None.
+
+    Plain is a baseline JPEG, grey or YCbCr, in one scan that is ended, of a usual chroma subsampling. nvJPEG
+    decodes cut-off files without a word and takes Adobe's RGB for YCbCr: Pillow has to see those. The markers of
+    APP1 blocks are renamed, so that no decoder turns the image; torchcodec's for the CPU takes any APP1 for EXIF.
+    """
+    if image.format != "JPEG" or "progressive" in image.info or max(image.size) > MAX_GPU_SIDE:
+        return None
+    names, factors = [layer[0] for layer in image.layer], [layer[1:3] for layer in image.layer]
+    # Without a JFIF or Adobe mark the names of the components decide. libjpeg lets JFIF win over Adobe.
+    marked = "jfif" in image.info or "adobe_transform" in image.info
+    rgb = image.info.get("adobe_transform") == 0 or (not marked and names == list(b"RGB"))
+    usual = len(factors) == 1 or (factors[0] in LUMA_FACTORS and factors[1:] == [(1, 1), (1, 1)] and not rgb)
+    # The header of the first scan, behind which Pillow stands now, must name all components. Inside a scan an FF
+    # is followed by 00, so FFD9 is the end of the image.
+    start, count = image.fp.tell(), len(names)
+    scan = b"\xff\xda\0" + bytes((6 + 2 * count, count))
+    if not usual or not data.startswith(scan, start - 8 - 2 * count) or data.rfind(b"\xff\xd9", start) < 0:
+        return None
+    for name, block in image.applist:
+        if name == "APP1":
+            block = (2 + len(block)).to_bytes(2, "big") + block
+            data = data.replace(b"\xff\xe1" + block, b"\xff\xef" + block)
+    return data
+
+
+def find_jpeg_decoder(device: str | torch.device = "cpu") -> Callable | None:
+    """torchcodec's decoder of a JPEG, or of a list of them in one call; None where it cannot be loaded."""
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError):
         return None
-    return decode_jpeg
-
-
-def find_gpu_decoder(device: str | torch.device, decode: str = "auto") -> Callable | None:
-    """What decodes a list of JPEGs on this device in one call; None where the CPU is to decode.
-
-    decode  "auto": on the GPU where it can; "cpu"; "gpu": ConfigError where it cannot
-    """
-    cuda = torch.device(device).type == "cuda"
-    decode_jpeg = find_jpeg_decoder() if cuda and decode != "cpu" else None
-    if decode == "gpu" and not decode_jpeg:
-        why = (
-            ", but torchcodec cannot be loaded: install it, or" if cuda else f" with device {str(device)!r}:"
-        )
-        raise ConfigError(f"data.decode='gpu'{why} use 'auto'")
-    return decode_jpeg and partial(decode_jpeg, device=device)
-
-
-# --------------------------------------------------------------------------- the header of a JPEG
-
-START_OF_SCAN, APP0, APP1, APP14, APP15 = 0xDA, 0xE0, 0xE1, 0xEE, 0xEF
-BASELINE, FRAMES = 0xC0, frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # those three mean other things
-ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length
-LUMA_FACTORS = (0x11, 0x21, 0x22, 0x12)  # 4:4:4, 4:2:2, 4:2:0, 4:4:0, where the chroma has 0x11
-MAX_GPU_SIDE = 16_384
-
-
-def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """All bytes of a file -> (height, width) of a JPEG that a GPU decodes as Pillow does, up to rounding.
-
-    None for everything else. Plain is a baseline JPEG of 8 bits, grey or YCbCr, in one scan that is ended, of a
-    usual chroma subsampling. nvJPEG decodes cut-off files without a word and takes Adobe's RGB for YCbCr:
-    Pillow has to see those.
-    """
-    frame, jfif, adobe = b"", False, None
-    for marker, start, length in _blocks(data):
-        block = data[start : start + min(length, 64)]
-        if marker in FRAMES:
-            frame = block if marker == BASELINE else b""  # bits, height, width, then three bytes a component
-        elif marker == APP0 and block[:5] == b"JFIF\0":
-            jfif = True
-        elif marker == APP14 and block[:5] == b"Adobe" and len(block) >= 12:
-            adobe = block[11]
-        elif marker == START_OF_SCAN and frame[5:6] in (b"\1", b"\3") and len(frame) >= 6 + 3 * frame[5]:
-            names, factors = frame[6 : 6 + 3 * frame[5] : 3], frame[7 : 7 + 3 * frame[5] : 3]
-            usual = len(names) == 1 or (factors[0] in LUMA_FACTORS and factors[1:] == b"\x11\x11")
-            # libjpeg lets a JFIF mark win over Adobe's; decoders differ there.
-            rgb = len(names) == 3 and (adobe == 0 or (not jfif and adobe is None and names == b"RGB"))
-            # Inside a scan an FF is followed by 00, so FFD9 behind its start is the end of the image.
-            whole = block[:1] == frame[5:6] and data.rfind(b"\xff\xd9", start + length) >= 0
-            height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
-            fits = 0 < height * width <= MAX_PIXELS and max(height, width) <= MAX_GPU_SIDE
-            return (height, width) if frame[0] == 8 and usual and not rgb and whole and fits else None
-    return None
-
-
-def hide_exif(data: bytes) -> bytes | bytearray:
-    """The same JPEG in which no decoder finds an orientation: a copy with its APP1 blocks renamed, or `data`.
-
-    The marker is renamed and not the signature overwritten, because torchcodec's decoder for the CPU takes any
-    APP1 for Exif without looking.
-    """
-    places = [start - 3 for marker, start, _ in _blocks(data) if marker == APP1]
-    copy = bytearray(data) if places else data
-    for place in places:
-        copy[place] = APP15
-    return copy
-
-
-def _blocks(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """The marker, start and length of each block of a JPEG up to its first scan."""
-    place = 2 if data[:2] == b"\xff\xd8" else len(data)
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == 0xFF or marker in ALONE:
-            place += 1 if marker == 0xFF else 2  # a fill byte, or a marker without a block
-            continue
-        length = int.from_bytes(data[place + 2 : place + 4], "big")
-        if length < 2 or place + 2 + length > len(data):
-            return
-        yield marker, place + 4, length - 2
-        if marker == START_OF_SCAN:
-            return
-        place += 2 + length
+    return partial(decode_jpeg, device=device)
 
 
 # --------------------------------------------------------------------------- replacement
-
-
-class Source(Protocol):
-    """Encoded images by number, as shards or a folder offer them."""
-
-    labels: Tensor | Sequence[int]  # (n,) int64
-
-    def __len__(self) -> int: ...
-    def read(self, i: int) -> bytes: ...  # raises OSError or DataError
-    def key(self, i: int) -> str: ...  # a name to report
 
 
 @dataclass(frozen=True)
@@ -232,7 +174,7 @@ def replacement(index: int, attempt: int, n: int) -> int:
     return (index + 1 + int(integers("replacement", n - 1, index, attempt))) % n
 
 
-def first_good(source: Source, index: int, take: Callable[[bytes], object], faults: list[Fault]):
+def first_good(source: Dataset, index: int, take: Callable[[bytes], object], faults: list[Fault]):
     """The image `index`, or the first of its replacements that can be had: (its index, take(its bytes)).
 
     After ATTEMPTS replacements: (-1, take's result for a grey image). Every failure is added to `faults`.
@@ -244,7 +186,7 @@ def first_good(source: Source, index: int, take: Callable[[bytes], object], faul
             item = take(source.read(i))
             break
         except (OSError, ValueError, MemoryError) as error:  # DataError and DecodeError among them
-            failed.append((i, _reason(error)))
+            failed.append((i, reason(error)))
     else:
         i, file = -1, BytesIO()
         Image.new("RGB", (GREY_SIDE, GREY_SIDE), (GREY,) * 3).save(file, "PNG")
@@ -257,9 +199,7 @@ def first_good(source: Source, index: int, take: Callable[[bytes], object], faul
 
 
 class Request(Protocol):
-    """Images asked for: `indices` (B,) int64, and whatever has to travel with them."""
-
-    indices: Tensor
+    indices: Tensor | numpy.ndarray  # (B,) of the images asked for; whatever else must travel with them, may
 
 
 @dataclass
@@ -285,13 +225,12 @@ class ReadChunk:
 class ChunkReader(Dataset):
     """The worker's side: a request -> ReadChunk. For DataLoader(batch_size=None, sampler=requests).
 
-    With `keep_jpegs`, plain JPEGs are handed on encoded, with their EXIF block hidden from the decoder;
-    everything else is decoded here.
+    source      ImageDataset or Shards, or what has their `labels`, read(i), key(i) and length
+    keep_jpegs  plain JPEGs are handed on encoded; everything else is decoded here
     """
 
-    def __init__(self, source: Source, keep_jpegs: bool):
+    def __init__(self, source: Dataset, keep_jpegs: bool):
         self.source, self.keep_jpegs = source, keep_jpegs
-        self.labels = torch.as_tensor(source.labels)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -306,13 +245,14 @@ class ChunkReader(Dataset):
             pieces.append(piece)
             taken.append(i)
         data = torch.from_numpy(numpy.concatenate(pieces) if pieces else numpy.empty(0, numpy.uint8))
-        labels = self.labels[[i if i >= 0 else j for i, j in zip(taken, indices, strict=True)]]
+        labels = self.source.labels[[i if i >= 0 else j for i, j in zip(taken, indices, strict=True)]]
         return ReadChunk(request, data, spans, taken, labels, faults)
 
     def _take(self, data: bytes) -> tuple[numpy.ndarray, int, int, bool]:
-        size = plain_jpeg_size(data) if self.keep_jpegs else None
-        if size:
-            return numpy.frombuffer(hide_exif(data), numpy.uint8), *size, True
+        if self.keep_jpegs:
+            with open_image(data) as image:
+                if jpeg := plain_jpeg(data, image):
+                    return numpy.frombuffer(jpeg, numpy.uint8), image.height, image.width, True
         image = decode_image(data)
         return image.permute(1, 2, 0).reshape(-1).numpy(), image.shape[1], image.shape[2], False
 
@@ -356,8 +296,8 @@ def bisect(decode: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor]) 
 class Decoder:
     """The main process' side: ReadChunk -> DecodedChunk, in the thread that calls; `reader` is the workers' side.
 
-    decode        as in `find_gpu_decoder`
-    decode_jpegs  use this instead: a list of JPEGs, uint8 1-D each -> their images on the device
+    decode        "auto": plain JPEGs on the GPU where it can; "cpu"; "gpu": ConfigError where it cannot
+    decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; by default torchcodec's
 
     On CUDA, everything happens on a stream of its own, `stream`, and the images are ready for the stream that
     is current at the call. nvJPEG's hardware path does not wait for the stream it is given (torchvision's pull
@@ -368,13 +308,17 @@ class Decoder:
 
     def __init__(
         self,
-        source: Source,
+        source: Dataset,
         device: str | torch.device,
         decode: str = "auto",
         decode_jpegs: Callable[[list[Tensor]], list[Tensor]] | None = None,
     ):
         self.source, self.device = source, torch.device(device)
-        self.decode_jpegs = decode_jpegs or find_gpu_decoder(device, decode)
+        cuda = self.device.type == "cuda"
+        self.decode_jpegs = decode_jpegs or (find_jpeg_decoder(device) if cuda and decode != "cpu" else None)
+        if decode == "gpu" and not (cuda and self.decode_jpegs):
+            why = ", but torchcodec cannot be loaded" if cuda else f" with device {str(device)!r}"
+            raise ConfigError(f"data.decode='gpu'{why}: use 'auto'")
         self.reader = ChunkReader(source, keep_jpegs=self.decode_jpegs is not None)
         self.warned = False
 
@@ -414,7 +358,7 @@ class Decoder:
             index = chunk.taken[i]
             came, image = first_good(self.source, index, decode_image, decoded.faults)
             decoded.refused += came == index
-            decoded.labels[i] = self.reader.labels[came if came >= 0 else index]
+            decoded.labels[i] = self.source.labels[came if came >= 0 else index]
             images[i] = image.to(self.device)
         if decoded.refused == len(jpegs) > 1 and not self.warned:
             self.warned = True

@@ -1,268 +1,314 @@
-"""Preparing images for training: every one is decoded once, then written into shards.
+"""ImageNet as people have it -> shards. Every image is decoded once, and what cannot be decoded is named.
 
-Checking is the slow part (decoding), so a pool of processes does it; what is written stays in one order, and
-packing the same images twice gives the same bytes.
+Three layouts are known: folders of classes, Kaggle's, and the archives of ILSVRC2012 as published. torchvision
+unpacks the archives, which need their own size (train 138 GB, val 6.7 GB) once more on the disk for that while.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import os
 import re
-import signal
-import threading
+import shutil
+import tarfile
+import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import partial
-from multiprocessing import connection, get_context, parent_process
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+from unicodedata import normalize
+from urllib.parse import quote
 
 import PIL
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cpvt.data.datasets import Shards, check_resolution, stored_side_needed
-from cpvt.data.examine import Shrink, between, examine_all, known
-from cpvt.data.shards import ShardWriter, written_aside
-from cpvt.data.sources import Entry, Layout, Listing, Refused, find_layout
-from cpvt.errors import DataError
+from cpvt.data.datasets import ImageDataset, listed_dataset, open_dataset, resize_short_side
+from cpvt.data.decode import decode_image, open_image, reason
+from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, written_aside
+from cpvt.errors import ConfigError, DataError
 from cpvt.rng import permutation
 
 IMAGENET = {"train": 1_281_167, "val": 50_000}  # images of ILSVRC2012 (Russakovsky et al. 2015, table 2)
 IMAGENET_CLASSES = 1000
-WORDNET_ID = re.compile(r"n\d{8}")
+ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+KAGGLE = "ILSVRC/Data/CLS-LOC"
+MAPPING = "LOC_synset_mapping.txt"  # Kaggle's classes: WordNet id, then words
+SOLUTION = "LOC_val_solution.csv"  # ImageId, then "WordNet-id x y x y ..."
 ORDER = "pack/order"  # the key of the order of training images; another key, another order
-CHUNK = 16  # images a process is given at a time
 SHOWN = 20  # refused images that a report names
 Expected = Literal["auto", "imagenet", "any"]
-
-
-@dataclass
-class Report:
-    """What became of one split."""
-
-    path: Path
-    about: dict  # as in index.json
-    seconds: float
-    enlarged: tuple[int, float] | None = None  # an image size, and the share of images too small for it
-
-    def __str__(self) -> str:
-        about, size = self.about, sum(shard["bytes"] for shard in self.about["shards"])
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in about["kinds"].items())
-        lines = [
-            f"{self.path}: {about['images']:,} images of {len(about['classes']):,} classes, "
-            f"{size / 1e6:,.1f} MB in {len(about['shards'])} shards, {self.seconds:.1f} s "
-            f"({about['images'] / self.seconds:.0f} images/s)",
-            f"  kinds: {kinds}; the smallest side is {about['min_side']} pixels",
-        ]
-        if about["short_side"]:
-            lines.append(
-                f"  shrunk to a short side of {about['short_side']}: {about['shrunk']:,} images "
-                f"(JPEG, quality {about['quality']}, {about['chroma']})"
-            )
-        if self.enlarged:
-            side, share = self.enlarged
-            needed = stored_side_needed(side)
-            lines.append(f"  evaluation at {side} needs a short side of {needed}: {share:.1%} are enlarged")
-        return "\n".join(lines + _name_refused(about["refused"]))
 
 
 def pack(
     source: str | Path,
     out: str | Path,
     splits: Iterable[str] = ("val", "train"),
-    shrink: Shrink | None = None,
+    *,
+    short_side: int = 0,
+    quality: int = 92,
     shard_mb: int = 1000,
     expect: Expected = "auto",
     workers: int = 0,
-    image_size: int = 0,
+    unpack: str | Path = "",
     report: Callable[[str], None] = print,
-) -> list[Report]:
+) -> None:
     """Packs the splits of `source` into shards below `out`, one split after the other.
 
     splits      in this order; each is whole in out/<split> or not there at all, whatever happens
-    shrink      of training images; validation images stay as they are
-    expect      "imagenet": exactly the images and classes of ILSVRC2012, in WordNet order, or DataError and
-                nothing kept; "any"; "auto": "imagenet" for its archives, for Kaggle's layout and for any
-                1000 classes named by WordNet ids
+    short_side  pixels: training images whose short side is larger are shrunk to it and stored as JPEG again, of
+                this `quality`, 1 to 95; all others keep their bytes. 0: never
+    expect      "imagenet": exactly the images and classes of ILSVRC2012, or DataError and nothing kept; "any";
+                "auto": "imagenet" for its archives, Kaggle's layout and any 1000 classes named by WordNet ids
     workers     processes that decode; 0: one for each core, 1: none but this one
-    image_size  also report the share of images too small for evaluation at this size; 0: no
+    unpack      where archives are unpacked, in a folder that is deleted at the end; by default beside `out`
 
     What cannot be decoded is left out, named and counted. A class without an image is an error always: a model
     would have an output that nothing teaches and nothing tests.
     """
-    source, out, splits, shrink = Path(source), Path(out), list(splits), shrink or Shrink()
-    known("expect", expect, Expected)
-    between("shard_mb", shard_mb, 1)
-    between("workers", workers, 0)
-    between("image_size", image_size, 0)
-    layout = find_layout(source)
-    report(f"{source}: {layout.name}")
+    source, out, splits = Path(source).expanduser(), Path(out).expanduser(), list(splits)
+    if expect not in get_args(Expected):
+        raise ConfigError(f"pack: {expect=}; expected one of {', '.join(get_args(Expected))}")
+    if short_side < 0 or not 1 <= quality <= 95 or shard_mb < 1 or workers < 0:
+        raise ConfigError(
+            f"pack: {short_side=}, {quality=}, {shard_mb=}, {workers=}; quality is 1 to 95, shard_mb above 0"
+        )
     for split in splits:
         if (out / split).exists():
             raise DataError(f"{out / split} exists: delete it, or choose another folder")
-    try:
-        listings = {split: layout.read(source, split) for split in splits}
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror}"
-        raise DataError(
-            f"{source} cannot be read ({reason}): look at its permissions and its disk"
-        ) from error
-    if len({listing.classes for listing in listings.values()}) > 1:
-        raise DataError(
-            f"{source}: {' and '.join(splits)} differ in their classes, expected the same in both"
+    with _open_source(source, splits, Path(unpack or out.parent).expanduser(), report) as (
+        layout,
+        root,
+        found,
+    ):
+        report(f"{source}: {layout}")
+        classes = found[splits[0]].classes
+        known = len(classes) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", wnid) for wnid in classes)
+        imagenet = expect == "imagenet" or (expect == "auto" and (known or not layout.startswith("folders")))
+        for split in splits:  # before hours of decoding
+            _check(source, split, classes, found[split].classes, found[split].labels, imagenet)
+        for split in splits:
+            started = time.perf_counter()
+            about = {
+                "name": "imagenet" if imagenet else source.resolve().name,
+                "split": split,
+                "source": layout,
+            }
+            shrink = (short_side if split == "train" else 0, quality)
+            with written_aside(out / split) as folder:
+                about = _write(
+                    ShardWriter(folder, shard_mb * 10**6), found[split], root, about, shrink, workers
+                )
+                said = _report(out / split, about, time.perf_counter() - started)
+                try:
+                    _check(source, split, classes, classes, Shards(folder).labels, imagenet)
+                except DataError:
+                    report(said)
+                    raise
+            report(said)
+
+
+def _check(source: Path, split: str, expected: tuple, classes: tuple, labels: Tensor, imagenet: bool) -> None:
+    """Raises DataError unless the classes are those expected, each with an image; and all of ImageNet's."""
+    where = f"{source}, {split}: {len(labels):,} images of {len(classes):,} classes"
+    if classes != expected:
+        raise DataError(f"{where}, other ones than in the first split: give both splits the same classes")
+    if imagenet and (len(classes), len(labels)) != (IMAGENET_CLASSES, IMAGENET[split]):
+        whole = f"ImageNet's {IMAGENET[split]:,} of {IMAGENET_CLASSES:,}"
+        raise DataError(f"{where}, expected {whole}: complete it, or pass --expect any; nothing was kept")
+    empty = (labels.bincount(minlength=len(classes)) == 0).nonzero().flatten().tolist()
+    if empty:
+        found = f"{len(empty)} have no image (the first: {classes[empty[0]]})"
+        raise DataError(f"{where}; {found}: fill them, or delete them in every split; nothing was kept")
+
+
+def _report(path: Path, about: dict, seconds: float) -> str:
+    def counted(name: str) -> str:
+        return ", ".join(f"{count:,} {what}" for what, count in about[name].items())
+
+    size, refused = sum(shard["bytes"] for shard in about["shards"]), about["refused"]
+    lines = [
+        f"{path}: {about['images']:,} images of {len(about['classes']):,} classes, {size / 1e6:,.1f} MB in "
+        f"{len(about['shards'])} shards, {seconds:.1f} s ({about['images'] / seconds:.0f} images/s)",
+        f"  kinds: {counted('kinds')}; the smallest side is {about['min_side']} pixels",
+    ]
+    if about["short_side"]:
+        lines.append(f"  shrunk to a short side of {about['short_side']}: {about['shrunk']:,} images")
+    if about["others"]:
+        lines.append(f"  left out by their names: {counted('others')}")
+    if refused:
+        more = (
+            f", of which index.json names {len(refused) - SHOWN:,} more than these"
+            if len(refused) > SHOWN
+            else ""
         )
-    whole = {split: _is_imagenet(expect, layout, listings[split]) for split in splits}
-    for split in splits:  # before hours of decoding
-        entries, _ = _distinct(listings[split])
-        _check(f"{source}, {split}", split, listings[split].classes, [e.label for e in entries], whole[split])
-    done = []
-    for split in splits:
-        about = {
-            "name": "imagenet" if whole[split] else source.resolve().name,
-            "split": split,
-            "source": layout.name,
-        }
-        own = shrink if split == "train" else Shrink()
-        started = time.perf_counter()
-        with written_aside(out / split) as folder:
-            about = _write(folder, listings[split], about, own, shard_mb * 10**6, workers)
-            labels = Shards(folder).labels.tolist()
-            try:
-                _check(f"{source}, {split}", split, listings[split].classes, labels, whole[split])
-            except DataError:
-                report("\n".join(_name_refused(about["refused"])))
-                raise
-        done.append(Report(out / split, about, time.perf_counter() - started))
-        if image_size:
-            shards = Shards(out / split)
-            done[-1].enlarged = image_size, check_resolution(shards, image_size, allow=True)
-        report(str(done[-1]))
-    return done
+        lines.append(f"  refused {len(refused):,}{more}:")
+    return "\n".join(lines + [f"    {ascii(name)}: {why}" for name, why in refused[:SHOWN]])
+
+
+# --------------------------------------------------------------------------- one split
 
 
 def _write(
-    folder: Path, listing: Listing, about: dict, shrink: Shrink, shard_bytes: int, workers: int
+    writer: ShardWriter, data: ImageDataset, root: Path, about: dict, shrink: tuple[int, int], workers: int
 ) -> dict:
-    entries, repeated = _distinct(listing)
-    refused, kinds, shrunk = [*listing.refused, *repeated], Counter(), 0
+    order = range(len(data))
     if about["split"] == "train":  # so that images read one after the other are of different classes
-        entries = [entries[i] for i in permutation(ORDER, len(entries)).tolist()]
-    writer = ShardWriter(folder, shard_bytes)
-    chunks = [entries[i : i + CHUNK] for i in range(0, len(entries), CHUNK)]
-    results = in_order(partial(examine_all, shrink=shrink), chunks, workers or len(os.sched_getaffinity(0)))
-    with tqdm(total=len(entries), desc=about["split"], unit="img", disable=None) as progress:
-        for chunk, found in zip(chunks, results, strict=True):
-            for entry, picture in zip(chunk, found, strict=True):
-                if isinstance(picture, str):
-                    refused.append(Refused(entry.name, picture))
-                    progress.set_postfix(refused=len(refused))
-                    continue
-                kinds[picture.kind] += 1
-                shrunk += picture.shrunk
-                writer.add(
-                    entry.key, picture.ending, picture.data, entry.label, picture.height, picture.width
-                )
-            progress.update(len(chunk))
-    if shrink.short_side:
-        how = {"quality": shrink.quality, "chroma": shrink.chroma, "encoder": f"Pillow {PIL.__version__}"}
-    else:
-        how = {"quality": None, "chroma": None, "encoder": None}
+        order = permutation(ORDER, len(data)).tolist()
+    workers = workers or len(os.sched_getaffinity(0))
+    parallel = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
+    examined = DataLoader(
+        _Examiner(data, *shrink), batch_size=None, sampler=order, **(parallel if workers > 1 else {})
+    )
+    names = [data.path(i).relative_to(root) for i in range(len(data))]
+    keys, kinds, refused, shrunk = _keys(data, names), Counter(), [], 0
+    try:
+        for i, found in zip(order, tqdm(examined, about["split"], unit="img", disable=None), strict=True):
+            if isinstance(found, str):
+                refused.append((str(names[i]), found))
+                continue
+            content, kind, ending, height, width, smaller = found
+            writer.add(keys[i], ending, content, int(data.labels[i]), height, width)
+            kinds[kind] += 1
+            shrunk += smaller
+    except RuntimeError as error:
+        raise DataError(f"a process died ({error}), for want of memory?: use fewer --workers") from error
     return writer.close(
         **about,
-        classes=listing.classes,
-        short_side=shrink.short_side,
-        **how,
+        classes=data.classes,
+        short_side=shrink[0],
+        **({"quality": shrink[1], "encoder": f"Pillow {PIL.__version__}"} if shrink[0] else {}),
         shrunk=shrunk,
         kinds=dict(kinds.most_common()),
-        refused=[(_plain(name), _plain(reason)) for name, reason in refused],
+        refused=refused,
+        others=dict(data.others.most_common()),
     )
 
 
-def _distinct(listing: Listing) -> tuple[list[Entry], list[Refused]]:
-    """The entries with each name once in a class, the first one; and those that come again."""
-    seen, first, again = set(), [], []
-    for entry in listing.entries:
-        if entry.key in seen:
-            again.append(Refused(entry.name, "its class has an image of this name already"))
-        else:
-            seen.add(entry.key)
-            first.append(entry)
-    return first, again
+class _Examiner(Dataset):
+    """Image i -> (its bytes, kind, ending, height, width, whether it was shrunk), or why it is refused."""
+
+    def __init__(self, data: ImageDataset, short_side: int, quality: int):
+        self.data, self.short_side, self.quality = data, short_side, quality
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[bytes, str, str, int, int, bool] | str:
+        try:
+            content = self.data.read(i)
+            pixels = decode_image(content)
+            with open_image(content) as image:
+                kind, grey = (
+                    f"{image.format} {image.mode}",
+                    image.mode == "L" or image.mode.startswith("I;16"),
+                )
+                ending = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(image.format, image.format.lower())
+        except (OSError, DataError, MemoryError) as error:
+            return reason(error)
+        if not 0 < self.short_side < min(pixels.shape[1:]):
+            return content, kind, ending, *pixels.shape[1:], False
+        image, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
+        small = resize_short_side(image.getchannel(0) if grey else image, self.short_side)
+        small.save(file, "JPEG", quality=self.quality, subsampling="4:2:0")
+        return file.getvalue(), kind, "jpg", small.height, small.width, True
 
 
-def _is_imagenet(expect: str, layout: Layout, listing: Listing) -> bool:
-    named = all(WORDNET_ID.fullmatch(wnid) for wnid in listing.classes)
-    looks = layout.imagenet or (len(listing.classes) == IMAGENET_CLASSES and named)
-    return expect == "imagenet" or (expect == "auto" and looks)
+def _keys(data: ImageDataset, names: list[Path]) -> list[str]:
+    """CLASS/NAME of each image, as a tar entry may be called: ASCII, at most 90 bytes, each once, and without a
+    dot, where WebDataset cuts."""
+    keys, seen = [], set()
+    for i, (name, label) in enumerate(zip(names, data.labels.tolist(), strict=True)):
+        wnid, (_, *inner) = data.classes[label], name.with_suffix("").parts  # without the split
+        # Below its class an image may lie deeper, as train/CLASS/images/ of Tiny-ImageNet; or beside it.
+        inner = inner[1:] if len(inner) > 1 and normalize("NFC", inner[0]) == wnid else inner[-1:]
+        key = quote(os.fsencode("/".join((wnid, *inner))), safe="/").replace(".", "%2E")
+        key += f"-{i}" if key in seen else ""  # two files that differ in their endings alone
+        if len(key) > KEY_BYTES:
+            key = f"{key[: KEY_BYTES - 17]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        seen.add(key)
+        keys.append(key)
+    return keys
 
 
-def _check(where: str, split: str, classes: tuple[str, ...], labels: list[int], imagenet: bool) -> None:
-    if imagenet and (len(classes), len(labels)) != (IMAGENET_CLASSES, IMAGENET[split]):
+# --------------------------------------------------------------------------- the layouts
+
+
+@contextmanager
+def _open_source(
+    source: Path, splits: list[str], scratch: Path, report: Callable[[str], None]
+) -> Iterator[tuple[str, Path, dict[str, ImageDataset]]]:
+    """The name of the layout, the folder that holds the splits, and what is to be packed of each."""
+    if not source.is_dir():
+        raise DataError(f"no folder {source}: give one with train/ and val/, with {KAGGLE}, or with {DEVKIT}")
+    if (source / KAGGLE).is_dir():
+        val = {"val": _read_kaggle_val(source)} if "val" in splits else {}
+        root = source / KAGGLE
+        yield "Kaggle's ImageNet", root, {s: val.get(s) or open_dataset(root, s) for s in splits}
+    elif any((source / name).exists() for name in (DEVKIT, *ARCHIVES.values())):
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=scratch) as folder:
+            _unpack(source, splits, Path(folder), report)
+            yield "archives of ILSVRC2012", Path(folder), {s: open_dataset(folder, s) for s in splits}
+    else:
+        found = {split: open_dataset(source, split) for split in splits}
+        if any(isinstance(data, Shards) for data in found.values()):
+            raise DataError(f"{source} is packed already: give the folder of the originals")
+        yield "folders of images", source, found
+
+
+def _unpack(source: Path, splits: list[str], folder: Path, report: Callable[[str], None]) -> None:
+    """ILSVRC2012's archives -> folder/<split>/<class>/*.JPEG, by torchvision, which compares their MD5 first."""
+    from torchvision.datasets import ImageNet
+
+    archives = [source / name for name in (DEVKIT, *(ARCHIVES[split] for split in splits))]
+    missing = [archive.name for archive in archives if not archive.is_file()]
+    if missing:
+        raise DataError(f"{source} lacks {', '.join(missing)}: put it there")
+    size, free = sum(archive.stat().st_size for archive in archives), shutil.disk_usage(folder).free
+    if size > free:
         raise DataError(
-            f"{where}: {len(labels):,} images of {len(classes):,} classes, expected ImageNet's "
-            f"{IMAGENET[split]:,} of {IMAGENET_CLASSES:,}: complete it, or pass --expect any; nothing was kept"
+            f"{size / 1e9:.1f} GB are to be unpacked, {folder.parent} has {free / 1e9:.1f} free: choose --unpack"
         )
-    if list(classes) != sorted(set(classes)):
-        raise DataError(
-            f"{where}: the classes are not in the order of their names, expected each once, sorted"
-        )
-    empty = sorted(set(range(len(classes))) - set(labels))
-    if empty:
-        raise DataError(
-            f"{where}: {len(empty)} of {len(classes)} classes have no image (the first: {classes[empty[0]]}): "
-            f"fill them, or delete them in every split; nothing was kept"
-        )
-
-
-def _name_refused(refused: list) -> list[str]:
-    if not refused:
-        return []
-    lines = [f"  refused {len(refused):,}:"] + [f"    {name}: {reason}" for name, reason in refused[:SHOWN]]
-    more = len(refused) - SHOWN
-    return lines + ([f"    and {more:,} more, all in index.json"] if more > 0 else [])
-
-
-def _plain(text: str) -> str:
-    """Names come from archives: line breaks and half characters are spelled out."""
-    return text if text.isprintable() else ascii(text)
-
-
-# Many images
-
-
-def in_order(work: Callable, chunks: list, workers: int) -> Iterator:
-    """work(chunk) for every chunk, in their order, by several processes; little is held at a time."""
-    if workers == 1:
-        yield from map(work, chunks)
-        return
-    # A fork starts at once, and a child uses Pillow alone, none of the threads that a fork leaves behind.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_follow_parent)
-    waiting = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(pool.submit(work, chunk))
-            if len(waiting) > 3 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"one of {workers} processes was killed, most likely for want of memory: use fewer --workers"
-        ) from error
+    report(f"unpacking {size / 1e9:.1f} GB below {folder.parent}")
+    for archive in archives:
+        (folder / archive.name).symlink_to(archive.resolve())
+    before, tarfile.TarFile.extraction_filter = (
+        tarfile.TarFile.extraction_filter,
+        staticmethod(tarfile.data_filter),
+    )
+    try:  # with this filter, the default from Python 3.14 on, no entry leaves its folder
+        for split in splits:
+            ImageNet(folder, split)
+    except (RuntimeError, OSError, tarfile.TarError) as error:
+        raise DataError(f"{source} cannot be unpacked ({reason(error)}): fetch the archives again") from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        tarfile.TarFile.extraction_filter = before
 
 
-def _follow_parent() -> None:
-    """Ctrl-C is for the parent, which tells its children; and a child does not outlive a killed parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch():
-        connection.wait([parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _read_kaggle_val(source: Path) -> ImageDataset:
+    """All validation images in one folder, their classes in a table."""
+    try:
+        mapping = (source / MAPPING).read_text("utf-8-sig")
+        with open(source / SOLUTION, newline="", encoding="utf-8-sig") as lines:
+            table = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(lines)}
+    except (OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise DataError(
+            f"{source}: {MAPPING} and {SOLUTION} are needed, as Kaggle has them ({error!r})"
+        ) from error
+    folder, classes = (
+        source / KAGGLE / "val",
+        sorted(line.split()[0] for line in mapping.splitlines() if line.strip()),
+    )
+    rows = [(folder / f"{name}.JPEG", table[name]) for name in sorted(table)]
+    data = listed_dataset("imagenet", "val", tuple(classes), rows)
+    if len(data) < (there := len([*folder.iterdir()])):
+        data.others[f"not in {SOLUTION}"] = there - len(data)
+    return data
