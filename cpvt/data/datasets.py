@@ -199,9 +199,13 @@ def _read_folder(path: Path, split: str, name: str) -> ImageDataset:
     for label, wnid in enumerate(classes):
         images = _image_files(here / folders.get(wnid, wnid), others)
         if not images:
-            loose = sum(file.suffix.lower() in ENDINGS for file in here.iterdir())
-            found = f"no images ({' '.join(ENDINGS)}); {loose:,} lie in {here} itself"
-            raise DataError(f"{here / wnid} holds {found}: fill it, or delete the class in every split")
+            if loose := sum(file.suffix.lower() in ENDINGS for file in here.iterdir()):
+                raise DataError(
+                    f"{here}: {loose:,} images lie in no folder of a class, and none in {wnid}: sort them"
+                )
+            raise DataError(
+                f"{here / wnid} holds no images ({' '.join(ENDINGS)}): fill it, or delete the class everywhere"
+            )
         items += images
         labels += [label] * len(images)
     return ImageDataset(name, split, tuple(classes), numpy.array(items), torch.tensor(labels), others)
@@ -258,7 +262,9 @@ def _open_named(name: str, split: str, root: Path, download: bool) -> ImageDatas
         raise DataError(f"split={split!r} was given for {name}: use 'train' or 'val'")
     folder = root / (name if (root / name).is_dir() else FOLDERS[name])
     debian = name == "fashion-mnist" and not folder.is_dir() and FASHION_MNIST_DEBIAN.is_dir()
-    fetch = download and not folder.is_dir() and not debian
+    fetch = not folder.is_dir() and not debian
+    if fetch and not download:
+        raise DataError(f"{name} is not in {root}: fill {folder}, or pass download=True")
     try:
         if fetch:
             root.mkdir(parents=True, exist_ok=True)

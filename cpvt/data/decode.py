@@ -131,7 +131,7 @@ def plain_jpeg(data: bytes, image: Image.Image) -> bytes | None:
     # Without a JFIF or Adobe mark the names of the components decide. libjpeg lets JFIF win over Adobe.
     marked = "jfif" in image.info or "adobe_transform" in image.info
     rgb = image.info.get("adobe_transform") == 0 or (not marked and names == list(b"RGB"))
-    usual = len(factors) == 1 or (factors[0] in LUMA_FACTORS and factors[1:] == [(1, 1), (1, 1)] and not rgb)
+    usual = len(factors) == 1 or (factors[1:] == [(1, 1), (1, 1)] and factors[0] in LUMA_FACTORS and not rgb)
     # The header of the first scan, behind which Pillow stands now, must name all components. Inside a scan an FF
     # is followed by 00, so FFD9 is the end of the image.
     start, count = image.fp.tell(), len(names)
@@ -145,13 +145,26 @@ def plain_jpeg(data: bytes, image: Image.Image) -> bytes | None:
     return data
 
 
-def find_jpeg_decoder(device: str | torch.device = "cpu") -> Callable | None:
+def find_jpeg_decoder() -> Callable | None:
     """torchcodec's decoder of a JPEG, or of a list of them in one call; None where it cannot be loaded."""
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError):
         return None
-    return partial(decode_jpeg, device=device)
+    return decode_jpeg
+
+
+def find_gpu_decoder(device: str | torch.device, decode: str = "auto") -> Callable | None:
+    """What decodes a list of JPEGs on this device; None where the CPU is to decode.
+
+    decode  "auto": on a GPU where it can; "cpu"; "gpu": ConfigError where it cannot
+    """
+    cuda = torch.device(device).type == "cuda"
+    decode_jpeg = find_jpeg_decoder() if cuda and decode != "cpu" else None
+    if decode == "gpu" and not decode_jpeg:
+        why = ", but torchcodec cannot be loaded" if cuda else f" with device {str(device)!r}"
+        raise ConfigError(f"data.decode='gpu'{why}: use 'auto'")
+    return decode_jpeg and partial(decode_jpeg, device=device)
 
 
 # --------------------------------------------------------------------------- replacement
@@ -296,8 +309,7 @@ def bisect(decode: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor]) 
 class Decoder:
     """The main process' side: ReadChunk -> DecodedChunk, in the thread that calls; `reader` is the workers' side.
 
-    decode        "auto": plain JPEGs on the GPU where it can; "cpu"; "gpu": ConfigError where it cannot
-    decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; by default torchcodec's
+    decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; by default `find_gpu_decoder`'s
 
     On CUDA, everything happens on a stream of its own, `stream`, and the images are ready for the stream that
     is current at the call. nvJPEG's hardware path does not wait for the stream it is given (torchvision's pull
@@ -314,11 +326,7 @@ class Decoder:
         decode_jpegs: Callable[[list[Tensor]], list[Tensor]] | None = None,
     ):
         self.source, self.device = source, torch.device(device)
-        cuda = self.device.type == "cuda"
-        self.decode_jpegs = decode_jpegs or (find_jpeg_decoder(device) if cuda and decode != "cpu" else None)
-        if decode == "gpu" and not (cuda and self.decode_jpegs):
-            why = ", but torchcodec cannot be loaded" if cuda else f" with device {str(device)!r}"
-            raise ConfigError(f"data.decode='gpu'{why}: use 'auto'")
+        self.decode_jpegs = decode_jpegs or find_gpu_decoder(device, decode)
         self.reader = ChunkReader(source, keep_jpegs=self.decode_jpegs is not None)
         self.warned = False
 

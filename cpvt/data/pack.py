@@ -24,6 +24,7 @@ from unicodedata import normalize
 from urllib.parse import quote
 
 import PIL
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -175,7 +176,7 @@ def _write(
                 refused.append((str(names[i]), found))
                 continue
             content, kind, ending, height, width, smaller = found
-            writer.add(keys[i], ending, content, int(data.labels[i]), height, width)
+            writer.add(keys[i], ending, content.numpy().tobytes(), int(data.labels[i]), height, width)
             kinds[kind] += 1
             shrunk += smaller
     except RuntimeError as error:
@@ -193,7 +194,10 @@ def _write(
 
 
 class _Examiner(Dataset):
-    """Image i -> (its bytes, kind, ending, height, width, whether it was shrunk), or why it is refused."""
+    """Image i -> (its bytes, kind, ending, height, width, whether it was shrunk), or why it is refused.
+
+    The bytes are a tensor, in shared memory: a full pipe would keep a process alive whose parent was killed.
+    """
 
     def __init__(self, data: ImageDataset, short_side: int, quality: int):
         self.data, self.short_side, self.quality = data, short_side, quality
@@ -201,7 +205,7 @@ class _Examiner(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, i: int) -> tuple[bytes, str, str, int, int, bool] | str:
+    def __getitem__(self, i: int) -> tuple[Tensor, str, str, int, int, bool] | str:
         try:
             content = self.data.read(i)
             pixels = decode_image(content)
@@ -214,11 +218,24 @@ class _Examiner(Dataset):
         except (OSError, DataError, MemoryError) as error:
             return reason(error)
         if not 0 < self.short_side < min(pixels.shape[1:]):
-            return content, kind, ending, *pixels.shape[1:], False
+            return (
+                torch.frombuffer(bytearray(content), dtype=torch.uint8),
+                kind,
+                ending,
+                *pixels.shape[1:],
+                False,
+            )
         image, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
         small = resize_short_side(image.getchannel(0) if grey else image, self.short_side)
         small.save(file, "JPEG", quality=self.quality, subsampling="4:2:0")
-        return file.getvalue(), kind, "jpg", small.height, small.width, True
+        return (
+            torch.frombuffer(file.getbuffer(), dtype=torch.uint8),
+            kind,
+            "jpg",
+            small.height,
+            small.width,
+            True,
+        )
 
 
 def _keys(data: ImageDataset, names: list[Path]) -> list[str]:

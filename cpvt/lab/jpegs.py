@@ -18,7 +18,6 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from cpvt.data.datasets import ImageDataset, Shards, open_dataset
-from cpvt.data.examine import Shrink
 from cpvt.data.loader import Images
 from cpvt.data.pack import pack
 from cpvt.errors import DataError
@@ -95,18 +94,17 @@ def prepare(
     """
     images = _given(Path(data), count) if data else [(i % 2, draw_jpeg(i, *drawn)) for i in range(count)]
     _write(folder / "files", images)
-    shrink = Shrink(short_side)
+    shards = folder / "shards"
     pack(
         folder / "files",
-        folder / "shards",
+        shards,
         ("train",),
-        shrink,
-        1000,
-        "any",
-        workers,
-        report=lambda text: None,
+        short_side=short_side,
+        expect="any",
+        workers=workers,
+        report=lambda _: None,
     )
-    shards = Shards(folder / "shards" / "train")
+    shards = Shards(shards / "train")
     _write(folder / "shrunk", [(int(shards.labels[i]), shards.read(i)) for i in range(len(shards))])
     names = tuple(map(str, range(classes)))
     files, shrunk, packed = (

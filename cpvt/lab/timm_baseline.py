@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 
 from cpvt.config import AugmentConfig, ModelConfig
 from cpvt.data.datasets import ImageDataset as ImageFiles
-from cpvt.data.decode import Source
+from cpvt.data.shards import Shards
 from cpvt.data.loader import Batch, Images
 from cpvt.errors import ConfigError
 
@@ -29,7 +29,7 @@ from cpvt.errors import ConfigError
 
 
 def timm_loader(
-    source: Source,
+    source: ImageFiles | Shards,
     batch: int,
     image_size: int,
     classes: int,
@@ -112,7 +112,7 @@ def _mixup(kind: type, augment: AugmentConfig, smoothing: float, classes: int):
 class _Encoded:
     """A source of encoded images in the shape of one of timm's readers: (open file, label) by number."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source):
         self.source = source
 
     def __len__(self) -> int:
