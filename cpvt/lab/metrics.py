@@ -104,7 +104,7 @@ def score_pipeline(run: Run, classes: int) -> Score:
     """
     data, tokens = run.config.data, run.config.model.grid[0]
     held_out = selected(open_dataset(data.name, "val", data.root), classes)
-    files = (b"%d\n" % label + held_out.read(i) for i, label in enumerate(held_out.labels))
+    files = (b"%d\n" % label + held_out.read(i) for i, label in enumerate(held_out.labels.tolist()))
     digest = hashlib.sha256("".join(sorted(hashlib.sha256(file).hexdigest() for file in files)).encode())
     metrics = {f"{name}@{tokens}": run.metrics[name] for name in ("top1", "top5") if name in run.metrics}
     metrics |= {"images": run.metrics["images"], "unusable_images": run.faults}

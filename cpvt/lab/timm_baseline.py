@@ -21,8 +21,8 @@ from torch import Tensor, distributed, nn
 
 from cpvt.config import AugmentConfig, ModelConfig
 from cpvt.data.datasets import ImageDataset as ImageFiles
-from cpvt.data.shards import Shards
 from cpvt.data.loader import Batch, Images
+from cpvt.data.shards import Shards
 from cpvt.errors import ConfigError
 
 # --------------------------------------------------------------------------- its loader
