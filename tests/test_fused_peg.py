@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cpvt import ModelConfig, create_model
+from cpvt import ModelConfig
 from cpvt.config import Peg
 from cpvt.model import fused_peg
 from cpvt.model.encodings import PEG, set_fused
@@ -234,23 +234,7 @@ def test_models_are_the_same_either_way(encoding, pegs, options):
     expected = step(model, images)
     set_fused(model, True)
     assert operators(lambda: model(images))["cpvt.peg.default"] == pegs
-    for a, b in zip(step(model, images), expected, strict=True):
-        assert (a - b).abs().max() < 1e-12 * max(1, b.abs().max())
-
-
-def test_bfloat16_is_no_worse_than_the_convolutions():
-    """Five PEGs in autocast: the operator reads the float32 stream, where a convolution rounds it first."""
-    model, images = build("peg(positions=(0, 1, 2, 3, 4))")
-    expected, worst = step(copy.deepcopy(model).double(), images.double()), []
-
-    def forward(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(x).float()
-
-    for fused in (False, True):
-        set_fused(model, fused)
-        worst.append(max(errors(step(model, images, forward), expected)))
-    assert worst[1] < 0.05 and worst[1] < 1.1 * worst[0]
+    torch.testing.assert_close(step(model, images), expected, rtol=1e-12, atol=1e-12)
 
 
 # --------------------------------------------------------------------------- what the compiler sees
@@ -279,20 +263,16 @@ def test_one_graph_with_the_operator():
     assert max(errors(step(model, images, whole), expected)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["cpvt_tiny_5peg", "cpvt_tiny_gap", "deit_tiny_distilled"])
-def test_no_model_breaks_the_graph(name):
-    """In training, with drop path, with and without checkpointing."""
-    torch.manual_seed(0)
-    sizes = {"image_size": (32, 48), "width": 32, "heads": 2, "depth": 5 if "5peg" in name else 2}
-    model = create_model(name, **sizes, num_classes=7, drop_path=0.2).train()
-    images, scale = torch.randn(4, 3, 32, 48), model.drop_path_scale(torch.rand(len(model.blocks), 2, 4))
-    expected = step(model, images, lambda x: model(x, scale))
+def test_no_distilled_model_breaks_the_graph():
+    """In training, with drop path drawn inside and given, with and without checkpointing."""
+    model, images = build("peg(positions=(0, 1))", depth=3, distilled=True, drop_path=0.2)
+    scale = model.drop_path_scale(torch.rand(3, 2, 3))
+    expected = step(model.train(), images, lambda x: model(x, scale))
     torch.compiler.reset()
     whole = torch.compile(model, backend="eager", fullgraph=True)
-    step(model, images, whole)  # which draws factors of its own
+    step(model, images, whole)
     model.set_grad_checkpointing()
-    for a, b in zip(step(model, images, lambda x: whole(x, scale)), expected, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(step(model, images, lambda x: whole(x, scale)), expected)
 
 
 # --------------------------------------------------------------------------- on a GPU
