@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from encoded import BROKEN, ODD, PLAIN, encoded, exif, picture, refusal
+from encoded import BROKEN, ODD, PLAIN, encoded, picture, refusal
 from PIL import Image
 from torchvision import datasets as published
 from torchvision.transforms.v2 import functional as transforms
@@ -87,7 +87,9 @@ def test_a_mac_may_spell_a_class_in_other_characters(tmp_path):
     assert all(data[i][0].shape == (3, 45, 61) for i in range(2)) and data.fingerprint
 
 
-def test_folders_that_cannot_be_used_are_named(folder):
+def test_folders_that_cannot_be_used_are_named(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(open_dataset("~/tiny")) == 6
     assert "'no-such'" in refusal(open_dataset, "no-such")
     assert "https://host/x" in refusal(open_dataset, "https://host/x")
     assert "folders: train, val" in refusal(open_dataset, folder, "test")
@@ -103,11 +105,6 @@ def test_folders_that_cannot_be_used_are_named(folder):
     for image in (folder / "val" / "b.png", folder / "val" / "a.JPEG"):
         image.unlink()
     assert refusal(open_dataset, folder, "val").startswith(str(folder / "val" / "n02"))
-
-
-def test_a_home_folder_may_be_written_with_a_tilde(folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder.parent))
-    assert len(open_dataset("~/tiny")) == 6
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "PNG cut off", "floating point"])
@@ -143,8 +140,8 @@ def test_tensors_hold_the_pixels_and_their_fingerprint(folder):
 
 
 def test_all_readers_give_equal_pixels_of_every_kind(tmp_path):
-    for name, content in (PLAIN | ODD | {"turned": encoded(picture(), exif=exif(3))}).items():
-        put(tmp_path / "train" / "a" / f"{name.replace(':', '')}.jpg", content)
+    for name, content in (PLAIN | ODD).items():
+        put(tmp_path / "train" / "a" / f"{name}.jpg", content)
     data = open_dataset(tmp_path)
     tensors = load_tensors(data, 45).images
     for i in range(len(data)):
@@ -245,7 +242,7 @@ def test_missing_data_name_the_folder_to_fill(tmp_path, monkeypatch, name):
 
 
 def test_a_download_is_moved_in_whole(tmp_path, monkeypatch, folder):
-    def bring(url, aside, md5, remove_finished):
+    def bring(url, aside, md5):
         assert (url, len(md5)) == (datasets.TINY_IMAGENET, 32)
         folder.rename(Path(aside) / "tiny-imagenet-200")
 

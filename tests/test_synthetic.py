@@ -91,9 +91,8 @@ def test_what_is_read_back_from_the_pixels(grid, split):
 
 def test_diagonals_appear_on_both_sides_and_bars_where_they_may():
     d = draw("what", range(4000))
-    bars, diagonals = d.columns[d.shape < 2, 0], d.columns[d.shape >= 2, 0]
-    assert set(bars.tolist()) == {2, 3, 4}
-    assert set(diagonals.tolist()) == set(range(2, 10))
+    assert set(d.columns[d.shape < 2, 0].tolist()) == {2, 3, 4}
+    assert set(d.columns[d.shape >= 2, 0].tolist()) == set(range(2, 10))
     assert set(draw("what", range(4000), split="test").columns[:, 0].tolist()) == {7, 8, 9}
     assert d.shape.bincount().tolist() == pytest.approx([1000] * 4, abs=100)
     assert set(draw("what", range(99), split="val", pair="diagonals").shape.tolist()) == {2, 3}
@@ -201,13 +200,6 @@ def test_samples_do_not_change_with_the_version():
     assert digest.hexdigest() == "e392eaa4cab810b74fb8c87e372046129f40dfb6969c90d2aa5e71f941cf99a4"
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_seeds_and_splits_differ(task):
-    keys = ((0, "train"), (1, "train"), (0, "val"))
-    images = [draw(task, range(50), seed=seed, split=split).images for seed, split in keys]
-    assert not any(images[i].equal(images[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("task", TASKS)
 def test_a_gpu_draws_the_same(task):
@@ -241,17 +233,12 @@ def test_on_a_larger_grid_an_object_keeps_its_tokens_or_its_share(task):
     [
         (dict(task="were"), "'were'"),
         (dict(split="validation"), "'validation'"),
-        (dict(scale="token"), "'token'"),
         (dict(task="what", pair="bar"), "'bar'"),
         (dict(pair="bars"), "pair='bars'"),
         (dict(grid=14), "grid=(14,)"),
-        (dict(grid=(14, 0)), "grid=(14, 0)"),
         (dict(pixels=0.5), "pixels=0.5"),
         (dict(margin=-1), "margin=-1"),
         (dict(index=[0.5]), "float32"),
-        (dict(grid=(6, 9), size=4), "needs 8 x 8"),
-        (dict(task="arrangement", grid=(4, 9)), "needs 5 x 7"),
-        (dict(task="what", grid=(14, 9)), "needs 7 x 10"),
         (dict(distances=(0, 7)), "0 to 6"),
         (dict(task="what", distances=(3,)), "distances=(3,)"),
     ],
@@ -260,9 +247,10 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, message):
     assert message in refusal(draw, **{"task": "where", "index": range(4), **arguments})
 
 
-@pytest.mark.parametrize("task, grid", [("where", (8, 8)), ("arrangement", (5, 7)), ("what", (7, 10))])
-def test_the_smallest_grid_that_an_error_names_is_enough(task, grid):
-    size = 4 if task == "where" else 1
+@pytest.mark.parametrize(
+    "task, size, grid", [("where", 4, (8, 8)), ("arrangement", 1, (5, 7)), ("what", 1, (7, 10))]
+)
+def test_the_smallest_grid_that_an_error_names_is_enough(task, size, grid):
     assert draw(task, range(20), grid=grid, size=size).images.shape == (20, 3, *grid)
     for smaller in ((grid[0] - 1, grid[1]), (grid[0], grid[1] - 1)):
         assert f"{grid[0]} x {grid[1]}" in refusal(draw, task, range(20), grid=smaller, size=size)

@@ -26,7 +26,7 @@ from cpvt.data.decode import ENDINGS, decode_image, open_image, read_file, reaso
 from cpvt.data.shards import Shards
 from cpvt.errors import DataError
 
-FOLDERS = {
+FOLDERS = {  # below `root`, as torchvision names them
     "tiny-imagenet": "tiny-imagenet-200",
     "cifar10": "cifar-10-batches-py",
     "fashion-mnist": "FashionMNIST",
@@ -164,9 +164,7 @@ def open_dataset(
     if name in FOLDERS:
         return _open_named(name, split, Path(root).expanduser(), download)
     if not path.is_dir():
-        raise DataError(
-            f"no folder and no data set {name!r}: give an existing folder, or one of {', '.join(FOLDERS)}"
-        )
+        raise DataError(f"no folder and no data set {name!r}; those known by name: {', '.join(FOLDERS)}")
     packed = (path / split / "index.json").is_file()
     return Shards(path / split) if packed else _read_folder(path, split, path.name)
 
@@ -178,51 +176,40 @@ def _read_folder(path: Path, split: str, name: str) -> ImageDataset:
     """<path>/<split>/<class>/**/*.JPEG, or Tiny-ImageNet's val/images with its val_annotations.txt."""
     here = path / split
     if not here.is_dir():
-        raise DataError(
-            f"{path} has no folder {split!r} (folders: {', '.join(_folders(path).values()) or 'none'})"
-        )
+        raise DataError(f"{path} has no folder {split!r} (folders: {', '.join(_folders(path)) or 'none'})")
     # The classes are those of train/, whatever the split, or labels would mean different things.
     classes, folders = _folders(path / "train" if (path / "train").is_dir() else here), _folders(here)
     annotations = here / "val_annotations.txt"
     if annotations.is_file():
         rows = [row.split("\t") for row in annotations.read_text("utf-8-sig").splitlines()]
-        return listed_dataset(
-            name, split, tuple(classes), [(here / "images" / row[0], row[1]) for row in rows]
-        )
+        return listed_dataset(name, split, classes, [(here / "images" / row[0], row[1]) for row in rows])
     odd = sorted(folders.keys() - classes.keys())
     if odd or not classes:
         found = f"{len(odd)} classes that train lacks (the first: {odd[0]})" if odd else "no class folders"
-        raise DataError(
-            f"{here} has {found}: expected {here}/<class>/*.JPEG, the same classes in every split"
-        )
+        raise DataError(f"{here} has {found}: expected {here}/<class>/*.JPEG, the same in every split")
     items, labels, others = [], [], Counter()
     for label, wnid in enumerate(classes):
         images = _image_files(here / folders.get(wnid, wnid), others)
         if not images:
-            if loose := sum(file.suffix.lower() in ENDINGS for file in here.iterdir()):
-                raise DataError(
-                    f"{here}: {loose:,} images lie in no folder of a class, and none in {wnid}: sort them"
-                )
-            raise DataError(
-                f"{here / wnid} holds no images ({' '.join(ENDINGS)}): fill it, or delete the class everywhere"
-            )
+            loose = sum(file.suffix.lower() in ENDINGS for file in here.iterdir())
+            flat = f"{here}: {loose:,} images lie in no folder of a class: sort them"
+            empty = f"{here / wnid} holds no images ({' '.join(ENDINGS)}): fill it, or delete the class"
+            raise DataError(flat if loose else empty)
         items += images
         labels += [label] * len(images)
     return ImageDataset(name, split, tuple(classes), numpy.array(items), torch.tensor(labels), others)
 
 
 def listed_dataset(
-    name: str, split: str, classes: tuple[str, ...], rows: list[tuple[Path, str]]
+    name: str, split: str, classes: Iterable[str], rows: list[tuple[Path, str]]
 ) -> ImageDataset:
     """A data set of which a list says what is of which class."""
     number = {wnid: label for label, wnid in enumerate(classes)}
     for path, wnid in rows:
         if wnid not in number or not path.is_file():
-            raise DataError(
-                f"{path} of class {wnid!r} is listed, but no such class or file is there: unpack all again"
-            )
+            raise DataError(f"{path} of class {wnid!r} is listed, but not there: unpack all of it again")
     items = numpy.array([os.fsencode(path) for path, _ in rows])
-    return ImageDataset(name, split, classes, items, torch.tensor([number[wnid] for _, wnid in rows]))
+    return ImageDataset(name, split, tuple(number), items, torch.tensor([number[wnid] for _, wnid in rows]))
 
 
 def _image_files(folder: Path, others: Counter) -> list[bytes]:
@@ -245,9 +232,7 @@ def _image_files(folder: Path, others: Counter) -> list[bytes]:
 
 def _folders(path: Path) -> dict[str, str]:
     """Name of a class -> name of its folder, which an archive from a Mac may spell with other characters."""
-    names = sorted(
-        entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    names = sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
     return {normalize("NFC", name): name for name in names}
 
 
@@ -260,30 +245,33 @@ def _open_named(name: str, split: str, root: Path, download: bool) -> ImageDatas
 
     if split not in ("train", "val"):
         raise DataError(f"split={split!r} was given for {name}: use 'train' or 'val'")
-    folder = root / (name if (root / name).is_dir() else FOLDERS[name])
+    folder = root / FOLDERS[name]
+    if name == "tiny-imagenet" and (root / name).is_dir():
+        folder = root / name
     debian = name == "fashion-mnist" and not folder.is_dir() and FASHION_MNIST_DEBIAN.is_dir()
     fetch = not folder.is_dir() and not debian
     if fetch and not download:
         raise DataError(f"{name} is not in {root}: fill {folder}, or pass download=True")
+    kind = {"cifar10": CIFAR10, "fashion-mnist": FashionMNIST}.get(name)
     try:
         if fetch:
             root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=root if fetch else None) as aside:
             if debian:
-                Path(aside, "FashionMNIST", "raw").mkdir(parents=True)
+                root, raw = Path(aside), Path(aside, FOLDERS[name], "raw")
+                raw.mkdir(parents=True)
                 for file in FASHION_MNIST_DEBIAN.glob("*.gz"):
-                    extract_archive(file, Path(aside, "FashionMNIST", "raw"))
-            elif fetch and name == "tiny-imagenet":
-                download_and_extract_archive(
-                    TINY_IMAGENET, aside, md5=TINY_IMAGENET_MD5, remove_finished=True
-                )
-                Path(aside, folder.name).rename(folder)
-            if name != "tiny-imagenet":
-                kind = {"cifar10": CIFAR10, "fashion-mnist": FashionMNIST}[name]
-                data = kind(aside if debian else root, split == "train", download=fetch)
+                    extract_archive(file, raw)
+            elif fetch and kind:
+                kind(aside, download=True)
+            elif fetch:
+                download_and_extract_archive(TINY_IMAGENET, aside, md5=TINY_IMAGENET_MD5)
+            if fetch:
+                Path(aside, FOLDERS[name]).rename(folder)  # whole
+            if kind:
+                data = kind(root, split == "train")
+                items, labels = numpy.asarray(data.data), torch.as_tensor(data.targets)
+                return ImageDataset(name, split, tuple(data.classes), items, labels)
     except (RuntimeError, OSError, ValueError, AssertionError, TypeError, EOFError) as error:
         raise DataError(f"{name} cannot be read or fetched ({reason(error)}): fill {folder}") from error
-    if name == "tiny-imagenet":
-        return _read_folder(folder, split, name)
-    labels = torch.as_tensor(data.targets)
-    return ImageDataset(name, split, tuple(data.classes), numpy.asarray(data.data), labels)
+    return _read_folder(folder, split, name)

@@ -102,8 +102,8 @@ def read_file(path: Path) -> bytes:
 
 def _regular(path: Path) -> Path:
     about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):
-        raise DecodeError("not a regular file")  # a pipe would be waited for, a device might never end
+    if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for, a device might never end
+        raise DecodeError("not a regular file")
     if about.st_size > MAX_BYTES:
         raise DecodeError(f"{about.st_size:,} bytes, more than {MAX_BYTES:,}")
     return path
@@ -309,7 +309,8 @@ def bisect(decode: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor]) 
 class Decoder:
     """The main process' side: ReadChunk -> DecodedChunk, in the thread that calls; `reader` is the workers' side.
 
-    decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; by default `find_gpu_decoder`'s
+    decode        as in `find_gpu_decoder`, which gives
+    decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; or another that is given
 
     On CUDA, everything happens on a stream of its own, `stream`, and the images are ready for the stream that
     is current at the call. nvJPEG's hardware path does not wait for the stream it is given (torchvision's pull
@@ -319,11 +320,7 @@ class Decoder:
     """
 
     def __init__(
-        self,
-        source: Dataset,
-        device: str | torch.device,
-        decode: str = "auto",
-        decode_jpegs: Callable[[list[Tensor]], list[Tensor]] | None = None,
+        self, source: Dataset, device: str, decode: str = "auto", decode_jpegs: Callable | None = None
     ):
         self.source, self.device = source, torch.device(device)
         self.decode_jpegs = decode_jpegs or find_gpu_decoder(device, decode)
@@ -332,9 +329,8 @@ class Decoder:
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(
-            self.device
-        )  # made when first used: workers may be forked before CUDA starts
+        """Made when it is first used, so that workers may be forked before CUDA starts."""
+        return torch.cuda.Stream(self.device)
 
     def __call__(self, chunk: ReadChunk) -> DecodedChunk:
         if self.device.type != "cuda":
@@ -370,9 +366,8 @@ class Decoder:
             images[i] = image.to(self.device)
         if decoded.refused == len(jpegs) > 1 and not self.warned:
             self.warned = True
+            found = f"the GPU refused all {len(jpegs)} JPEGs of a chunk (the first: {results[0]})"
             warnings.warn(
-                f"the GPU refused to decode all {len(jpegs)} JPEGs of a chunk (the first: {results[0]}): the main "
-                "process decodes them, one after the other and slowly; use data.decode='cpu'",
-                stacklevel=2,
+                f"{found}: the main process decodes them, slowly; use data.decode='cpu'", stacklevel=2
             )
         return decoded

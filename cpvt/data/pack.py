@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import tarfile
 import tempfile
 import time
@@ -78,35 +77,25 @@ def pack(
     if expect not in get_args(Expected):
         raise ConfigError(f"pack: {expect=}; expected one of {', '.join(get_args(Expected))}")
     if short_side < 0 or not 1 <= quality <= 95 or shard_mb < 1 or workers < 0:
-        raise ConfigError(
-            f"pack: {short_side=}, {quality=}, {shard_mb=}, {workers=}; quality is 1 to 95, shard_mb above 0"
-        )
+        raise ConfigError(f"pack: {short_side=}, {quality=} (1 to 95), {shard_mb=}, {workers=}: out of range")
     for split in splits:
         if (out / split).exists():
             raise DataError(f"{out / split} exists: delete it, or choose another folder")
-    with _open_source(source, splits, Path(unpack or out.parent).expanduser(), report) as (
-        layout,
-        root,
-        found,
-    ):
+    scratch = Path(unpack or out.parent).expanduser()
+    with _open_source(source, splits, scratch, report) as (layout, root, found):
         report(f"{source}: {layout}")
         classes = found[splits[0]].classes
         known = len(classes) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", wnid) for wnid in classes)
         imagenet = expect == "imagenet" or (expect == "auto" and (known or not layout.startswith("folders")))
+        name = "imagenet" if imagenet else source.resolve().name
         for split in splits:  # before hours of decoding
             _check(source, split, classes, found[split].classes, found[split].labels, imagenet)
         for split in splits:
-            started = time.perf_counter()
-            about = {
-                "name": "imagenet" if imagenet else source.resolve().name,
-                "split": split,
-                "source": layout,
-            }
-            shrink = (short_side if split == "train" else 0, quality)
+            started, shrink = time.perf_counter(), (short_side if split == "train" else 0, quality)
+            about = {"name": name, "split": split, "source": layout}
             with written_aside(out / split) as folder:
-                about = _write(
-                    ShardWriter(folder, shard_mb * 10**6), found[split], root, about, shrink, workers
-                )
+                writer = ShardWriter(folder, shard_mb * 10**6)
+                about = _write(writer, found[split], root, about, shrink, workers)
                 said = _report(out / split, about, time.perf_counter() - started)
                 try:
                     _check(source, split, classes, classes, Shards(folder).labels, imagenet)
@@ -145,12 +134,7 @@ def _report(path: Path, about: dict, seconds: float) -> str:
     if about["others"]:
         lines.append(f"  left out by their names: {counted('others')}")
     if refused:
-        more = (
-            f", of which index.json names {len(refused) - SHOWN:,} more than these"
-            if len(refused) > SHOWN
-            else ""
-        )
-        lines.append(f"  refused {len(refused):,}{more}:")
+        lines.append(f"  refused {len(refused):,}, all of them named in index.json:")
     return "\n".join(lines + [f"    {ascii(name)}: {why}" for name, why in refused[:SHOWN]])
 
 
@@ -165,9 +149,8 @@ def _write(
         order = permutation(ORDER, len(data)).tolist()
     workers = workers or len(os.sched_getaffinity(0))
     parallel = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
-    examined = DataLoader(
-        _Examiner(data, *shrink), batch_size=None, sampler=order, **(parallel if workers > 1 else {})
-    )
+    parallel = parallel if workers > 1 else {}
+    examined = DataLoader(_Examiner(data, *shrink), batch_size=None, sampler=order, **parallel)
     names = [data.path(i).relative_to(root) for i in range(len(data))]
     keys, kinds, refused, shrunk = _keys(data, names), Counter(), [], 0
     try:
@@ -210,32 +193,18 @@ class _Examiner(Dataset):
             content = self.data.read(i)
             pixels = decode_image(content)
             with open_image(content) as image:
-                kind, grey = (
-                    f"{image.format} {image.mode}",
-                    image.mode == "L" or image.mode.startswith("I;16"),
-                )
+                kind, grey = f"{image.format} {image.mode}", image.mode in ("L", "I;16", "I;16B")
                 ending = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(image.format, image.format.lower())
         except (OSError, DataError, MemoryError) as error:
             return reason(error)
-        if not 0 < self.short_side < min(pixels.shape[1:]):
-            return (
-                torch.frombuffer(bytearray(content), dtype=torch.uint8),
-                kind,
-                ending,
-                *pixels.shape[1:],
-                False,
-            )
-        image, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
-        small = resize_short_side(image.getchannel(0) if grey else image, self.short_side)
-        small.save(file, "JPEG", quality=self.quality, subsampling="4:2:0")
-        return (
-            torch.frombuffer(file.getbuffer(), dtype=torch.uint8),
-            kind,
-            "jpg",
-            small.height,
-            small.width,
-            True,
-        )
+        height, width = pixels.shape[1:]
+        shrunk = 0 < self.short_side < min(height, width)
+        if shrunk:
+            image, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
+            image = resize_short_side(image.getchannel(0) if grey else image, self.short_side)
+            image.save(file, "JPEG", quality=self.quality, subsampling="4:2:0")
+            content, ending, height, width = file.getvalue(), "jpg", image.height, image.width
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8), kind, ending, height, width, shrunk
 
 
 def _keys(data: ImageDataset, names: list[Path]) -> list[str]:
@@ -285,47 +254,36 @@ def _unpack(source: Path, splits: list[str], folder: Path, report: Callable[[str
     """ILSVRC2012's archives -> folder/<split>/<class>/*.JPEG, by torchvision, which compares their MD5 first."""
     from torchvision.datasets import ImageNet
 
-    archives = [source / name for name in (DEVKIT, *(ARCHIVES[split] for split in splits))]
-    missing = [archive.name for archive in archives if not archive.is_file()]
-    if missing:
-        raise DataError(f"{source} lacks {', '.join(missing)}: put it there")
-    size, free = sum(archive.stat().st_size for archive in archives), shutil.disk_usage(folder).free
-    if size > free:
-        raise DataError(
-            f"{size / 1e9:.1f} GB are to be unpacked, {folder.parent} has {free / 1e9:.1f} free: choose --unpack"
-        )
-    report(f"unpacking {size / 1e9:.1f} GB below {folder.parent}")
+    archives = [
+        source / name for name in (DEVKIT, *(ARCHIVES[split] for split in splits)) if (source / name).exists()
+    ]
+    report(f"unpacking {sum(a.stat().st_size for a in archives) / 1e9:.1f} GB below {folder.parent}")
     for archive in archives:
         (folder / archive.name).symlink_to(archive.resolve())
-    before, tarfile.TarFile.extraction_filter = (
-        tarfile.TarFile.extraction_filter,
-        staticmethod(tarfile.data_filter),
-    )
+    before = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:  # with this filter, the default from Python 3.14 on, no entry leaves its folder
         for split in splits:
             ImageNet(folder, split)
     except (RuntimeError, OSError, tarfile.TarError) as error:
-        raise DataError(f"{source} cannot be unpacked ({reason(error)}): fetch the archives again") from error
+        raise DataError(f"{source} cannot be unpacked ({reason(error)}): complete the archives") from error
     finally:
         tarfile.TarFile.extraction_filter = before
 
 
 def _read_kaggle_val(source: Path) -> ImageDataset:
     """All validation images in one folder, their classes in a table."""
+    folder = source / KAGGLE / "val"
     try:
-        mapping = (source / MAPPING).read_text("utf-8-sig")
+        mapping = (source / MAPPING).read_text("utf-8-sig").splitlines()
         with open(source / SOLUTION, newline="", encoding="utf-8-sig") as lines:
             table = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(lines)}
     except (OSError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise DataError(
-            f"{source}: {MAPPING} and {SOLUTION} are needed, as Kaggle has them ({error!r})"
-        ) from error
-    folder, classes = (
-        source / KAGGLE / "val",
-        sorted(line.split()[0] for line in mapping.splitlines() if line.strip()),
-    )
+        raise DataError(f"{source} needs Kaggle's own {MAPPING} and {SOLUTION} ({error!r})") from error
     rows = [(folder / f"{name}.JPEG", table[name]) for name in sorted(table)]
-    data = listed_dataset("imagenet", "val", tuple(classes), rows)
+    data = listed_dataset(
+        "imagenet", "val", sorted(line.split()[0] for line in mapping if line.strip()), rows
+    )
     if len(data) < (there := len([*folder.iterdir()])):
         data.others[f"not in {SOLUTION}"] = there - len(data)
     return data

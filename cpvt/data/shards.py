@@ -82,10 +82,8 @@ class Shards(Dataset):
     def _read(self, shard: int, offset: int, length: int) -> bytes:
         file = self.path / self.about["shards"][shard]["name"]
         try:
-            if shard not in self._opened:
-                self._opened.setdefault(
-                    shard, open(file, "rb", buffering=0)
-                )  # of two threads, one is the first
+            if shard not in self._opened:  # of two threads at once, one is the first
+                self._opened.setdefault(shard, open(file, "rb", buffering=0))
             # Keeps no position, so threads and forks may share a file.
             data = os.pread(self._opened[shard].fileno(), length, offset)
         except OSError as error:
@@ -124,16 +122,12 @@ def _read_index(path: Path) -> tuple[dict, dict[str, Tensor]]:
         if about["format"] != "cpvt shards" or about["version"] != VERSION:
             raise ValueError(f"format {about['format']!r}, version {about['version']}")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{file} is no index of shards ({error}), version {VERSION}: copy or pack it again"
-        ) from error
+        raise DataError(f"{file} is no index, version {VERSION} ({error}): copy or pack it again") from error
     for shard in about["shards"]:
         file = path / shard["name"]
         bytes_there = file.stat().st_size if file.is_file() else "no"
         if bytes_there != shard["bytes"]:
-            raise DataError(
-                f"{file} has {bytes_there} bytes, expected {shard['bytes']}: copy or pack it again"
-            )
+            raise DataError(f"{file} has {bytes_there} bytes, not {shard['bytes']}: copy or pack it again")
     file = path / "index.npz"
     data = file.read_bytes() if file.is_file() else b""
     if hashlib.sha256(data).hexdigest() != about["index_sha256"]:
@@ -151,9 +145,7 @@ def stored_side_needed(image_size: int | tuple[int, int], crop_pct: float = 0.87
     return math.floor(side / crop_pct)
 
 
-def check_resolution(
-    dataset, image_size: int | tuple[int, int], allow: bool = False, crop_pct: float = 0.875
-) -> float:
+def check_resolution(dataset, image_size: int | tuple, allow: bool = False, crop_pct: float = 0.875) -> float:
     """The share of images, 0 to 1, that evaluation at `image_size` has to enlarge.
 
     dataset  anything with `sizes` (n, 2): Shards or an ImageDataset of files
@@ -197,10 +189,8 @@ class ShardWriter:
         """Writes the index, with what `about` says of the images, and returns it."""
         if self.archive:
             self._finish()
-        rows, index = numpy.array(self.rows, dtype=numpy.int64).reshape(-1, len(COLUMNS)), io.BytesIO()
-        numpy.savez(
-            index, **{name: rows[:, i].astype(kind) for i, (name, kind) in enumerate(COLUMNS.items())}
-        )
+        rows, index = numpy.array(self.rows).reshape(-1, len(COLUMNS)), io.BytesIO()
+        numpy.savez(index, **{name: rows[:, i].astype(COLUMNS[name]) for i, name in enumerate(COLUMNS)})
         about = {
             "format": "cpvt shards",
             "version": VERSION,
@@ -210,11 +200,9 @@ class ShardWriter:
             "shards": self.shards,
             "index_sha256": hashlib.sha256(index.getbuffer()).hexdigest(),
         }
-        for name, content in (
-            ("index.npz", index.getvalue()),
-            ("index.json", json.dumps(about, indent=1).encode()),
-        ):
-            (self.folder / name).write_bytes(content)
+        (self.folder / "index.npz").write_bytes(index.getvalue())
+        (self.folder / "index.json").write_text(json.dumps(about, indent=1))
+        for name in ("index.npz", "index.json"):
             _sync(self.folder / name)
         return about
 
@@ -224,10 +212,8 @@ class ShardWriter:
         _sync(path)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        images = len(self.rows) - sum(shard["images"] for shard in self.shards)
-        self.shards.append(
-            {"name": path.name, "images": images, "bytes": path.stat().st_size, "sha256": digest}
-        )
+        shard = {"name": path.name, "images": len(self.rows) - sum(done["images"] for done in self.shards)}
+        self.shards.append(shard | {"bytes": path.stat().st_size, "sha256": digest})
         self.archive = None
 
 
@@ -262,11 +248,11 @@ def written_aside(target: Path) -> Iterator[Path]:
     except BlockingIOError as error:
         raise DataError(f"{target} is being written by another process: wait for it") from error
     except OSError as error:
-        raise DataError(
-            f"{target} could not be written ({reason(error)}), nothing was kept: look at its room and permissions"
-        ) from error
+        found = f"{target} could not be written ({reason(error)}), nothing was kept"
+        raise DataError(f"{found}: look at its room and permissions") from error
     finally:
         if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # processes that were forked meanwhile hold it too
             os.close(lock)
 
 

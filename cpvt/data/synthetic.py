@@ -56,7 +56,6 @@ class SyntheticBatch:
     rows      (n, 1) or (n, 2) int64: first row of the object; of A and of B; of the frame of a shape
     columns   the same for the first column
     shape     (n,) int64, the number of the shape in SHAPES for *what*, else -1
-    side      tokens along the side of an object, or of a cell of a shape
     """
 
     task: str
@@ -67,7 +66,6 @@ class SyntheticBatch:
     rows: Tensor
     columns: Tensor
     shape: Tensor
-    side: int
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -95,21 +93,18 @@ def draw(
     are balanced: each run of as many indices as there are classes, from a multiple of that number on, holds
     every label once. All samples of a task hold the same multiset of tokens: a bag of tokens knows nothing.
 
-    where        One object in one of the four quarters; on an odd grid the middle row and column stay empty.
-                 The distance to the nearest border is drawn evenly, then the position evenly among those at that
-                 distance. (Even positions would put half of all objects at distance 0 or 1 of a 14 x 14 grid.)
+    where        One object in one of the four quarters; on an odd grid the middle row and column stay empty. The
+                 distance to the nearest border is drawn evenly, or half of all objects would lie at 0 or 1 of a
+                 14 x 14 grid; then the position evenly among those at that distance.
     arrangement  A (orange) and B (blue) in one row, `margin` tokens or more from every border. The separation
                  is drawn evenly from 2 up, then the position of the two evenly, and both without regard to the
                  label, which only says which of them is A. So the filled positions tell nothing. The position
-                 of A alone tells something, and must: if neither the column of A nor that of B told the label,
-                 the mean of (column of B - column of A) would not depend on it, yet its sign is the label.
-                 It tells the more, the farther apart they are: small `distances`, wide grid: mostly order.
-                 A model that sees no border from `margin` tokens away cannot use it.
+                 of A alone tells something, and must: the sign of (column of B - column of A) is the label. It
+                 tells the more, the farther apart they are: small `distances`, wide grid: mostly order.
     what         Bars (horizontal, vertical) on the left half in "train" and "val", on the right in "test";
                  half of "train" are diagonals (falling, rising) anywhere, so that the right half of a table
                  is trained as well. They share the two labels and tell nothing of the bars: a mirror swaps
-                 the labels of the diagonals and keeps those of the bars. All stay `margin` tokens from every
-                 border.
+                 the labels of the diagonals and keeps those of the bars.
 
     The splits of *where* and *arrangement* are other draws from the same finite set of images.
 
@@ -134,12 +129,11 @@ def draw(
     whole = len(grid) == 2 and all(isinstance(number, int) for number in (*grid, pixels, size, margin))
     if not whole or min(*grid, pixels, size, margin + 1) < 1:
         raise DataError(
-            f"{grid=}, {pixels=}, {size=}, {margin=}: give (rows, columns) and whole numbers, 1 or more; margin 0 "
-            "or more"
+            f"{grid=}, {pixels=}, {size=}, {margin=}: give (rows, columns) and whole numbers above 0"
         )
     if (distances if task == "what" else pair) is not None:
         raise DataError(
-            f"{task!r} with {distances=}, {pair=}: distances are not for 'what', and pair is for it alone"
+            f"{task!r} with {distances=}, {pair=}: 'what' has no distances, and it alone has pairs"
         )
     side = size if scale == "tokens" else max(1, round(size * min(grid) / REFERENCE_GRID))
     need = {
@@ -149,7 +143,7 @@ def draw(
     }[task]
     if grid[0] < need[0] or grid[1] < need[1]:
         raise DataError(
-            f"{grid=} is too small for {task!r} with {size=}, {margin=}: it needs {need[0]} x {need[1]}"
+            f"{grid=} is too small for {task!r}, {size=}, {margin=}: it needs {need[0]} x {need[1]}"
         )
     index = _as_index(index)
     roll = partial(_roll, index, f"{task}/{seed}/{split}")
@@ -163,7 +157,7 @@ def draw(
     else:
         objects, drawn = _what(roll, labels, grid, side, margin, split, pair)
     images = _render(objects, grid, side, pixels)
-    return SyntheticBatch(task, images, labels, **{"shape": torch.full_like(index, -1), **drawn}, side=side)
+    return SyntheticBatch(task, images, labels, **{"shape": torch.full_like(index, -1), **drawn})
 
 
 def _where(roll: Callable, labels: Tensor, grid: Grid, side: int, margin: int, distances):
