@@ -147,7 +147,7 @@ class Pack:
     shard_mb: int = 1000  # size of a shard in millions of bytes
     expect: Expected = "auto"  # imagenet: exactly its images and classes, or nothing is kept
     workers: int = 0  # processes that decode; 0: one a core
-    # ILSVRC2012's archives are unpacked first, here (default: beside OUT), into a folder that is deleted at the end;
+    # where ILSVRC2012's archives are unpacked (default: beside OUT), into a folder that is deleted at the end;
     # they need their own size (train 138 GB, val 6.7 GB) once more on this disk
     unpack: str = ""
 
