@@ -131,11 +131,15 @@ def test_compiled_pegs_on_views(encoding, monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("form", ["fused", "convolution", "view"])
 @pytest.mark.parametrize("encoding", [*TRAINED, FIVE])
-def test_compiled_at_training_size(encoding, fused):
+def test_compiled_at_training_size(encoding, form, monkeypatch):
+    if form == "view" and encoding not in ("peg", FIVE):
+        pytest.skip("the view form is the plain PEG's")
     model, images, labels = build(encoding, "cuda", width=192, grid=(14, 14), batch=1024)
-    set_fused(model, fused)
+    set_fused(model, None if form == "fused" else False)
+    if form == "view":
+        monkeypatch.setattr(PEG, "forward", view_of_the_stream)
     compare_compiled(model, images, labels, chunk=128)
 
 

@@ -390,10 +390,8 @@ class RotaryEncoding(Encoding):
 
     def rotate(self, block, q, k, grid):
         step = _step(self.config.resize, self.grid, grid)
-        angles = axial_angles(grid, q.shape[-1] // 4, self.config.theta, step, **_like(q)).flatten(
-            1
-        )  # (N, d/2)
-        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+        angles = axial_angles(grid, q.shape[-1] // 4, self.config.theta, step, **_like(q))
+        cos, sin = (part.flatten(1).to(q.dtype) for part in (angles.cos(), angles.sin()))  # (N, d/2)
 
         def turn(x: Tensor) -> Tensor:
             prefix, (a, b) = x[:, :, : self.prefix_tokens], x[:, :, self.prefix_tokens :].chunk(2, -1)

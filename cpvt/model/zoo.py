@@ -63,8 +63,8 @@ def create_model(model: str | ModelConfig, **overrides: Any) -> VisionTransforme
 
     >>> create_model("cpvt_tiny", num_classes=10, image_size=(160, 320))
     """
-    config = replace(model, **overrides) if isinstance(model, ModelConfig) else None
-    return VisionTransformer(config or model_config(model, **overrides))
+    change = replace if isinstance(model, ModelConfig) else model_config
+    return VisionTransformer(change(model, **overrides))
 
 
 # --------------------------------------------------------------------------- weights
