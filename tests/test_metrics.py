@@ -10,19 +10,6 @@ from cpvt.config import ModelConfig, TrainConfig, replace
 from cpvt.data.loader import normalise, open_batches
 from cpvt.lab import metrics
 from cpvt.lab.experiments import FIVE, fashion_config, synthetic_config, table_config
-from cpvt.lab.metrics import (
-    arrays_of,
-    fine_tune,
-    held_out,
-    held_out_images,
-    score_attention,
-    score_fashion,
-    score_maps,
-    score_shifts,
-    score_synthetic,
-    score_table_row,
-    score_tuning,
-)
 from cpvt.lab.probes import attention_maps
 from cpvt.lab.results import unpack
 from cpvt.lab.runner import with_teacher
@@ -75,7 +62,7 @@ def test_rows_of_the_tables_are_trained_and_scored(columns, tiny_imagenet):
         short(table_config(**columns), tiny_imagenet, depth=6 if "4" in columns["encoding"] else 2)
     )
     run = train(config)
-    found, dataset, digest = score_table_row(run, images=8)
+    found, dataset, digest = metrics.score_table_row(run, images=8)
     assert dataset == "tiny-imagenet" and len(digest) == 64 and all(map(math.isfinite, found.values()))
     shifts = {f"shift{pixels}" for pixels in (0, 1, 2, 4, 6)}
     sizes = {f"top1@{tokens}" for tokens in (10, 14, 24, 28, 32)}
@@ -93,7 +80,7 @@ def test_rows_of_the_tables_are_trained_and_scored(columns, tiny_imagenet):
 
 def test_rows_on_clothes_and_what_is_kept_of_them(clothes):
     run = train(short(fashion_config(encoding="learned + peg"), clothes))
-    found, dataset, digest = score_fashion(run, images=8)
+    found, dataset, digest = metrics.score_fashion(run, images=8)
     assert dataset == "fashion-mnist" and len(digest) == 64 and found["top1@14"] == run.metrics["top1"]
     assert {
         "same_class/shift6",
@@ -101,9 +88,9 @@ def test_rows_on_clothes_and_what_is_kept_of_them(clothes):
         "shift_error/zero",
         "attention_distance/block1",
     } <= found.keys()
-    arrays = arrays_of(run)
+    arrays = metrics.arrays_of(run)
     assert arrays["peg0"].shape == (16, 1, 3, 3) and arrays["table"].shape == (197, 16)
-    everything, labels = held_out_images(held_out(run), 1000)
+    everything, labels = metrics.held_out_images(metrics.held_out(run), 1000)
     assert torch.equal(unpack(arrays["correct"], 20), correct(run.model, everything, labels).cpu())
     middle = 1 + 7 * 14 + 7  # behind the class token: row 7, column 7
     weights = attention_maps(run.model, everything)[1][:, :, middle].mean((0, 1))
@@ -115,10 +102,10 @@ def test_a_tuning_row_never_sees_the_validation_images(clothes):
     config = short(fashion_config(encoding="peg"), clothes)
     config = replace(config, data=replace(config.data, hold_out=10))
     run = train(config)
-    found, data, digest = score_tuning(run)
+    found, data, digest = metrics.score_tuning(run)
     assert found["images"] == 4 and "training images" in data  # a tenth of forty
     held, whole = (
-        held_out(run).held_out,
+        metrics.held_out(run).held_out,
         open_batches(short(fashion_config(encoding="peg"), clothes).data, 4, 0).train,
     )
     assert torch.equal(held.images, whole.images[::10])
@@ -131,17 +118,17 @@ def test_synthetic_scores():
     ):
         config = synthetic_config(task, "peg")
         run = Run(VisionTransformer(config.model).eval(), config)
-        found, name, digest = score_synthetic(run, images=16)
+        found, name, digest = metrics.score_synthetic(run, images=16)
         assert name == task and {key.partition("@")[2].lstrip("0123456789x") for key in found} == parts | {""}
-        assert score_synthetic(run, images=16)[2] == digest  # of the images, which the seed decides
+        assert metrics.score_synthetic(run, images=16)[2] == digest  # of the images, which the seed decides
 
 
 def test_every_class_has_a_part_in_what_is_scored(tiny_imagenet):
     """Held-out images stand class by class; the first of them would be of one class."""
     loader = open_batches(short(table_config(encoding="none"), tiny_imagenet).data, 1, 0, train=False)
-    some, labels = held_out_images(loader, 4, spread=True)
+    some, labels = metrics.held_out_images(loader, 4, spread=True)
     assert labels.tolist() == [0, 0, 1, 1] and some.shape == (4, 3, 28, 28)
-    everything, _ = held_out_images(loader, 8)
+    everything, _ = metrics.held_out_images(loader, 8)
     assert torch.equal(some, everything[[0, 2, 4, 7]])
 
 
@@ -155,14 +142,14 @@ def test_larger_tests_show_detail_and_not_blur(tiny_imagenet):
 
 def test_fine_tuning_goes_on_from_the_trained_weights_at_the_other_size(clothes):
     run = train(short(fashion_config(encoding="learned"), clothes))
-    tuned = fine_tune(run, 40)
+    tuned = metrics.fine_tune(run, 40)
     assert tuned.model.config.grid == (20, 20) and tuned.steps == 1
     assert tuned.config.optim.lr == pytest.approx(run.config.optim.lr / 10)
     moved = (tuned.model.head.weight - run.model.head.weight).abs().max()
     assert 0 < moved < 2 * tuned.config.optim.lr  # AdamW's first step is about the learning rate
     cropped = replace(run.config.augment, crop=True, crop_scale=(0.25, 1.0))
     run.config = replace(run.config, data=replace(run.config.data, stored_size=50), augment=cropped)
-    assert fine_tune(run, 40).config.augment.crop_scale == (
+    assert metrics.fine_tune(run, 40).config.augment.crop_scale == (
         pytest.approx(0.64),
         1.0,
     )  # 40 of 50 pixels and more
@@ -219,7 +206,7 @@ def test_attention_distance_of_who_reads_evenly():
             block.attn.qkv.weight.zero_()
     positions = torch.cartesian_prod(torch.arange(14.0), torch.arange(14.0))
     even = torch.cdist(positions, positions).mean().item()
-    found = score_attention(model, images(2))
+    found = metrics.score_attention(model, images(2))
     assert found["attention_distance/block0"] == pytest.approx(even, rel=1e-5) == pytest.approx(7.3, abs=0.05)
 
 
@@ -232,14 +219,14 @@ def test_shifts_by_nothing_change_nothing_and_black_comes_in():
             return torch.stack([~black, black], -1).float()
 
     bright = torch.rand(8, 3, 28, 28)  # normalised black is darker than any of these
-    found = score_shifts(FirstColumn(), bright, torch.zeros(8, dtype=torch.long), pixels=(3,))
+    found = metrics.score_shifts(FirstColumn(), bright, torch.zeros(8, dtype=torch.long), pixels=(3,))
     assert found["top1@14/shift0"] == 100.0  # below: wrong to the right, right to the left
     assert found["top1@14/shift3"] == found["same_class/shift3"] == 50.0
 
 
 def test_maps_move_along_where_theory_says_so():
     for encoding, exact in (("none", 1), ("peg(padding='circular')", 1), ("learned", 0), ("peg", 0)):
-        found = score_maps(untrained(encoding).double(), images().double())
+        found = metrics.score_maps(untrained(encoding).double(), images().double())
         assert (found["shift_error/circular"] < 1e-12) == exact, encoding
         wanted = {"shift_error/zero", "shift_error/circular/block0", "shift_error/circular/border"}
         assert wanted <= found.keys() and "shift_error/window" not in found

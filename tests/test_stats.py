@@ -1,7 +1,6 @@
 """What a few seeds resolve, what many claims at once cost; predictions of the synthetic tasks."""
 
 import math
-import random
 from collections import Counter
 
 import pandas
@@ -11,27 +10,9 @@ from helpers import make_result
 
 from cpvt.data.synthetic import draw
 from cpvt.errors import ResultsError
+from cpvt.lab import stats
 from cpvt.lab.experiments import ENCODINGS, GRIDS, POOLS, jobs
 from cpvt.lab.results import NOT_YET, append, read
-from cpvt.lab.stats import (
-    CLAIMS,
-    TRAINED,
-    Prediction,
-    ahead,
-    arrangement_ceiling,
-    combination,
-    gap_by_image,
-    holm,
-    judge,
-    judge_predictions,
-    over_seeds,
-    p_value,
-    paired_difference,
-    predicted,
-    spread,
-    verdicts,
-    where_ceiling,
-)
 
 T = "top1@14"
 A, B, C = ({"encoding": text} for text in ("none", "learned", "sine"))
@@ -59,47 +40,50 @@ def table(values: dict[str, list[float]], experiment="x", metric=T, **columns) -
 
 
 def test_spread_of_known_values():
-    found = spread([70.0, 72.0, 74.0])
+    found = stats.spread([70.0, 72.0, 74.0])
     assert (found.mean, found.min, found.max, found.n) == (72.0, 70.0, 74.0, 3)
     half = 4.302652729911275 * 2 / math.sqrt(3)  # the printed tables have 4.3027 for two degrees of freedom
     assert math.isclose(found.high - 72, half, rel_tol=1e-9) and math.isclose(72 - found.low, half)
     assert str(found) == "72.0 ± 5.0 (3 seeds)"
-    assert spread([70.0, 72.0]).low is None and str(spread([70.0])) == "70.0 (one seed)"
+    assert stats.spread([70.0, 72.0]).low is None and str(stats.spread([70.0])) == "70.0 (one seed)"
     with pytest.raises(ResultsError):
-        spread([])
+        stats.spread([])
 
 
 def test_the_interval_holds_the_truth_95_times_in_100():
     draws = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    inside = sum(s.low <= 0 <= s.high for s in map(spread, draws.tolist())) / len(draws)
-    assert abs(inside - 0.95) < 3 * math.sqrt(0.95 * 0.05 / len(draws))
+    spreads = [stats.spread(values) for values in draws.tolist()]
+    for level, inside in ((0.05, 0.95), (0.5, 0.5)):
+        share = sum(stats.p_value(one) > level for one in spreads) / len(draws)
+        assert abs(share - inside) < 3 * math.sqrt(inside * (1 - inside) / len(draws))
+    assert all((one.low <= 0 <= one.high) == (stats.p_value(one) > 0.05) for one in spreads)
 
 
 def test_a_line_for_each_row_over_its_seeds():
     rows = table({"none": [50, 60, 70], "sine": [1, 2], "peg": [math.nan, 5]})
-    found = over_seeds(rows, T)
+    found = stats.over_seeds(rows, T)
     assert found["seeds"].to_dict() == {"none": 3, "sine": 2, "peg": 1}
-    own = spread([50, 60, 70])
+    own = stats.spread([50, 60, 70])
     assert found.loc["none", ["mean", "low", "high", "min", "max"]].tolist() == pytest.approx(
         [own.mean, own.low, own.high, own.min, own.max]
     )
     assert math.isnan(found.loc["sine", "low"])
-    assert list(over_seeds(rows[:0], T)) == list(over_seeds(rows, "top1@99")) == list(found)
+    assert list(stats.over_seeds(rows[:0], T)) == list(stats.over_seeds(rows, "top1@99")) == list(found)
     with pytest.raises(ResultsError, match="more than one row a seed"):
-        over_seeds(pandas.concat([rows, rows]), T)
+        stats.over_seeds(pandas.concat([rows, rows]), T)
 
 
 def test_differences_and_combinations_pair_by_seed():
     rows = table({"none": [5.0, 6.0, 9.0], "learned": [1.0, 2.0, 3.0], "sine": [0.0, 1.0]})
-    found = paired_difference(rows, A, B, T)
+    found = stats.paired_difference(rows, A, B, T)
     assert (found.mean, found.n) == (pytest.approx(14 / 3), 3)
     assert (
-        found == combination(rows, *ahead(A, B))
-        and paired_difference(rows, A, {"encoding": "peg"}, T) is None
+        found == stats.combination(rows, *stats.ahead(A, B))
+        and stats.paired_difference(rows, A, {"encoding": "peg"}, T) is None
     )
-    both = combination(rows, *ahead(A, B), (1, C, T))
+    both = stats.combination(rows, *stats.ahead(A, B), (1, C, T))
     assert both.n == 2 and both.mean == pytest.approx((4 + 5) / 2)
-    assert paired_difference(rows, A, B, "top1@28") is None
+    assert stats.paired_difference(rows, A, B, "top1@28") is None
 
 
 @pytest.mark.parametrize("column", ["experiment", "scale", "dataset", "dataset_sha256"])
@@ -107,7 +91,7 @@ def test_rows_of_different_origin_are_not_compared(column):
     rows = table({"none": [5.0, 6.0], "learned": [1.0, 2.0]})
     rows.loc[0, column] = "another"
     with pytest.raises(ResultsError, match=f"seed 0: .*{column}"):
-        paired_difference(rows, A, B, T)
+        stats.paired_difference(rows, A, B, T)
 
 
 def test_rows_of_two_experiments_are_not_joined_silently():
@@ -115,12 +99,12 @@ def test_rows_of_two_experiments_are_not_joined_silently():
     both = pandas.concat([read("synthetic"), read("pooling")])
     five = {"task": "where", "encoding": "peg(positions=(0, 1, 2, 3, 4))"}
     with pytest.raises(ResultsError, match="more than one row a seed, of pooling, synthetic"):
-        paired_difference(both, five | {"global_pool": "avg"}, five, "top1@10")
+        stats.paired_difference(both, five | {"global_pool": "avg"}, five, "top1@10")
     short, long = table({"peg": [1.0]}, "short"), table({"learned": [2.0]}, "long")
-    together, terms = pandas.concat([short, long]), ahead({"encoding": "peg"}, B)
+    together, terms = pandas.concat([short, long]), stats.ahead({"encoding": "peg"}, B)
     with pytest.raises(ResultsError, match="different experiment"):
-        combination(together, *terms)
-    assert combination(together, *terms, across=True).mean == -1.0
+        stats.combination(together, *terms)
+    assert stats.combination(together, *terms, across=True).mean == -1.0
 
 
 def test_pairing_by_image_cancels_what_is_hard_for_both(tmp_path):
@@ -131,56 +115,59 @@ def test_pairing_by_image_cancels_what_is_hard_for_both(tmp_path):
         bits = hits.view(-1, 8).int() @ (2 ** torch.arange(7, -1, -1)).int()
         row = make_result("x", columns={"encoding": encoding})
         append(row, tmp_path, arrays={"correct": bits.to(torch.uint8)})
-    gap, half = gap_by_image("x", A, B, 800, tmp_path)
+    gap, half = stats.gap_by_image("x", A, B, 800, tmp_path)
     unpaired = 1.96 * 100 * math.sqrt(2 * 0.25 / 800)
     assert gap == pytest.approx(0.5) and half < unpaired / 5
-    assert gap_by_image("x", A, C, 800, tmp_path) is None
+    assert stats.gap_by_image("x", A, C, 800, tmp_path) is None
 
 
-# --------------------------------------------------------------------------- verdicts and claims
+# --------------------------------------------------------------------------- stats.verdicts and claims
 
 
 def test_a_p_value_is_005_where_the_interval_ends_at_zero():
-    found = spread([1.0, 2.0, 3.0, 4.0])
+    found = stats.spread([1.0, 2.0, 3.0, 4.0])
     half = found.high - found.mean
-    at_the_edge = spread([value - found.mean + half for value in (1.0, 2.0, 3.0, 4.0)])
-    assert p_value(at_the_edge) == pytest.approx(0.05, abs=1e-9)
-    assert p_value(found) < 0.05 < p_value(spread([-1.0, 2.0, 0.5]))
-    assert p_value(spread([5.0, 5.1])) == 1.0 and verdicts([spread([5.0, 5.1])]) == ["not resolved"]
-
-
-def test_chance_is_resolved_as_often_as_the_level_says():
-    dice = random.Random(0)
-    p = [p_value(spread([dice.gauss(0, 1) for _ in range(5)])) for _ in range(400)]
-    assert abs(sum(value < 0.05 for value in p) / 400 - 0.05) < 0.0436  # 4 standard errors
-    assert abs(sum(value < 0.5 for value in p) / 400 - 0.5) < 0.1
+    at_the_edge = stats.spread([value - found.mean + half for value in (1.0, 2.0, 3.0, 4.0)])
+    assert stats.p_value(at_the_edge) == pytest.approx(0.05, abs=1e-9)
+    assert stats.p_value(found) < 0.05 < stats.p_value(stats.spread([-1.0, 2.0, 0.5]))
+    assert stats.p_value(stats.spread([5.0, 5.1])) == 1.0 and stats.verdicts([stats.spread([5.0, 5.1])]) == [
+        "not resolved"
+    ]
 
 
 def test_holm_stops_at_the_first_that_fails():
-    assert holm([0.01, 0.04, 0.03]) == [True, False, False]
-    assert holm([0.01, 0.04, 0.02]) == [True, True, True]
-    assert holm([]) == []
+    assert stats.holm([0.01, 0.04, 0.03]) == [True, False, False]
+    assert stats.holm([0.01, 0.04, 0.02]) == [True, True, True]
+    assert stats.holm([]) == []
 
 
 def test_verdicts_and_what_is_not_measured():
-    clear, against = spread([1.0, 1.1, 0.9]), spread([-2.0, -2.1, -1.9, -2.0])
-    noise = spread([1.0, -1.0, 0.5])
-    assert verdicts([clear, against, noise, None]) == ["supported", "contradicted", "not resolved", NOT_YET]
-    weak = spread([1.0, 1.3, 0.8])  # below 0.05 alone, above 0.05 / 4 among four
-    assert verdicts([weak]) == ["supported"] and verdicts([weak, None, None, None])[0] == "not resolved"
+    clear, against = stats.spread([1.0, 1.1, 0.9]), stats.spread([-2.0, -2.1, -1.9, -2.0])
+    noise = stats.spread([1.0, -1.0, 0.5])
+    assert stats.verdicts([clear, against, noise, None]) == [
+        "supported",
+        "contradicted",
+        "not resolved",
+        NOT_YET,
+    ]
+    weak = stats.spread([1.0, 1.3, 0.8])  # below 0.05 alone, above 0.05 / 4 among four
+    assert (
+        stats.verdicts([weak]) == ["supported"]
+        and stats.verdicts([weak, None, None, None])[0] == "not resolved"
+    )
 
 
 def test_claims_are_judged_among_all():
     rows = table({"none": [1.0, 2.0, 3.0], "learned": [5.0, 6.1, 6.9]})
-    found = judge(rows, {"table helps": ahead(B, A), "sine helps": ahead(C, A)})
+    found = stats.judge(rows, {"table helps": stats.ahead(B, A), "sine helps": stats.ahead(C, A)})
     assert found["verdict"].to_dict() == {"table helps": "supported", "sine helps": NOT_YET}
-    assert found.loc["table helps", "difference"] == paired_difference(rows, B, A, T)
+    assert found.loc["table helps", "difference"] == stats.paired_difference(rows, B, A, T)
 
 
 def test_every_claim_is_about_rows_that_are_measured_at_every_seed():
     planned = [*jobs("fashion"), *jobs("fashion-length")]
     seeds = Counter((tuple(job.columns.items()), job.config.run.seed in (0, 1, 2)) for job in planned)
-    for claims in CLAIMS.values():
+    for claims in stats.CLAIMS.values():
         for terms in claims.values():
             assert sum(weight for weight, _, _ in terms) == 0
             for _, columns, metric in terms:
@@ -199,10 +186,10 @@ def test_claims_on_length_compare_the_same_seeds_of_a_short_and_a_long_run():
         table(short, "fashion", max_steps=300, **usual),
         table(long, "fashion-length", max_steps=900, **usual),
     ]
-    judged = judge(pandas.concat(rows), CLAIMS["fashion-length"], across=True)
+    judged = stats.judge(pandas.concat(rows), stats.CLAIMS["fashion-length"], across=True)
     assert [found.mean for found in judged["difference"]] == [1.0, 0.5, 1.5, 1.0]
     assert set(judged["verdict"]) == {"supported"}
-    assert set(judge(rows[1], CLAIMS["fashion-length"])["verdict"][2:]) == {NOT_YET}
+    assert set(stats.judge(rows[1], stats.CLAIMS["fashion-length"])["verdict"][2:]) == {NOT_YET}
 
 
 # --------------------------------------------------------------------------- predictions
@@ -213,29 +200,33 @@ def test_the_drawn_images_have_these_ceilings(reach):
     for distance in range(5):
         sample = draw("where", range(4096), grid=(10, 10), split="val", distances=(distance,))
         drawn = 100 * float((0.5 ** (sample.border > reach).sum(1)).mean())
-        assert abs(drawn - where_ceiling(reach, distance)) < 2.5
+        assert abs(drawn - stats.where_ceiling(reach, distance)) < 2.5
 
 
 def test_order_is_known_up_to_two_spreads():
-    assert arrangement_ceiling(0, 2) == 50  # nothing spreads: a coin
-    assert [arrangement_ceiling(1, d) for d in (2, 3, 9)] == [100, 50, 50]
-    assert 50 < arrangement_ceiling(2, 5) < 100  # the borders help, though the order itself is out of reach
+    assert stats.arrangement_ceiling(0, 2) == 50  # nothing spreads: a coin
+    assert [stats.arrangement_ceiling(1, d) for d in (2, 3, 9)] == [100, 50, 50]
+    assert (
+        50 < stats.arrangement_ceiling(2, 5) < 100
+    )  # the borders help, though the order itself is out of reach
 
 
 def test_a_prediction_is_judged_by_all_seeds():
-    prediction = Prediction("solves", 95.0, 100.0)
+    prediction = stats.Prediction("solves", 95.0, 100.0)
     found = [prediction.verdict(values) for values in ([95, 100], [94.9, 50], [94.9, 95])]
     assert found == ["supported", "contradicted", "not resolved"]
-    tops = [predicted("where", f"peg(positions={tuple(range(k))})").high for k in (1, 2, 3)]
+    tops = [stats.predicted("where", f"peg(positions={tuple(range(k))})").high for k in (1, 2, 3)]
     assert tops == sorted(tops) and tops[0] < tops[2] == 100
 
 
 def test_every_recorded_row_is_judged():
-    judged = judge_predictions(read("synthetic"))
+    judged = stats.judge_predictions(read("synthetic"))
     assert len(judged) == len(GRIDS) * len(ENCODINGS) * len(POOLS)
     assert set(judged["verdict"]) == {"supported", "contradicted", "not resolved"}
     row = judged.query("task == 'where' and encoding == 'none' and global_pool == 'avg'").iloc[0]
     assert (row["word"], row["verdict"]) == ("chance", "supported") and len(row["values"]) == 3
-    untrained = read("synthetic").query("task == 'what' and encoding == 'rotary'").assign(**{TRAINED: 60})
-    assert set(judge_predictions(untrained)["verdict"]) == {"not resolved"}
-    assert len(judge_predictions(read("synthetic")[:0])) == 0
+    untrained = (
+        read("synthetic").query("task == 'what' and encoding == 'rotary'").assign(**{stats.TRAINED: 60})
+    )
+    assert set(stats.judge_predictions(untrained)["verdict"]) == {"not resolved"}
+    assert len(stats.judge_predictions(read("synthetic")[:0])) == 0
