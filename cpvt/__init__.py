@@ -4,11 +4,20 @@ import importlib.abc
 import importlib.util
 import sys
 
-from cpvt.config import ModelConfig
-from cpvt.model.attach import attach_peg
-from cpvt.model.zoo import create_model, model_names
+_HOMES = {
+    "ModelConfig": "cpvt.config",
+    "attach_peg": "cpvt.model.attach",
+    "create_model": "cpvt.model.zoo",
+    "model_names": "cpvt.model.zoo",
+}
+__all__ = [*_HOMES]
 
-__all__ = ["ModelConfig", "attach_peg", "create_model", "model_names"]
+
+def __getattr__(name: str):
+    """Loads what is asked for, and torch with it, when it is asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cpvt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 class _RegisterWithTimm(importlib.abc.MetaPathFinder):

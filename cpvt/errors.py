@@ -21,6 +21,10 @@ class DataError(UserError):
     """Images, or a request for images, that cannot be used."""
 
 
+class TrainingError(UserError):
+    """A run whose loss or gradient does not stay finite."""
+
+
 class ResultsError(UserError):
     """Measured or published rows that cannot be used."""
 

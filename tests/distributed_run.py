@@ -1,17 +1,19 @@
-"""What `test_distributed.py` runs under torchrun, with the folder of pictures and one for its answers."""
+"""What `test_distributed.py` runs under torchrun, with the folder of images and one for its answers."""
 
+import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
-from pictures import small_run
+from helpers import small_run
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from cpvt.config import replace
+from cpvt.config import TrainConfig, from_json
 from cpvt.data.loader import Share, open_batches
-from cpvt.training.distributed import World, join_world
-from cpvt.training.train import train
+from cpvt.training.distributed import join_world
+from cpvt.training.train import Trainer, take_steps, train
 
 
 def batches(config, rank: int, world: int, micro: int, steps: int = 4) -> torch.Tensor:
@@ -28,48 +30,57 @@ def batches(config, rank: int, world: int, micro: int, steps: int = 4) -> torch.
     return torch.stack([torch.cat([images.flatten(1), targets], 1) for images, targets in found])
 
 
-def precise(pictures: str, **changes):
+def precise(images: str, **changes) -> TrainConfig:
     """Twenty steps in float64 on seven held-out images a class, 21 in all: an odd number."""
-    config = small_run(Path(pictures), **{"precision": "fp64", "steps": 20, **changes})
-    return replace(config, optim=replace(config.optim, ema=0.0))
+    changes = {"precision": "fp64", "steps": 20, "global_batch_size": 16, "ema_decay": 0.0, **changes}
+    return small_run(Path(images), **changes)
 
 
-def trained(pictures: str, **changes) -> dict:
-    run = train(precise(pictures, **changes))
+def trained(images: str, **changes) -> dict:
+    run = train(precise(images, **changes))
     weights = torch.cat([p.detach().flatten() for p in run.model.parameters()])
     return {"weights": weights, "losses": torch.tensor([e["loss"] for e in run.history]), **run.metrics}
 
 
-def exchanges(pictures: str) -> int:
-    """How often gradients are sent in five steps of two micro-batches."""
-    sent, own = [], World.wrap
+def slowly(config: str) -> None:
+    """Trains as configured, a fifth of a second a batch, and says what came of it; 75 as the command line does."""
 
-    def counted(world: World, model):
-        def hook(_, bucket):
-            sent.append(bucket.index())
-            return allreduce_hook(None, bucket)
+    def make_loader(*arguments, **options):
+        loader = open_batches(*arguments, **options)
+        own = loader.micro_batches
+        loader.micro_batches = lambda start=0: (time.sleep(0.2) or batch for batch in own(start))
+        return loader
 
-        wrapped = own(world, model)
-        wrapped.register_comm_hook(None, hook)
-        return wrapped
+    run = train(from_json(TrainConfig, config), make_loader=make_loader)
+    # One write: where Python does not buffer (PYTHONUNBUFFERED), print's pieces mix with the other process's.
+    sys.stdout.write(f"ended {run.steps} {run.interrupted or json.dumps(run.metrics)}\n")
+    sys.exit(75 if run.interrupted else 0)
 
-    World.wrap = counted
-    train(precise(pictures, batch=16, micro_batch_size=4, steps=5))
-    World.wrap = own
-    return sent.count(0)
+
+def answers(images: str, out: str) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    found = {
+        f"batches micro {micro}": batches(small_run(Path(images)), rank, world, micro) for micro in (0, 4)
+    }
+    for micro in (8, 4):  # batch 16, so 8 images a process: one micro-batch, and two
+        found[f"trained micro {micro}"] = trained(images, micro_batch_size=micro)
+    sent = []
+
+    def count(_, bucket):
+        sent.append(bucket.index())
+        return allreduce_hook(None, bucket)
+
+    with join_world("cpu") as here:
+        trainer = Trainer(precise(images, micro_batch_size=4, steps=5), here)
+        trainer.forward.register_comm_hook(None, count)
+        take_steps(trainer)
+        found["exchanges"] = sent.count(0)
+        found["sum"] = here.sum(torch.tensor([rank + 1]))
+        found["any"], found["max"] = (here.any(rank == 1), here.any(False)), here.max(5 + rank)
+        found["broadcast"] = here.broadcast(f"from {rank}")
+    torch.save(found, f"{out}/{rank}.pt")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    pictures, out = sys.argv[1:]
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    found = {
-        f"batches micro {micro}": batches(small_run(Path(pictures)), rank, world, micro) for micro in (0, 4)
-    }
-    for micro in (8, 4):  # batch 16, so 8 images a process: one micro-batch, and two
-        found[f"trained micro {micro}"] = trained(pictures, batch=16, micro_batch_size=micro)
-    found["exchanges"] = exchanges(pictures)
-    with join_world("cpu") as here:
-        found["sum"] = here.sum(torch.tensor([rank + 1]))
-        found["any"] = here.any(rank == 1), here.any(False)
-    torch.save(found, f"{out}/{rank}.pt")
+    {"answers": answers, "slowly": slowly}[sys.argv[1]](*sys.argv[2:])

@@ -8,61 +8,57 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_run import batches, trained
-from pictures import draw_pictures, small_run
+from helpers import small_run, wait_until
 
 from cpvt.config import to_json
-from cpvt.training.checkpoint import Checkpoints
+from cpvt.errors import ConfigError, DataError
+from cpvt.training.distributed import Stopped, World
 from cpvt.training.train import train
 
 HERE = Path(__file__).parent
+SCRIPT = HERE / "distributed_run.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}",
+}
 
 
-def torchrun(*arguments, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*TORCHRUN, *map(str, arguments)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return draw_pictures(tmp_path_factory.mktemp("pictures"))
+def torchrun(*arguments) -> subprocess.Popen:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*TORCHRUN, *map(str, arguments)], env=ENVIRONMENT, **options)
 
 
 @pytest.fixture(scope="module")
-def two(pictures, tmp_path_factory) -> list[dict]:
+def two(image_folder, tmp_path_factory) -> list[dict]:
     """What each of two processes found."""
     out = tmp_path_factory.mktemp("two")
-    process = torchrun(HERE / "distributed_run.py", pictures, out)
-    said, _ = process.communicate(timeout=240)
+    process = torchrun(SCRIPT, "answers", image_folder, out)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("micro", [0, 4])
-def test_the_batches_are_those_of_one_process_bit_for_bit(pictures, two, micro):
-    alone = batches(small_run(pictures), 0, 1, 0)
+def test_the_batches_are_those_of_one_process_bit_for_bit(image_folder, two, micro):
+    alone = batches(small_run(image_folder), 0, 1, 0)
     together = torch.cat([found[f"batches micro {micro}"] for found in two], dim=1)
     assert alone.shape == (4, 8, 3 * 16 * 16 + 3) and torch.equal(alone, together)
     assert alone.unique(dim=0).shape[0] == 4  # and no two steps are alike
 
 
 @pytest.mark.parametrize("micro", [8, 4])
-def test_training_in_float64_ends_at_the_same_weights(pictures, two, micro):
+def test_training_in_float64_ends_at_the_same_weights(image_folder, two, micro):
     """Accumulation 1 and 2; the evaluation set has 21 images, which no two processes can share evenly."""
-    alone = trained(pictures, batch=16)
+    alone = trained(image_folder)
     for found in (here[f"trained micro {micro}"] for here in two):
         assert (found["weights"] - alone["weights"]).abs().max() < 1e-10
         assert torch.equal(found["losses"], alone["losses"])
@@ -76,76 +72,120 @@ def test_gradients_are_sent_once_a_step_and_not_once_a_micro_batch(two):
 
 def test_sums_and_agreements(two):
     for found in two:
-        assert found["sum"].tolist() == [3] and found["any"] == (True, False)
+        assert found["sum"].tolist() == [3] and found["max"] == 6
+        assert found["any"] == (True, False) and found["broadcast"] == "from 0"
+
+
+# --------------------------------------------------------------------------- waiting for the main process
+
+
+class Store(dict):
+    """What `World` asks of a store, in this process; `asked` counts the questions of those who wait."""
+
+    asked = 0
+    set = dict.__setitem__
+
+    def check(self, keys) -> bool:
+        self.asked += 1
+        return all(key in self for key in keys)
+
+    def get(self, key) -> bytes:
+        return self[key].encode()
+
+
+class Other(threading.Thread):
+    """The second of two processes, as a thread: does `work` once the main one has done its own."""
+
+    def __init__(self, store, work):
+        super().__init__(daemon=True)
+        self.world, self.work, self.ended = World(1, 2, store=store), work, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.ended = self.world.main_first(self.work)
+        except Exception as error:
+            self.ended = error
+
+
+def test_the_others_wait_as_long_as_the_main_process_works():
+    """Without a process group, so that no collective's time limit ends the wait."""
+    order, store = [], Store()
+    other = Other(store, lambda: order.append("other") or "done")
+    main = World(0, 2, store=store)
+    main.main_first(lambda: (wait_until(lambda: store.asked > 5), order.append("main")))
+    other.join()
+    assert order == ["main", "other"] and other.ended == "done" and not dist.is_initialized()
+    assert main.broadcast("again") == other.world.broadcast() == "again"
+
+
+@pytest.mark.parametrize("error", [DataError("no images"), RuntimeError("a bug")])
+def test_where_the_main_process_fails_the_others_end_too(error):
+    def fails():
+        raise error
+
+    store = Store()
+    other = Other(store, lambda: pytest.fail("went on alone"))
+    with pytest.raises(type(error)):
+        World(0, 2, store=store).main_first(fails)
+    other.join()
+    assert isinstance(other.ended, ConfigError) and str(error) in str(other.ended)
+
+
+def test_where_the_main_process_dies_the_others_end_too():
+    """torchrun sends them a signal; without it, the store is gone with the process that kept it."""
+    words = Store()
+    other = Other(words, lambda: pytest.fail("went on alone"))
+    wait_until(lambda: words.asked)
+    other.world.signals.name = "SIGTERM"
+    other.join()
+    assert isinstance(other.ended, Stopped)
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    other = Other(dist.TCPStore("localhost", store.port), lambda: pytest.fail("went on alone"))
+    del store
+    other.join()
+    assert isinstance(other.ended, dist.DistNetworkError)
 
 
 # --------------------------------------------------------------------------- signals and lost processes
 
 
-def script(tmp_path: Path, config, slow: float = 0.2) -> Path:
-    """A file that trains as configured, slowly, and says what came of it; 75 as the command line does."""
-    path = tmp_path / "slowly.py"
-    path.write_text(
-        "import sys, time, torch\n"
-        "from cpvt.config import TrainConfig, from_json\n"
-        "from cpvt.training import setup\n"
-        "from cpvt.training.train import train\n"
-        "torch.set_num_threads(1)\n"
-        "own = setup.Session.backward\n"
-        f"setup.Session.backward = lambda *a: (time.sleep({slow}), own(*a))[1]\n"
-        f"run = train(from_json(TrainConfig, {to_json(config)!r}))\n"
-        # One write: where Python does not buffer (PYTHONUNBUFFERED), print's pieces mix with the other process's.
-        "sys.stdout.write(f'ended {run.steps} {run.interrupted or run.metrics}\\n')\n"
-        "sys.exit(75 if run.interrupted else 0)\n"
-    )
-    return path
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
 def workers(process: subprocess.Popen) -> list[int]:
     tasks = Path(f"/proc/{process.pid}/task")
     children = [int(c) for task in tasks.iterdir() for c in (task / "children").read_text().split()]
-    return [c for c in children if "slowly.py" in Path(f"/proc/{c}/cmdline").read_text()]
+    return [c for c in children if "slowly" in Path(f"/proc/{c}/cmdline").read_text()]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_all_processes_stop_at_the_same_step_and_one_process_goes_on(pictures, tmp_path, name):
-    """As SLURM announces the end: torchrun hears the signal, the processes agree, save and leave in time."""
-    config = small_run(pictures, str(tmp_path / "out"), save_every=100)
+def test_all_processes_stop_at_the_same_step_and_one_process_goes_on(image_folder, tmp_path):
+    """As SLURM announces the end: torchrun hears the signal, the processes agree, save and leave."""
+    config = small_run(image_folder, str(tmp_path / "out"), save_every=100)
     handle = ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
-    process = torchrun(*handle, script(tmp_path, config))
+    process = torchrun(*handle, SCRIPT, "slowly", to_json(config))
     log = tmp_path / "out" / "log.jsonl"
-    wait_for(lambda: log.exists() and '"step": 2' in log.read_text())
-    started = time.monotonic()
-    process.send_signal(getattr(signal, name))
-    said, _ = process.communicate(timeout=60)
-    assert time.monotonic() - started < 10, said
-    assert process.returncode != 0
-    steps, _ = Checkpoints(tmp_path / "out" / "checkpoints").latest()
-    assert 2 <= steps < 12
+    wait_until(lambda: log.exists() and '"step": 2' in log.read_text())
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode != 0, said
     run = train(config)  # one process takes over from two
-    reference = train(small_run(pictures, str(tmp_path / "reference")))
+    (note,) = [
+        e["note"] for e in map(json.loads, log.read_text().splitlines()) if "going on" in str(e.get("note"))
+    ]
+    assert 2 <= int(note.rpartition(" ")[2]) < 12
+    reference = train(small_run(image_folder, str(tmp_path / "reference")))
     assert run.metrics["images"] == 21 and run.steps == 12
     # Two processes add their gradients in another order than one: float32 is equal up to rounding.
     for a, b in zip(run.model.parameters(), reference.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_a_lost_process_costs_the_steps_since_the_last_checkpoint(pictures, tmp_path):
+def test_a_lost_process_costs_the_steps_since_the_last_checkpoint(image_folder, tmp_path):
     """Kill -9 of one of two: torchrun starts both again, and they go on from what is on the disk."""
-    config = small_run(pictures, str(tmp_path / "out"), save_every=1)
-    process = torchrun("--max-restarts", 1, script(tmp_path, config))
+    config = small_run(image_folder, str(tmp_path / "out"), save_every=1)
+    process = torchrun("--max-restarts", 1, SCRIPT, "slowly", to_json(config))
     log = tmp_path / "out" / "log.jsonl"
-    wait_for(lambda: log.exists() and '"step": 4' in log.read_text())
+    wait_until(lambda: log.exists() and '"step": 4' in log.read_text())
     os.kill(workers(process)[1], signal.SIGKILL)
-    said, _ = process.communicate(timeout=180)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     assert said.count("ended 12") == 2
-    notes = [entry.get("note", "") for entry in map(json.loads, log.read_text().splitlines())]
-    assert any(note.startswith("going on after step") for note in notes)
+    assert any("going on after step" in line for line in log.read_text().splitlines())

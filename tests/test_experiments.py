@@ -29,7 +29,7 @@ from cpvt.lab.experiments import (
 from cpvt.lab.metrics import SIZES
 from cpvt.lab.results import COLUMNS, complete, recorded
 from cpvt.model.vit import VisionTransformer
-from cpvt.training.optim import resolved
+from cpvt.training.optim import resolve
 
 COUNTS = {"synthetic": 252, "padding": 18, "pooling": 26, "pipelines": 6, "tuning": 24, "tables": 205}
 COUNTS |= {"fashion-tuning": 15, "fashion": 80, "fashion-length": 24}
@@ -88,7 +88,7 @@ def test_parts_of_the_images_keep_the_number_of_steps():
     whole = table_config(encoding="learned")
     for images in (5_000, 15_000):
         part = table_config(encoding="learned", epochs=0, limit=images)
-        both = resolved(whole, 50_000 // 1024).optim, resolved(part, images // 1024).optim
+        both = resolve(whole, 50_000 // 1024).optim, resolve(part, images // 1024).optim
         assert both[0].steps == both[1].steps and both[0].warmup_steps == both[1].warmup_steps
 
 

@@ -15,7 +15,7 @@ from cpvt.lab.results import unpack
 from cpvt.lab.runner import with_teacher
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.evaluate import correct
-from cpvt.training.train import Run, train
+from cpvt.training.train import TrainingRun, train
 
 
 def short(config: TrainConfig, root, depth: int = 2) -> TrainConfig:
@@ -117,7 +117,7 @@ def test_synthetic_scores():
         ("what", {"/trained", "/unseen", "/diagonals"}),
     ):
         config = synthetic_config(task, "peg")
-        run = Run(VisionTransformer(config.model).eval(), config)
+        run = TrainingRun(VisionTransformer(config.model).eval(), config)
         found, name, digest = metrics.score_synthetic(run, images=16)
         assert name == task and {key.partition("@")[2].lstrip("0123456789x") for key in found} == parts | {""}
         assert metrics.score_synthetic(run, images=16)[2] == digest  # of the images, which the seed decides

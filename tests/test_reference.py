@@ -156,7 +156,7 @@ def test_our_loop_trains_through_either(folder):
     config = small_run(folder)
     config = replace(config, augment=ONCE)
     for kind in (Selected, TimmBatches):
-        run = train(config, open_data=partial(kind, classes=2))
+        run = train(config, make_loader=partial(kind, classes=2))
         assert run.steps == 12 and run.metrics["images"] == 2 * 7
         assert run.model.num_classes == 2
         assert all(entry["loss"] < 5 for entry in run.history if "loss" in entry)
@@ -186,7 +186,7 @@ def test_a_row_of_the_experiment(folder, tmp_path, monkeypatch):
     rows = []
     for plan, kind in zip(pipelines((0,)), (Selected, TimmBatches), strict=True):
         small = replace(small_run(folder), augment=ONCE)
-        plan = dataclasses.replace(plan, config=small, open_data=partial(kind, classes=2), score=two_of_three)
+        plan = dataclasses.replace(plan, config=small, make_loader=partial(kind, classes=2), score=two_of_three)
         rows.append(measure(plan))
     assert rows[0].dataset_sha256 == rows[1].dataset_sha256
     assert all(row.dataset.endswith("its first 2 classes") and row.metrics["images"] == 14 for row in rows)

@@ -8,7 +8,7 @@ import pytest
 
 from cpvt.config import replace
 from cpvt.data.loader import open_batches
-from cpvt.errors import ConfigError, ResultsError
+from cpvt.errors import ConfigError, ResultsError, TrainingError
 from cpvt.lab.experiments import fashion_config, jobs, synthetic_config
 from cpvt.lab.metrics import score_synthetic
 from cpvt.lab.results import append, complete, read, read_arrays, recorded, select
@@ -63,7 +63,7 @@ def test_a_row_of_another_configuration_does_not_count_as_done(tmp_path):
 
 def test_a_job_that_fails_is_named_and_the_others_are_run(tmp_path):
     def diverged(run):
-        raise FloatingPointError("no finite loss")
+        raise TrainingError("no finite loss")
 
     with pytest.raises(ResultsError, match="not measured: row=b, seed=0: no finite loss"):
         run_missing([job("a"), job("b", score=diverged), job("c")], tmp_path)

@@ -56,7 +56,7 @@ from cpvt.lab.steps import (
 )
 from cpvt.lab.timing import Step, each_compiled, in_rounds, ratios, seconds_of, summary, wait
 from cpvt.lab.timm_baseline import timm_loader
-from cpvt.training.setup import pick_device
+from cpvt.training.distributed import pick_device
 
 LENGTH = 64  # batches in an epoch of repeated files
 STARTING = 3.0  # seconds that a loader's processes may take to start

@@ -32,7 +32,7 @@ from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import save_model
 from cpvt.training.distributed import Stopped
 from cpvt.training.evaluate import accuracy, correct
-from cpvt.training.train import Run, train
+from cpvt.training.train import TrainingRun, train
 
 Score = tuple[dict[str, float], str, str]
 SIZES = (20, 28, 48, 56, 64)  # of test images at 1:8, in pixels; the second is trained
@@ -44,7 +44,7 @@ def _device(model: VisionTransformer) -> torch.device:
     return next(model.parameters()).device
 
 
-def held_out(run: Run, **changes) -> Images:
+def held_out(run: TrainingRun, **changes) -> Images:
     """The held-out images of a run, as they are or with `changes` of their DataConfig, on its model's device."""
     data = replace(run.config.data, **changes)
     return open_batches(data, 1, run.config.run.seed, str(_device(run.model)), train=False)
@@ -68,7 +68,7 @@ def held_out_images(loader: Images, count: int, spread: bool = False) -> tuple[T
 # --------------------------------------------------------------------------- whole runs
 
 
-def score_synthetic(run: Run, images: int = 256) -> Score:
+def score_synthetic(run: TrainingRun, images: int = 256) -> Score:
     """Accuracy in percent, by distance (`/d3`) where the task has one.
 
     *what* has instead `/trained` (the side that bars were trained on), `/unseen` (the other side) and
@@ -96,7 +96,7 @@ def score_synthetic(run: Run, images: int = 256) -> Score:
     return metrics, data.name, fingerprint(*seen)
 
 
-def score_pipeline(run: Run, classes: int) -> Score:
+def score_pipeline(run: TrainingRun, classes: int) -> Score:
     """top-1 and top-5 on the held-out images of the first `classes`.
 
     The digest is one over the sorted digests of (label, bytes), since copies of the data set order their files
@@ -111,21 +111,21 @@ def score_pipeline(run: Run, classes: int) -> Score:
     return metrics, f"{data.name}, its first {classes} classes", digest.hexdigest()
 
 
-def score_tuning(run: Run) -> Score:
+def score_tuning(run: TrainingRun) -> Score:
     """For a run with `data.hold_out`: accuracy on the held-out part of the training images."""
     metrics = {f"top1@{run.config.model.grid[0]}": run.metrics["top1"], "images": run.metrics["images"]}
     part = f"{run.config.data.name}, one of {run.config.data.hold_out} training images"
     return metrics, part, _digest(held_out(run))
 
 
-def score_fashion(run: Run, images: int = 1000) -> Score:
+def score_fashion(run: TrainingRun, images: int = 1000) -> Score:
     """top1@14 on all test images, and what `_score_images` says of the first `images`."""
     loader = held_out(run)
     metrics = {"top1@14": run.metrics["top1"], **_score_images(run.model, loader, images)}
     return metrics, run.config.data.name, _digest(loader)
 
 
-def score_table_row(run: Run, images: int = 2000, fine_tuned: bool = False) -> Score:
+def score_table_row(run: TrainingRun, images: int = 2000, fine_tuned: bool = False) -> Score:
     """A row of the tables at 1:8.
 
     top1@10 ... top1@32     at the five sizes, by tokens a side, whole images; a table follows as its configuration
@@ -162,7 +162,7 @@ def _score_images(
     return metrics | score_maps(model, few, scenes) | score_attention(model, few)
 
 
-def fine_tune(run: Run, size: int) -> Run:
+def fine_tune(run: TrainingRun, size: int) -> TrainingRun:
     """Trains on at another image size: a twentieth of the steps, from a tenth of the learning rate downwards, no
     warm-up; a learned table is resampled first. Crops that would have to be enlarged are left out."""
     config = run.config
@@ -193,7 +193,7 @@ def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, Vision
         yield suffix, other.to(_device(model)).eval()
 
 
-def arrays_of(run: Run, spread: bool = False) -> dict[str, Tensor]:
+def arrays_of(run: TrainingRun, spread: bool = False) -> dict[str, Tensor]:
     """What is kept of a run on real images; what has more than `LARGEST` numbers is left out.
 
     correct         one bit an image of the held-out ones, in their order, eight to a byte, the last filled up

@@ -25,15 +25,14 @@ from torch import Tensor, nn
 
 from cpvt.config import DataConfig, TrainConfig, from_json, replace, to_json
 from cpvt.data.loader import keep_images, open_batches
-from cpvt.errors import ConfigError, ResultsError
+from cpvt.errors import ConfigError, ResultsError, TrainingError
 from cpvt.lab.results import AlreadyMeasured, Result, append, commit, describe, recorded, results_folder
 from cpvt.training.checkpoint import differences
-from cpvt.training.distributed import SIGNALS, Stopped
+from cpvt.training.distributed import SIGNALS, Stopped, pick_device
 from cpvt.training.evaluate import accuracy
 from cpvt.training.loss import cross_entropy
-from cpvt.training.optim import learning_rate, parameter_groups, resolved
-from cpvt.training.setup import pick_device
-from cpvt.training.train import Run, train
+from cpvt.training.optim import learning_rate, param_groups, resolve
+from cpvt.training.train import TrainingRun, train
 
 TEACHER = "resnet10t"  # timm's: 5 million weights, a mean over the last map, no idea of the grid's size
 
@@ -52,9 +51,9 @@ class Job:
     columns: dict[str, Any]
     scale: str
     config: TrainConfig
-    score: Callable[[Run], tuple[dict[str, float], str, str]]
+    score: Callable[[TrainingRun], tuple[dict[str, float], str, str]]
     make_loader: Callable = open_batches
-    arrays: Callable[[Run], dict[str, Tensor]] = lambda run: {}
+    arrays: Callable[[TrainingRun], dict[str, Tensor]] = lambda run: {}
 
     @property
     def key(self) -> tuple:
@@ -73,7 +72,7 @@ def run_job(job: Job, version: str = "") -> tuple[Result, dict[str, Tensor]]:
     """
     version, started = version or commit(), time.perf_counter()  # asked now: files may change while it trains
     config, teacher_top1 = with_teacher(job.config)
-    run = train(config, open_data=job.make_loader)
+    run = train(config, make_loader=job.make_loader)
     if run.interrupted:
         raise Stopped(f"{job.label}: stopped by {run.interrupted}")
     for module in run.model.modules():  # scored as written: hooks are set, and sizes asked for once
@@ -137,7 +136,7 @@ def run_missing(
             except Stopped:
                 missing.insert(0, job)
                 break
-            except (FloatingPointError, ResultsError) as error:
+            except (TrainingError, ResultsError) as error:
                 failed.append(f"{job.label}: {error}")
                 continue
             with suppress(AlreadyMeasured):  # by another process, meanwhile
@@ -192,10 +191,10 @@ def train_teacher(student: TrainConfig) -> tuple[nn.Module, float]:
     device, seed, optim = pick_device(student.run.device), student.run.seed, student.optim
     images = {"augment": student.augment, "smoothing": optim.label_smoothing}
     loader = open_batches(student.data, optim.global_batch_size, seed, device, **images)
-    optim = resolved(student, loader.stream.steps).optim
+    optim = resolve(student, loader.stream.steps).optim
     torch.manual_seed(seed)
     model = timm.create_model(student.distill.teacher, num_classes=loader.num_classes).to(device)
-    optimiser = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr)
+    optimiser = torch.optim.AdamW(param_groups(model, optim.weight_decay), lr=optim.lr)
     with closing(loader.micro_batches()) as batches:
         for step, batch in enumerate(islice(batches, optim.steps)):
             for group in optimiser.param_groups:

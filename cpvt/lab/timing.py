@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cpvt.config import ModelConfig
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.loss import cross_entropy
-from cpvt.training.optim import parameter_groups
+from cpvt.training.optim import param_groups
 
 # --------------------------------------------------------------------------- stop-watches
 
@@ -91,7 +91,7 @@ class Step:
     def __init__(self, model: nn.Module, device: str, mode: str = "eager", training: bool = True):
         self.model, self.mode = model.to(device).train(training), mode
         self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled="cuda" in device)
-        groups = parameter_groups(model, 0.05)
+        groups = param_groups(model, 0.05)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True) if training else None
         if mode != "eager":
             model.compile(mode=mode)

@@ -158,7 +158,7 @@ class Selected(Images):
 
 
 class TimmBatches(Selected):
-    """The same images and the same recipe through timm's loader; for `train(config, open_data=TimmBatches)`.
+    """The same images and the same recipe through timm's loader; for `train(config, make_loader=TimmBatches)`.
 
     Its chances come from the three global generators, seeded when the batches are first asked for: the same
     seed gives the same batches for the same number of workers, in a process that draws nothing besides. A run

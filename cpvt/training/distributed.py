@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -18,113 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cpvt.errors import ConfigError, DataError
+from cpvt.errors import ConfigError, UserError
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM announces the end of a job with SIGUSR1
-
-
-@dataclass
-class World:
-    """The processes of a run. Without torchrun there is one, and nothing is sent."""
-
-    rank: int = 0
-    size: int = 1
-    device: str = "cpu"
-    control: object = None  # a group on the CPU: agreeing on a signal must not wait for the GPU
-
-    @property
-    def chief(self) -> bool:
-        """The one that writes and speaks."""
-        return self.rank == 0
-
-    def sum(self, numbers: Tensor) -> Tensor:
-        """The sum over all processes, in place; on a GPU the host does not wait."""
-        if self.size > 1:
-            dist.all_reduce(numbers)
-        return numbers
-
-    def any(self, mine: bool) -> bool:
-        """Whether it holds for one process at least: the same answer in all of them."""
-        if self.size == 1:
-            return mine
-        flag = torch.tensor(int(mine))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, self.control)
-        return bool(flag)
-
-    def told(self, what: str) -> str:
-        """What the chief says, in all processes."""
-        if self.size == 1:
-            return what
-        told = [what]
-        dist.broadcast_object_list(told, 0, self.control)
-        return told[0]
-
-    def first(self, work: Callable[[], T]) -> T:
-        """`work()`, by the chief before the others: they find what it downloads, and its refusal is theirs."""
-        done, refusal = None, ""
-        if self.chief:
-            try:
-                done = work()
-            except (ConfigError, DataError) as error:
-                refusal, raised = str(error), error
-        if refusal := self.told(refusal):
-            raise raised if self.chief else ConfigError(refusal)
-        return done if self.chief else work()
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over the processes."""
-        if self.size == 1:
-            return model
-        device_ids = [torch.device(self.device)] if "cuda" in self.device else None
-        # PyTorch counts the strides of a depthwise kernel's middle axis, which has one entry, as another layout.
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        # The weights are equal at the start (same seed) and stay so: nothing but gradients is ever sent.
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
-
-
-@contextlib.contextmanager
-def join_world(device: str) -> Iterator[World]:
-    """Joins the processes that torchrun started, on `device` ("cpu" or "cuda"); leaves them at the end."""
-    size, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"process {local} of this node, but {torch.cuda.device_count()} GPUs: "
-                "give torchrun --nproc-per-node that number"
-            )
-        device = f"cuda:{local}"
-        torch.cuda.set_device(device)
-    if size == 1:
-        yield World(device=device)
-        return
-    backend = "nccl" if "cuda" in device else "gloo"
-    dist.init_process_group(
-        backend, store=_store(), rank=rank, world_size=size, timeout=timedelta(minutes=10)
-    )
-    try:
-        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=timedelta(minutes=10)))
-    finally:
-        dist.destroy_process_group()
-
-
-_joined = count()
-
-
-@cache
-def _meeting_point() -> dist.Store:
-    store, *_ = next(iter(dist.rendezvous("env://")))
-    return store
-
-
-def _store() -> dist.Store:
-    """Where the processes find each other: a room of its own each time, free of what an earlier run left there."""
-    # The store outlives the processes of an attempt.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"cpvt, attempt {attempt}, run {next(_joined)}", _meeting_point())
 
 
 class Stopped(RuntimeError):
@@ -132,16 +30,15 @@ class Stopped(RuntimeError):
 
 
 class SignalHandler:
-    """Notes a signal and lets the step end. A second Ctrl-C is as deadly as ever; torchrun and the kernel may well
-    send the same SIGTERM twice."""
+    """Notes the name of a signal, and lets the step end. A second Ctrl-C is as deadly as ever; torchrun and the
+    kernel may well send the same SIGTERM twice."""
 
     def __init__(self):
         self.name, self._before = "", {}
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
@@ -152,3 +49,137 @@ class SignalHandler:
         self.name = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, self._before[number])
+
+
+@dataclass
+class World:
+    """The processes of a run. Without torchrun there is one, and nothing is sent.
+
+    store    where they leave word for each other: a wait has no time limit, but ends at a signal or with the store
+    control  a group on the CPU: agreeing on a signal must not wait for the GPU
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    signals: SignalHandler = field(default_factory=SignalHandler)
+    store: dist.Store | None = None
+    control: dist.ProcessGroup | None = None
+    broadcasts: int = 0  # so far
+
+    @property
+    def is_main(self) -> bool:
+        """The one that writes and speaks."""
+        return self.rank == 0
+
+    def connect(self) -> None:
+        """Opens the groups that tensors are sent through. NCCL starts threads, so whatever forks comes before."""
+        if self.size == 1:
+            return
+        if "cuda" in self.device:
+            torch.cuda.set_device(self.device)
+        self.store.add("here", 1)
+        self._wait(lambda: self.store.add("here", 0) == self.size)
+        limit = {"timeout": timedelta(minutes=10)}
+        backend = "nccl" if "cuda" in self.device else "gloo"
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, **limit)
+        self.control = dist.new_group(backend="gloo", **limit)
+
+    def broadcast(self, text: str = "") -> str:
+        """What the main process says, in all of them: the others wait for as long as it takes."""
+        self.broadcasts += 1
+        key = f"broadcast {self.broadcasts}"
+        if self.size == 1:
+            return text
+        if self.is_main:
+            self.store.set(key, text)
+        self._wait(lambda: self.store.check([key]))
+        return self.store.get(key).decode()
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        while not until():
+            if self.signals.name:  # from torchrun, where another process has died
+                raise Stopped(f"{self.signals.name} while waiting for the other processes")
+            time.sleep(0.1)
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """`work()`, by the main process before the others: these find what it downloads, and fail if it fails."""
+        if not self.is_main:
+            if failure := self.broadcast():
+                raise ConfigError(failure)
+            return work()
+        try:
+            done = work()
+        except BaseException as error:
+            self.broadcast(str(error) if isinstance(error, UserError) else f"process 0: {error!r}")
+            raise
+        self.broadcast()
+        return done
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum over all processes, in place; on a GPU the host does not wait."""
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def max(self, number: int) -> int:
+        """The largest of all processes' numbers, in all of them."""
+        largest = torch.tensor(number)
+        if self.size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, self.control)
+        return int(largest)
+
+    def any(self, mine: bool) -> bool:
+        """Whether it holds for one process at least: the same answer in all of them."""
+        return bool(self.max(int(mine)))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over the processes."""
+        if self.size == 1:
+            return model
+        devices = [torch.device(self.device)] if "cuda" in self.device else None
+        # PyTorch counts the strides of a depthwise kernel's middle axis, which has one entry, as another layout.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        # The weights are equal at the start (same seed) and stay so: nothing but gradients is ever sent.
+        options = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+        return nn.parallel.DistributedDataParallel(model, devices, **options)
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """Finds the processes that torchrun started, on `device` ("cpu" or "cuda"); leaves them at the end."""
+    size, rank, local = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    with SignalHandler() as signals:
+        if size <= 1:
+            yield World(device=device, signals=signals)
+            return
+        if device == "cuda":
+            if local >= (gpus := torch.cuda.device_count()):
+                raise ConfigError(f"process {local} on {gpus} GPUs: give torchrun --nproc-per-node {gpus}")
+            device = f"cuda:{local}"
+        # A room of its own for each run of these processes, since the store outlives both.
+        room = f"cpvt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{next(_runs)}"
+        try:
+            yield World(rank, size, device, signals, dist.PrefixStore(room, _rendezvous()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+_runs = count()
+
+
+@cache
+def _rendezvous() -> dist.Store:
+    return next(iter(dist.rendezvous("env://")))[0]
+
+
+def pick_device(name: str) -> str:
+    """ "auto" -> "cuda" where there is one, else "cpu". Raises ConfigError for a device that is not here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r}; expected 'auto', 'cpu' or 'cuda'")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but PyTorch sees no GPU here; use device='cpu' or 'auto'")
+    return name

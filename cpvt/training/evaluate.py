@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from cpvt.errors import DataError
 from cpvt.training.distributed import World
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """`precision` as in `RunConfig`: under bf16 and fp16 matrix products are computed in half precision."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(torch.device(device).type, half, enabled=half is not None)
 
 
 @torch.no_grad()
@@ -20,32 +27,29 @@ def correct(model: nn.Module, images: Tensor, labels: Tensor, k: int = 1, batch:
 def accuracy(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    world: World = World(),
-    precision: torch.dtype | None = None,
+    world: World | None = None,
+    precision: str = "fp32",
     stop: Callable[[], bool] = bool,
 ) -> dict[str, float]:
     """-> {"top1", "top5", "images"}: per cent right over all batches; top5 where there are more than 5 classes.
 
-    With many processes, each has its own batches, as many as it likes: right answers and images are counted and
-    the counts added, so that no image is counted twice. `precision`: bfloat16 or float16 under autocast; None: as
-    the weights are. `stop`: asked before each batch; once it says yes, the scores are those of a part, or none.
+    Every process of `world` has batches of its own; right answers and images are counted and the counts added, so
+    that no image counts twice. `stop`: asked before each batch; after a yes the scores are those of a part.
     """
-    half = precision is not None and precision.itemsize == 2
     counts = torch.zeros(3, dtype=torch.int64)
     for images, labels in batches:
         if stop():
             break
-        with torch.autocast(images.device.type, precision if half else None, enabled=half):
+        with autocast(str(images.device), precision):
             hits = _hits(model, images, labels, 5)
         counts += torch.stack([hits[:, 0].sum(), hits.any(-1).sum(), labels.new_tensor(len(labels))]).cpu()
-    top1, top5, images = world.sum(counts.to(world.device)).tolist()
+    if world:
+        counts = world.sum(counts.to(world.device))
+    top1, top5, images = counts.tolist()
     if not images and not stop():
-        raise ValueError("no images to evaluate on: give held-out data")
-    images = max(images, 1)
-    scores = {"top1": 100 * top1 / images, "images": images}
-    if model.num_classes > 5:
-        scores["top5"] = 100 * top5 / images
-    return scores
+        raise DataError("no images to evaluate on: give held-out data")
+    top5 = {"top5": 100 * top5 / max(images, 1)} if model.num_classes > 5 else {}
+    return {"top1": 100 * top1 / max(images, 1), **top5, "images": images}
 
 
 def _hits(model: nn.Module, images: Tensor, labels: Tensor, k: int, batch: int = 256) -> Tensor:

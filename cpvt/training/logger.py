@@ -1,164 +1,140 @@
-"""What a person sees of a run: a progress bar, a log of JSON lines, TensorBoard, and the faults of the data."""
+"""What a person sees of a run: what it will do, its log, its progress, and the images that could not be used."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
+from torch import nn
 from tqdm import tqdm
 
-from cpvt.config import TrainConfig, to_json
+from cpvt.config import TrainConfig
 from cpvt.data.decode import Fault
+from cpvt.training.checkpoint import changed
 from cpvt.training.distributed import World
 
+CLOCK = {"images_per_s", "hours_left", "gpu_refused"}  # in a log entry: what another run may find otherwise
 
-class Monitor:
-    """Writes `out`/log.jsonl (and TensorBoard's files) and draws the bar; only the chief does either.
 
-    A run that goes on drops the entries behind the step it goes on from: the log of an interrupted run ends up
-    as that of one which never stopped.
+def describe(config: TrainConfig, model: nn.Module, loader, world: World) -> str:
+    """What a run is going to do: model, data, batch, and the options that are not as they are by default."""
+    sampler, parts = loader.stream, loader.parts
+    text = (
+        f"model: {config.model.encoding}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"image_size={config.model.image_size}, grid={config.model.grid}\n"
+        f"data: {config.data.name}, {loader.num_classes} classes, {sampler.distinct:,} images an epoch\n"
+        f"batch: {sampler.batch} = {world.size} processes x {parts} micro-batches x "
+        f"{sampler.batch // world.size // parts} images, {sampler.steps:,} steps an epoch\n"
+    )
+    options = [f"{name}={value}" for name, (value, _) in changed(config, TrainConfig()).items()]
+    return text + textwrap.fill(f"options: {', '.join(options)}", 110, break_long_words=False)
+
+
+class Logger:
+    """Writes `out`/log.jsonl (and TensorBoard's files) and draws the bar; only the main process does either.
+
+    entries: the lines so far. A checkpoint keeps them: the log of an interrupted run ends up as that of one which
+    never stopped.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        steps: int,
-        chief: bool = True,
+        step: int,
+        entries: list[dict],
+        world: World,
         report: Callable[[dict], None] | None = None,
         bar: bool = False,
     ):
-        self.config, self.report, self.chief = config, report if chief else None, chief
+        self.config, self.entries, self.world, self.report = config, entries, world, report
         self.folder = Path(config.run.out) if config.run.out else None
-        self.history: list[dict] = []  # entries with a loss, as `report` heard them
-        self.faults: set[str] = set()  # names of images that could not be used, in this process
+        self.faulty: set[str] = set()  # names of images that this process could not use
         self.refused = 0  # images that the GPU did not decode
-        self.mute = False  # whether the log could not be written, and a person was told
-        self._board = None
-        self._since = (time.perf_counter(), steps)
-        if self.folder and chief:
-            self._open(steps)
-        total = config.optim.steps
-        self._bar = tqdm(
-            total=total, initial=steps, unit="step", disable=not (bar and chief and sys.stderr.isatty())
-        )
+        self._told_of_disk, self._board = False, None
+        self._first, self._since = step, (time.perf_counter(), step)
+        if self.folder and world.is_main:
+            lines = [{"config": dataclasses.asdict(config)}, *entries]
+            aside = self.folder / ".log.jsonl"
+            aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            aside.replace(self.folder / "log.jsonl")
+            if not step:
+                (self.folder / "faults.jsonl").unlink(missing_ok=True)
+            if config.run.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # half a second that only this option costs
 
-    def _open(self, steps: int) -> None:
-        """Puts log and faults at the step that the run begins with, or goes on from."""
-        config = {"config": json.loads(to_json(self.config))}
-        # What was evaluated at this very step is evaluated again.
-        kept = [
-            entry
-            for entry in self._entries("log.jsonl")
-            if entry["step"] < steps or (entry["step"] == steps and "top1" not in entry)
-        ]
-        self.history = [_lasting(entry) for entry in kept if "loss" in entry] if steps else []
-        self._replace("log.jsonl", [config, *(kept if steps else [])])
-        faults = [entry for entry in self._entries("faults.jsonl") if steps and entry["step"] <= steps]
-        self.faults = {entry["image"] for entry in faults}
-        self._replace("faults.jsonl", faults)
-        if self.config.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # half a second that only this option costs
+                self._board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
+        hidden = not (bar and world.is_main and sys.stderr.isatty())
+        self._bar = tqdm(total=config.optim.steps, initial=step, unit="step", disable=hidden)
 
-            self._board = SummaryWriter(self.folder / "tensorboard", purge_step=steps + 1)
+    @property
+    def history(self) -> list[dict]:
+        """The entries with a loss, without what depends on the clock."""
+        return [{k: v for k, v in e.items() if k not in CLOCK} for e in self.entries if "loss" in e]
 
-    def step(self) -> None:
+    def step(self, step: int) -> None:
         """A step is done."""
         self._bar.update()
+        if step == self._first + 3:  # speed counts from here: the first steps compile, and take their memory
+            self._since = time.perf_counter(), step
 
     def entry(self, entry: dict) -> None:
         """Logs an entry with the number of the step; with a loss, also the speed since the last one."""
-        timed = dict(entry)
+        step = entry["step"]
         if "loss" in entry:
-            now, (before, step) = time.perf_counter(), self._since
-            speed = (entry["step"] - step) * self.config.optim.global_batch_size / max(now - before, 1e-9)
-            self._since = now, entry["step"]
-            timed["images_per_s"] = float(f"{speed:.4g}")
-            if self.refused:
-                timed["gpu_refused"] = self.refused
-            self.history.append(entry)
-            words = f"{speed:,.0f} images/s, loss {entry['loss']}, rate {entry['rate']:.2g}"
-            self._bar.set_postfix_str(words, refresh=False)
-        self._write(timed)
+            seconds, steps = time.perf_counter() - self._since[0], step - self._since[1]
+            self._since = time.perf_counter(), step
+            if steps:
+                left = (self.config.optim.steps - step) * seconds / steps / 3600
+                speed = steps * self.config.optim.global_batch_size / seconds
+                entry |= {"images_per_s": float(f"{speed:.4g}"), "hours_left": float(f"{left:.2g}")}
+            entry |= {"gpu_refused": self.refused} if self.refused else {}
+        self._log(entry)
         if self._board:
             with contextlib.suppress(OSError):
-                for name in timed.keys() - {"step"}:
-                    if timed[name] is not None:
-                        self._board.add_scalar(name, timed[name], entry["step"])
-        if self.report:
-            self.report(timed if "loss" in entry else entry)
+                for name in entry.keys() - {"step"}:
+                    if entry[name] is not None:
+                        self._board.add_scalar(name, entry[name], step)
+        if self.report and self.world.is_main:
+            self.report(entry)
 
     def note(self, step: int, words: str) -> None:
         """A line for whoever reads the log or the screen."""
-        self._write({"step": step, "note": words})
-        if self.chief:
+        self._log({"step": step, "note": words})
+        if self.world.is_main:
             tqdm.write(words, file=sys.stderr)
 
-    def data(self, step: int, faults: Iterable[Fault], refused: int = 0) -> None:
+    def faults(self, step: int, faults: Iterable[Fault], refused: int = 0) -> None:
         """Names each unusable image once; every process writes its own to `out`/faults.jsonl."""
         self.refused += refused
         for fault in faults:
-            if fault.key not in self.faults:
-                self.faults.add(fault.key)
-                line = {
-                    "step": step,
-                    "image": fault.key,
-                    "reason": fault.reason,
-                    "instead": fault.replaced_by,
-                }
-                self._append("faults.jsonl", line)
-
-    def count_faults(self, world: World) -> int:
-        """Unusable images so far, those of an earlier part of the run and of other processes included."""
-        mine = int(world.sum(torch.tensor(len(self.faults), device=world.device)))
-        return len({entry["image"] for entry in self._entries("faults.jsonl")}) if self.folder else mine
+            if fault.key not in self.faulty:
+                self.faulty.add(fault.key)
+                line = {"image": fault.key, "reason": fault.reason, "instead": fault.replaced_by}
+                self._append("faults.jsonl", {"step": step, **line})
 
     def close(self) -> None:
         self._bar.close()
         if self._board:
             self._board.close()
 
-    def _write(self, entry: dict) -> None:
-        if self.chief:
+    def _log(self, entry: dict) -> None:
+        self.entries.append(entry)
+        if self.world.is_main:
             self._append("log.jsonl", entry)
 
-    def _append(self, name: str, entry: dict) -> None:
+    def _append(self, name: str, line: dict) -> None:
         """A line more, if there is room for it: a full disk costs the log, and not the run."""
-        if not self.folder:
-            return
-        try:
-            with open(self.folder / name, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            if not self.mute:
-                tqdm.write(
-                    f"{self.folder / name} cannot be written ({error}); the run goes on", file=sys.stderr
-                )
-            self.mute = True
-
-    def _entries(self, name: str) -> list[dict]:
-        path = self.folder / name
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [entry for entry in map(_read, lines) if entry and "config" not in entry]
-
-    def _replace(self, name: str, entries: list[dict]) -> None:
-        aside = self.folder / f".{name}.{os.getpid()}"
-        aside.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        aside.replace(self.folder / name)
-
-
-def _read(line: str) -> dict | None:
-    """None for a line that was cut off by a kill."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
-
-
-def _lasting(entry: dict) -> dict:
-    return {name: value for name, value in entry.items() if name not in ("images_per_s", "gpu_refused")}
+        if self.folder:
+            try:
+                with open(self.folder / name, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                if not self._told_of_disk:
+                    tqdm.write(f"no more lines in {name} ({error}); the run goes on", file=sys.stderr)
+                self._told_of_disk = True

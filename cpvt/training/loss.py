@@ -5,7 +5,8 @@ Letters: B images, C classes.
 
 from __future__ import annotations
 
-import timm
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,48 +16,40 @@ from cpvt.errors import ConfigError
 from cpvt.model.zoo import load_weights
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """(B, C) and labels (B,) or mixed labels (B, C), which carry their smoothing already -> the mean."""
     if targets.ndim == 2:
         return F.cross_entropy(logits, targets.to(logits.dtype))
-    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
-class Criterion:
-    """The loss of a model's logits; with a teacher, the second head learns its answers (Touvron et al.).
+def distillation_loss(logits: Tensor, answers: Tensor, distill: DistillConfig) -> Tensor:
+    """(B, C), the teacher's (B, C) -> the mean: its best guess as a label (hard), or its distribution (soft)."""
+    if distill.kind == "hard":
+        return F.cross_entropy(logits, answers.argmax(-1))
+    own, its = ((x / distill.tau).log_softmax(-1) for x in (logits, answers))
+    return F.kl_div(own, its, reduction="batchmean", log_target=True) * distill.tau**2
 
-    teacher  (B, 3, S, S) -> (B, C), kept in evaluation mode, or None
-    """
 
-    def __init__(
-        self,
-        smoothing: float = 0.0,
-        distill: DistillConfig = DistillConfig(),
-        teacher: nn.Module | None = None,
-    ):
-        self.smoothing, self.distill, self.teacher = smoothing, distill, teacher
+@dataclass
+class TrainingLoss:
+    """The loss of a model's logits; with a teacher, the second head learns its answers (Touvron et al.)."""
+
+    label_smoothing: float = 0.0
+    distill: DistillConfig = DistillConfig()
+    teacher: nn.Module | None = None  # (B, 3, S, S) -> (B, C), in evaluation mode
 
     def __call__(self, logits: Tensor | tuple[Tensor, Tensor], images: Tensor, targets: Tensor) -> Tensor:
         """Logits (B, C), or those of the two heads; -> a scalar in the logits' precision, fp32 at least."""
-        heads = [
-            head if head.dtype == torch.float64 else head.float()
-            for head in (logits if isinstance(logits, tuple) else (logits,))
-        ]
+        heads = logits if isinstance(logits, tuple) else (logits,)
+        heads = [head if head.dtype == torch.float64 else head.float() for head in heads]
+        labelled = [cross_entropy(head, targets, self.label_smoothing) for head in heads]
         if self.teacher is None:  # two heads and no teacher: both learn from the labels
-            return sum(cross_entropy(head, targets, self.smoothing) for head in heads) / len(heads)
+            return sum(labelled) / len(heads)
         with torch.no_grad():
             answers = self.teacher(images).to(heads[1].dtype)
-        own = cross_entropy(heads[0], targets, self.smoothing)
-        return (1 - self.distill.alpha) * own + self.distill.alpha * self.taught(heads[1], answers)
-
-    def taught(self, logits: Tensor, answers: Tensor) -> Tensor:
-        """The teacher's term: its best guess as a label (hard), or its distribution (soft)."""
-        if self.distill.kind == "hard":
-            return F.cross_entropy(logits, answers.argmax(-1))
-        tau = self.distill.tau
-        own, its = ((x / tau).log_softmax(-1) for x in (logits, answers))
-        divergence = F.kl_div(own, its, reduction="sum", log_target=True) * tau**2
-        return divergence / len(logits)
+        taught, alpha = distillation_loss(heads[1], answers, self.distill), self.distill.alpha
+        return (1 - alpha) * labelled[0] + alpha * taught
 
 
 def load_teacher(distill: DistillConfig, model: ModelConfig, device: str) -> nn.Module | None:
@@ -66,24 +59,19 @@ def load_teacher(distill: DistillConfig, model: ModelConfig, device: str) -> nn.
     """
     if not distill.teacher:
         return None
+    import timm
+
+    name = f"distill.teacher={distill.teacher!r}"
     if not model.distilled:
-        raise ConfigError(
-            f"distill.teacher={distill.teacher!r}: the model has no distillation token; use one named _distilled"
-        )
-    if not timm.is_model(distill.teacher):
-        raise ConfigError(
-            f"distill.teacher={distill.teacher!r}: timm has no such model; regnety_160 is DeiT's"
-        )
+        raise ConfigError(f"{name}: the model has no distillation token; use one named _distilled")
     try:
-        teacher = timm.create_model(
-            distill.teacher, pretrained=not distill.weights, num_classes=model.num_classes
-        )
+        options = {"pretrained": not distill.weights, "num_classes": model.num_classes}
+        teacher = timm.create_model(distill.teacher, **options)
         if distill.weights:
             load_weights(teacher, distill.weights)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # timm's for a name it does not know, too
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"distill.teacher={distill.teacher!r} cannot be loaded ({reason}); give its weights as a file, "
-            "--distill.weights PATH"
+            f"{name} cannot be had ({reason}): give its weights as a file, --distill.weights"
         ) from None
     return teacher.requires_grad_(False).eval().to(device)

@@ -7,15 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cpvt.config import (
-    AugmentConfig,
-    DataConfig,
-    DistillConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    replace,
-)
+from cpvt.config import AugmentConfig, DataConfig, DistillConfig, OptimConfig, RunConfig, TrainConfig, replace
 from cpvt.model.zoo import model_config
 
 DEIT_AUGMENT = AugmentConfig(
@@ -31,7 +23,7 @@ DEIT_AUGMENT = AugmentConfig(
 
 
 def plain(model: str) -> TrainConfig:
-    """A short run without augmentation, for the diagnostics and small data."""
+    """A short run without augmentation, for the synthetic tasks and small data."""
     return TrainConfig(model=model_config(model))
 
 
@@ -40,27 +32,28 @@ def deit(model: str) -> TrainConfig:
 
         cpvt train --recipe deit --model cpvt_tiny_5peg --data PATH --run.out runs/cpvt_tiny_5peg
 
-    Published for this recipe: CPVT-Ti 73.4 (five PEGs), 72.4 (one); DeiT-tiny 72.2. The rate grows with the
-    batch, so a smaller optim.global_batch_size needs no other change; one GPU takes 2048 images in micro-batches.
+    Published for this recipe: CPVT-Ti 73.4 (five PEGs), 72.4 (one); DeiT-tiny 72.2. The learning rate grows
+    with the batch, so a smaller optim.global_batch_size needs no other change; one GPU takes micro-batches.
     """
+    optim = OptimConfig(
+        global_batch_size=2048,
+        micro_batch_size=1024,
+        epochs=300,
+        lr=5e-4,
+        scale_lr=True,
+        warmup_epochs=5,
+        warmup_lr=1e-6,
+        min_lr=1e-5,
+        weight_decay=0.05,
+        label_smoothing=0.1,
+        clip_grad=0.0,
+        ema_decay=0.99996,
+    )
     return TrainConfig(
         model=model_config(model, drop_path=0.1),
         data=DataConfig(image_size=224, store="files", crop_pct=0.875),
         augment=DEIT_AUGMENT,
-        optim=OptimConfig(
-            global_batch_size=2048,
-            micro_batch_size=1024,
-            epochs=300,
-            lr=5e-4,
-            scale_lr=True,
-            warmup_epochs=5,
-            warmup_lr=1e-6,
-            min_lr=1e-5,
-            weight_decay=0.05,
-            label_smoothing=0.1,
-            clip_grad=0.0,
-            ema_decay=0.99996,
-        ),
+        optim=optim,
         run=RunConfig(precision="bf16", compile="model", log_every=100, evaluate_every=10, tensorboard=True),
     )
 
@@ -74,27 +67,18 @@ def deit_distilled(model: str) -> TrainConfig:
 
 
 def deit_384(model: str) -> TrainConfig:
-    """30 epochs at 384 pixels, from weights of 224, at a constant small rate.
+    """30 epochs at 384 pixels, from weights of 224, at a constant small learning rate.
 
     cpvt train --recipe deit-384 --model cpvt_tiny --data PATH --run.init runs/cpvt_tiny/model.safetensors
     """
-    start = deit(model)
-    optim = OptimConfig(
-        global_batch_size=512,
-        micro_batch_size=256,
-        epochs=30,
-        lr=5e-6,
-        warmup_steps=0,
-        min_lr=5e-6,  # with the usual 1e-5 the rate would rise
-        weight_decay=1e-8,
-        label_smoothing=0.1,
-        clip_grad=0.0,
-    )
+    config = deit(model)
+    constant = {"lr": 5e-6, "min_lr": 5e-6, "warmup_steps": 0, "weight_decay": 1e-8}
+    batch = {"global_batch_size": 512, "micro_batch_size": 256}
     return replace(
-        start,
-        model=replace(start.model, image_size=(384, 384)),
-        data=replace(start.data, image_size=384),
-        optim=optim,
+        config,
+        model=replace(config.model, image_size=(384, 384)),
+        data=replace(config.data, image_size=384),
+        optim=OptimConfig(**batch, **constant, epochs=30, label_smoothing=0.1, clip_grad=0.0),
     )
 
 

@@ -1,33 +1,42 @@
-"""The loop: data, forward, backward, step, log, save, in that order; one process or many."""
+"""Training on one page: data, forward, backward, update, log, save; one process or many.
+
+`Trainer` is what a step works on and what is saved of it, `take_steps` is the loop, `train` opens and closes both.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from cpvt.config import TrainConfig
-from cpvt.data.loader import open_batches
+from cpvt.config import TrainConfig, from_json, replace, to_json
+from cpvt.data.loader import Share, open_batches
+from cpvt.errors import ConfigError, TrainingError
 from cpvt.model.vit import VisionTransformer
-from cpvt.training.checkpoint import save_model
-from cpvt.training.distributed import SignalHandler, join_world
-from cpvt.training.evaluate import accuracy
-from cpvt.training.logger import Monitor
-from cpvt.training.optim import learning_rate
-from cpvt.training.plan import describe, time_step
-from cpvt.training.setup import PRECISIONS, Session, pick_device, set_up
+from cpvt.model.zoo import load_weights
+from cpvt.rng import uniform
+from cpvt.training.checkpoint import Checkpoints, differences, only_run, save_model
+from cpvt.training.distributed import World, join_world, pick_device
+from cpvt.training.evaluate import accuracy, autocast
+from cpvt.training.logger import Logger, describe
+from cpvt.training.loss import TrainingLoss, load_teacher
+from cpvt.training.optim import EMA, SkipCounter, learning_rate, param_groups, resolve
+
+GOING_ON, STOPPED, DIVERGED = range(3)
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What a training run leaves: the model in evaluation mode, its configuration, its log, its result."""
 
     model: VisionTransformer
@@ -37,139 +46,283 @@ class Run:
     fingerprint: str = ""  # of the training images
     seconds: float = 0.0  # of this call; an earlier, interrupted part is not in it
     steps: int = 0  # taken; fewer than configured after an early stop
-    faults: int = 0  # images that could not be used
+    faults: int = 0  # images that could not be used, in this call
     interrupted: str = ""  # the signal that ended it; the same call goes on from there
+
+
+class Trainer:
+    """A run between two steps, new or taken up from `run.out`: what a step works with, and what it changes.
+
+    Order and learning rate are functions of the step, so that `state` is all that a checkpoint has to hold.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        make_loader: Callable = open_batches,
+        report: Callable[[dict], None] | None = None,
+        announce: Callable[[str], None] | None = None,
+    ):
+        self.world, run = world, config.run
+        if run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+            torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(run.deterministic)
+        self.loader = world.main_first(
+            lambda: make_loader(
+                config.data,
+                config.optim.global_batch_size,
+                run.seed,
+                world.device,
+                Share(world.rank, world.size, config.optim.micro_batch_size),
+                augment=config.augment,
+                smoothing=config.optim.label_smoothing,
+            )
+        )
+        found = {"num_classes": self.loader.num_classes, "image_size": self.loader.image_size}
+        settled = replace(config, model=replace(config.model, **found))
+        self.config = config = resolve(settled, self.loader.stream.steps)
+        optim = config.optim
+        teacher = world.main_first(lambda: load_teacher(config.distill, config.model, world.device))
+        world.connect()  # only now, for reading processes are forked by the loader
+
+        torch.manual_seed(run.seed)
+        self.model = VisionTransformer(config.model)
+        self.model.to(world.device, torch.float64 if run.precision == "fp64" else torch.float32)
+        if run.init:
+            try:
+                load_weights(self.model, run.init, resample=True)
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"run.init={run.init!r}: {error}") from None
+        self.loss = TrainingLoss(optim.label_smoothing, config.distill, teacher)
+        groups = param_groups(self.model, optim.weight_decay, optim.decay_pegs)
+        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, fused=True)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        scaling = {"enabled": run.precision == "fp16", "growth_interval": 1000}
+        self.scaler = torch.amp.GradScaler(torch.device(world.device).type, **scaling)
+        self.ema = EMA(self.model, optim.ema_decay) if optim.ema_decay else None
+        self.skips = SkipCounter(world.device)
+        self.losses: deque[Tensor] = deque(maxlen=max(20, run.log_every))  # the last ones
+        self.step, self.log = 0, []  # steps taken; entries of the log
+        self.checkpoints = Checkpoints(Path(run.out) / "checkpoints", run.keep_checkpoints)
+        notes = self._resume() if run.out else []
+
+        if run.compile == "model":
+            self.model.compile()  # in place: the parameters keep their names
+        elif run.compile == "blocks":
+            # A block is one function to torch.compile: what was compiled for one serves every other that is alike.
+            # Where encodings have a part in attention each block has its own, hence the room for many.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+            for block in self.model.blocks:
+                block.compile()
+        if run.compile == "model" and teacher:
+            teacher.compile()
+        self.forward = world.wrap(self.model)
+        if announce and world.is_main:
+            announce(describe(config, self.model, self.loader, world))
+        logging = config, self.step, self.log, world, report, bool(announce)
+        self.logger = world.main_first(lambda: Logger(*logging))
+        for note in notes:
+            self.logger.note(self.step, note)
+
+    def _resume(self) -> list[str]:
+        """Takes up the newest whole checkpoint, the same in all processes, if there is one; -> what to say."""
+        step, spoiled = self.checkpoints.latest() if self.world.is_main else (0, [])
+        notes = [f"passed over {name}: it is not what was written" for name in spoiled]
+        step = int(self.world.broadcast(str(step)))
+        if not step:
+            return notes
+        saved, out = self.checkpoints.read(step), f"run.out={self.config.run.out!r}"
+        if self.world.any(saved is None):
+            raise ConfigError(
+                f"step {step} cannot be read everywhere: {out} must be on a disk that all share"
+            )
+        found = differences(self.config, from_json(TrainConfig, saved["config"]), self.loader.fingerprint)
+        if saved["fingerprint"] != self.loader.fingerprint:
+            found.append("data: other training images there than here")
+        if found:
+            words = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            raise ConfigError(
+                f"{out} holds another run ({words}): give it the same options, or another folder"
+            )
+        for part in ("model", "optimizer", "scaler"):
+            getattr(self, part).load_state_dict(saved[part])
+        self.step, self.log = saved["step"], saved["log"]
+        self.losses.extend(saved["losses"].to(self.world.device))
+        self.skips.counts.copy_(saved["skips"])
+        if self.ema:
+            torch._foreach_copy_(self.ema.average, saved["ema"])
+        return [*notes, f"going on after step {self.step}"]
+
+    def state(self) -> dict:
+        """-> tensors, numbers and text alone, which `torch.load(weights_only=True)` reads back."""
+        state = {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scaler")}
+        state |= {"step": self.step, "log": self.log, "losses": torch.stack([*self.losses])}
+        state |= {"skips": self.skips.counts, "ema": self.ema.average if self.ema else []}
+        return state | {"config": to_json(self.config), "fingerprint": self.loader.fingerprint}
+
+    def save(self) -> None:
+        """Writes a checkpoint; the others wait for it, so that nobody leaves, and is counted as lost, before."""
+        if self.config.run.out and self.world.is_main:
+            try:
+                self.checkpoints.save(self.step, self.state())
+            except OSError as error:  # a full disk: the older ones are whole, and there may be room later
+                self.logger.note(self.step, f"no checkpoint after step {self.step}: {error}")
+        self.world.any(False)
+
+    def evaluate(self) -> dict[str, float]:
+        """Top-1 and top-5 of the weights and, as `ema_top1`, of their average; none if a signal cut it short."""
+        options = {"precision": self.config.run.precision, "stop": lambda: bool(self.world.signals.name)}
+        scores = accuracy(self.model, self.loader.test(), self.world, **options)
+        if self.ema:
+            with self.ema.in_place():
+                average = accuracy(self.model, self.loader.test(), self.world, **options)
+            scores |= {f"ema_{name}": value for name, value in average.items() if name != "images"}
+        self.logger.faults(self.step, self.loader.unread.values())
+        return {} if self.world.any(bool(self.world.signals.name)) else scores
+
+    def mean_loss(self, count: int) -> float:
+        """Of the last steps, without those that were not finite. Waits for the device."""
+        return float(torch.stack([*self.losses][-count:]).nanmean())
+
+    def is_done(self) -> bool:
+        """Whether all steps are taken, or the mean loss of the last 20 is as low as `stop_loss` asks for."""
+        limit = self.config.optim.stop_loss
+        good = limit and len(self.losses) >= 20 and self.mean_loss(20) < limit
+        return bool(good) or self.step >= self.config.optim.steps
+
+
+def drop_path_scale(
+    model: VisionTransformer, epoch: int, positions: Tensor, seed: int, like: Tensor
+) -> Tensor | None:
+    """What the branches are multiplied by for these samples: (depth, 2, B), of the type and device of `like`; None
+    where nothing drops. `positions`: (B,) int64 on the CPU."""
+    if not model.config.drop_path:
+        return None
+    branch = torch.arange(2 * len(model.blocks)).view(-1, 2, 1)
+    scale = model.drop_path_scale(uniform("drop path", seed, epoch, positions[None, None], branch)).to(
+        like.dtype
+    )
+    return (scale.pin_memory() if like.is_cuda else scale).to(like.device, non_blocking=True)
+
+
+def take_steps(t: Trainer) -> dict[str, float]:
+    """All steps that are left, and the last evaluation; -> its scores, none where a signal came in between."""
+    world, model, loader, optim, run = t.world, t.model, t.loader, t.config.optim, t.config.run
+    dtype, parts, epoch_steps = t.parameters[0].dtype, loader.parts, loader.stream.steps
+    done, outcome = t.is_done(), world.max(STOPPED if world.signals.name else GOING_ON)
+    model.train()
+    with closing(loader.micro_batches(t.step)) as batches:
+        while not (done or outcome):
+            # The checkpoint of this step is written: a run that goes on from it begins with this evaluation.
+            if run.evaluate_every and t.step and t.step % (epoch_steps * run.evaluate_every) == 0:
+                if not (scores := t.evaluate()):
+                    return {}
+                t.logger.entry({"step": t.step, **scores})
+
+            # Data, forward, backward: the gradients of the micro-batches add up.
+            loss = torch.zeros((), device=world.device, dtype=dtype)
+            for part in range(1, parts + 1):
+                batch = next(batches)
+                t.logger.faults(t.step, batch.faults, batch.refused)
+                images = batch.images.to(dtype)
+                scale = drop_path_scale(model, batch.epoch, batch.positions, run.seed, like=images)
+                with t.forward.no_sync() if world.size > 1 and part < parts else nullcontext():
+                    with autocast(world.device, run.precision):
+                        logits = t.forward(images, scale)
+                        part_loss = t.loss(logits, images, batch.targets) / parts
+                    t.scaler.scale(part_loss).backward()
+                loss += part_loss.detach()
+            loss = world.sum(loss) / world.size  # the same everywhere, so that all skip the same steps
+
+            # Update. The device itself skips a step whose loss or gradient is not finite: nobody waits for it.
+            t.scaler.unscale_(t.optimizer)
+            norm = get_total_norm([p.grad for p in t.parameters if p.grad is not None])
+            taken = t.skips.see(loss, norm)
+            if optim.clip_grad:
+                clip_grads_with_norm_(t.parameters, optim.clip_grad, norm)
+            lr = learning_rate(t.step, optim)
+            for group in t.optimizer.param_groups:
+                group["lr"] = lr
+            t.optimizer.grad_scale, t.optimizer.found_inf = (
+                None,
+                1 - taken,
+            )  # fused AdamW leaves all as it is at 1
+            t.optimizer.step()
+            t.scaler.update()
+            t.optimizer.zero_grad(set_to_none=True)
+            if t.ema:
+                t.ema.update(taken)
+            t.losses.append(loss)
+            t.step += 1
+
+            # Log. The host waits for the device at an entry, and nowhere else.
+            t.logger.step(t.step)
+            done = t.is_done()
+            due = done or t.step % run.log_every == 0
+            skipped, in_a_row = t.skips.read(wait=due)
+            diverged = in_a_row >= min(optim.skip_limit, optim.steps)
+            outcome = world.max(DIVERGED if diverged else STOPPED if world.signals.name else GOING_ON)
+            if outcome == DIVERGED:
+                raise TrainingError(
+                    f"step {t.step}: no finite loss or gradient in the last {in_a_row} steps; begin anew, in "
+                    f"another folder: with a lower lr ({optim.lr:g}), a clipped gradient or without fp16"
+                )
+            if due:
+                numbers = {"loss": t.mean_loss((t.step - 1) % run.log_every + 1), "grad_norm": float(norm)}
+                numbers = {k: float(f"{v:.5g}") if math.isfinite(v) else None for k, v in numbers.items()}
+                t.logger.entry({"step": t.step, **numbers, "lr": lr, "skipped": skipped})
+
+            # Save.
+            if done or outcome or t.step % (run.save_every or epoch_steps) == 0:
+                t.save()
+    return {} if outcome else t.evaluate()
 
 
 def train(
     config: TrainConfig,
     report: Callable[[dict], None] | None = None,
     announce: Callable[[str], None] | None = None,
-    open_data: Callable = open_batches,
-) -> Run:
+    make_loader: Callable = open_batches,
+) -> TrainingRun:
     """Trains as configured and evaluates on the held-out split; goes on where a run in `run.out` stopped.
 
     The model's classes and image size are taken from the data. `report` is called with each log entry, `announce`
-    beforehand with the lines that say what the run will do, `open_data` (see `set_up`) for other batches than the
-    package's own. Under torchrun all processes call it alike.
-    Raises ConfigError or DataError, before anything is written, where the configuration cannot be run, and
-    FloatingPointError after `optim.skip_limit` steps in a row without a finite gradient.
+    with what the run will do, before it does it, `make_loader` for other batches than the package's own.
+    Under torchrun all processes call it alike.
+    Raises ConfigError or DataError, before the first step, where the configuration cannot be run, and
+    TrainingError after `optim.skip_limit` steps in a row without a finite gradient.
     """
     started = time.perf_counter()
-    with join_world(pick_device(config.run.device)) as world, SignalHandler() as interruption:
-        session = set_up(config, world, open_data)
-        if announce:
-            seconds = time_step(session)
-            if world.chief:
-                announce("\n".join(describe(session, seconds)))
-        bar = bool(announce)
-        with closing(Monitor(session.config, session.first, world.chief, report, bar)) as monitor:
-            world.any(False)  # the logs are in order before anybody adds to them
-            for note in session.notes:
-                monitor.note(session.first, note)
+    with (
+        join_world(pick_device(config.run.device)) as world,
+        only_run(config.run.out if world.is_main else ""),
+    ):
+        trainer = Trainer(config, world, make_loader, report, announce)
+        model, config, logger = trainer.model, trainer.config, trainer.logger
+        run = TrainingRun(model, config, fingerprint=trainer.loader.fingerprint)
+        with closing(logger):
             try:
-                return _run(session, monitor, interruption, started)
+                run.metrics = take_steps(trainer)
             except Exception as error:
-                if not world.chief:  # what the chief raises is seen; of another, only this line tells
+                if (
+                    not world.is_main
+                ):  # what the main process raises is seen; of another, only this line tells
                     print(f"process {world.rank}: {error}", file=sys.stderr)
                 raise
-
-
-def _run(session: Session, monitor: Monitor, interruption: SignalHandler, started: float) -> Run:
-    config, world, batches, state = session.config, session.world, session.batches, session.state
-    optim, run, epoch_steps = config.optim, config.run, batches.stream.steps
-    model, forward, parts = state.model, session.forward, batches.parts
-    result = Run(model, config, monitor.history, fingerprint=batches.fingerprint)
-    last = state.steps >= optim.steps or _good_enough(session)
-    stopped = world.any(bool(interruption.name))
-
-    model.train()
-    with closing(batches.micro_batches(state.steps)) as micro_batches:
-        while not (last or stopped):
-            # The checkpoint of this step is written: a run that goes on from it begins with this evaluation.
-            if run.evaluate_every and state.steps and state.steps % (epoch_steps * run.evaluate_every) == 0:
-                scores = _evaluate(session, monitor, interruption)
-                if stopped := world.any(bool(interruption.name)):
-                    break
-                state.best = max(state.best, scores["top1"])
-                monitor.entry({"step": state.steps, **scores, "best": round(state.best, 3)})
-
-            rate = learning_rate(state.steps, optim)
-            loss = torch.zeros((), device=world.device, dtype=state.parameters[0].dtype)
-            for i, batch in enumerate(islice(micro_batches, parts), start=1):
-                monitor.data(state.steps, batch.faults, batch.refused)
-                with forward.no_sync() if world.size > 1 and i < parts else nullcontext():
-                    loss += session.backward(batch, 1 / parts)
-            norm = state.update(world.sum(loss) / world.size, rate)
-            monitor.step()
-
-            last = state.steps == optim.steps or _good_enough(session)
-            stopped = world.any(bool(interruption.name))
-            if state.steps % run.log_every == 0 or last:
-                _log(session, monitor, rate, norm)
-            if last or stopped or state.steps % (run.save_every or epoch_steps) == 0:
-                _save(session, monitor)
-
-    model.eval()
-    result.steps = state.steps
-    if not stopped:
-        result.metrics = _evaluate(session, monitor, interruption)
-        stopped = world.any(bool(interruption.name))
-    result.faults = monitor.count_faults(world)
-    if stopped:
-        result.metrics, result.interrupted = {}, interruption.name or "a signal to another process"
-        return result
-    result.seconds = time.perf_counter() - started
-    entry = {"step": state.steps, **result.metrics, "faults": result.faults}
-    monitor.entry({**entry, "seconds": round(result.seconds, 1)})
-    if run.out and world.chief:
-        save_model(Path(run.out) / "model.safetensors", model, config)
-        if state.average:
-            with state.average.in_place():
-                save_model(Path(run.out) / "model_ema.safetensors", model, config)
-    return result
-
-
-def _good_enough(session: Session) -> bool:
-    recent, limit = session.state.recent, session.config.optim.stop_loss
-    return bool(limit) and len(recent) == 20 and float(torch.stack(list(recent)).mean()) < limit
-
-
-def _log(session: Session, monitor: Monitor, rate: float, norm: Tensor) -> None:
-    """The mean loss since the last entry. Here, and only here, the host waits for the device."""
-    state, optim = session.state, session.config.optim
-    losses, skips = torch.stack(state.losses), state.skips.read()
-    loss = round(float(losses.nanmean()), 4)
-    entry = {"step": state.steps, "loss": loss if math.isfinite(loss) else None, "rate": rate}
-    entry["grad_norm"] = float(f"{float(norm):.4g}") if math.isfinite(norm) else None
-    entry |= {name: count for name, count in skips.items() if count and name != "in_a_row"}
-    state.losses.clear()
-    if skips["in_a_row"] >= min(optim.skip_limit, optim.steps):
-        raise FloatingPointError(
-            f"step {state.steps}: no finite loss or gradient in the last {skips['in_a_row']} steps; begin "
-            f"anew, in another folder: with a lower rate ({optim.lr:g}), a clipped gradient or without fp16"
-        )
-    monitor.entry(entry)
-
-
-def _save(session: Session, monitor: Monitor) -> None:
-    state = session.state
-    if session.config.run.out and session.world.chief:
-        try:
-            session.checkpoints.save(state.steps, state.saved())
-        except OSError as error:  # a full disk: the older ones are whole, and there may be room later
-            monitor.note(state.steps, f"no checkpoint after step {state.steps}: {error}")
-    session.world.any(False)  # nobody leaves, and is counted as lost, before it is written
-
-
-def _evaluate(session: Session, monitor: Monitor, interruption: SignalHandler) -> dict[str, float]:
-    """Top-1 and top-5 of the weights and, as `ema_top1`, of their average; cut short by a signal."""
-    state, batches, world = session.state, session.batches, session.world
-    options = {"precision": PRECISIONS[session.config.run.precision], "stop": lambda: bool(interruption.name)}
-    scores = accuracy(state.model, batches.test(), world, **options)
-    if state.average:
-        with state.average.in_place():
-            average = accuracy(state.model, batches.test(), world, **options)
-        scores |= {f"ema_{name}": value for name, value in average.items() if name != "images"}
-    monitor.data(state.steps, batches.unread.values())
-    return scores
+            run.model.eval()
+            run.history, run.steps = logger.history, trainer.step
+            run.faults = int(world.sum(torch.tensor(len(logger.faulty), device=world.device)))
+            if not run.metrics:
+                run.interrupted = world.signals.name or "a signal to another process"
+                return run
+            run.seconds = round(time.perf_counter() - started, 1)
+            logger.entry({"step": run.steps, **run.metrics, "faults": run.faults, "seconds": run.seconds})
+        if config.run.out and world.is_main:
+            folder = Path(config.run.out)
+            save_model(folder / "model.safetensors", model, config)
+            if trainer.ema:
+                with trainer.ema.in_place():
+                    save_model(folder / "model_ema.safetensors", model, config)
+        return run
