@@ -152,7 +152,7 @@ class Evaluate:
 
     def __call__(self) -> None:
         from cpvt.config import replace
-        from cpvt.data.loader import open_batches
+        from cpvt.data.loader import make_loader
         from cpvt.training.checkpoint import load_model
         from cpvt.training.distributed import pick_device
         from cpvt.training.evaluate import accuracy
@@ -162,14 +162,14 @@ class Evaluate:
         data = replace(config.data, name=self.data or config.data.name, root=self.root, limit=0)
         for size in self.sizes or (None,):
             here = data if size is None else replace(data, image_size=size, grid=(size, size))
-            loader = open_batches(here, 1, config.run.seed, device, train=False)
+            loader = make_loader(here, seed=config.run.seed, device=device, train=False)
             if loader.num_classes != model.num_classes:
                 raise ConfigError(
                     f"{here.name} has {loader.num_classes} classes and the model {model.num_classes}: "
                     "evaluate it on data with the classes that it was trained on"
                 )
             enlarged = loader.upsampled(self.allow_upsampling)
-            scores = accuracy(model, loader.test(), precision=config.run.precision)
+            scores = accuracy(model, loader.eval_batches(), precision=config.run.precision)
             words = [f"{here.name} {loader.image_size[0]}x{loader.image_size[1]}"]
             words += [f"{name} {value:g}" for name, value in scores.items()]
             words += [f"enlarged {100 * enlarged:.1f} % of the images"] if enlarged else []

@@ -11,20 +11,22 @@ from helpers import small_run
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from cpvt.config import TrainConfig, from_json
-from cpvt.data.loader import Share, open_batches
+from cpvt.data.loader import make_loader
 from cpvt.training.distributed import join_world
 from cpvt.training.train import Trainer, take_steps, train
 
 
 def batches(config, rank: int, world: int, micro: int, steps: int = 4) -> torch.Tensor:
     """The images and mixed labels of this process, step by step, in one tensor."""
-    loader = open_batches(
+    loader = make_loader(
         config.data,
-        config.optim.global_batch_size,
-        config.run.seed,
-        share=Share(rank, world, micro),
+        global_batch_size=config.optim.global_batch_size,
+        seed=config.run.seed,
+        rank=rank,
+        world_size=world,
+        micro_batch_size=micro,
         augment=config.augment,
-        smoothing=config.optim.label_smoothing,
+        label_smoothing=config.optim.label_smoothing,
     )
     found = [loader.batch(step) for step in range(steps)]
     return torch.stack([torch.cat([images.flatten(1), targets], 1) for images, targets in found])
@@ -45,13 +47,13 @@ def trained(images: str, **changes) -> dict:
 def slowly(config: str) -> None:
     """Trains as configured, a fifth of a second a batch, and says what came of it; 75 as the command line does."""
 
-    def make_loader(*arguments, **options):
-        loader = open_batches(*arguments, **options)
-        own = loader.micro_batches
-        loader.micro_batches = lambda start=0: (time.sleep(0.2) or batch for batch in own(start))
+    def make(*arguments, **options):
+        loader = make_loader(*arguments, **options)
+        own = loader.train_batches
+        loader.train_batches = lambda start=0: (time.sleep(0.2) or batch for batch in own(start))
         return loader
 
-    run = train(from_json(TrainConfig, config), make_loader=make_loader)
+    run = train(from_json(TrainConfig, config), make_loader=make)
     # One write: where Python does not buffer (PYTHONUNBUFFERED), print's pieces mix with the other process's.
     sys.stdout.write(f"ended {run.steps} {run.interrupted or json.dumps(run.metrics)}\n")
     sys.exit(75 if run.interrupted else 0)

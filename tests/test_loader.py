@@ -1,58 +1,200 @@
-"""Batches ahead of time: the thread that makes them, and what a GPU must not change."""
+"""Batches: the same for any step, parts, workers and device; what goes wrong is said and not waited for."""
 
-import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
 import threading
-import time
-from dataclasses import replace
+from contextlib import closing
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
-from pictures import draw_pictures, small_run
+from helpers import draw_images, small_run, wait_until
+from PIL import Image
 
-from cpvt.data import loader
-from cpvt.data.loader import AHEAD, Batch, Share, open_batches
-from cpvt.errors import ConfigError
+from cpvt.config import DataConfig, replace
+from cpvt.data.loader import AHEAD, Batch, ImageLoader, make_ahead, make_loader, open_split
+from cpvt.errors import ConfigError, DataError
 from cpvt.training.train import train
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return draw_pictures(tmp_path_factory.mktemp("pictures"))
+def opened(config, **options) -> ImageLoader:
+    optim = dict(global_batch_size=config.optim.global_batch_size, label_smoothing=0.1)
+    return make_loader(config.data, seed=config.run.seed, augment=config.augment, **optim | options)
 
 
-def opened(config, device="cpu", micro=0):
-    options = dict(augment=config.augment, smoothing=config.optim.label_smoothing)
-    return open_batches(
-        config.data, config.optim.global_batch_size, config.run.seed, device, Share(micro=micro), **options
+def with_data(config, **changes):
+    return replace(config, data=replace(config.data, **changes))
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# --------------------------------------------------------------------------- steps, parts, workers
+
+
+@pytest.mark.parametrize("store, workers", [("memory", 0), ("files", 0), ("files", 2)])
+def test_any_step_in_any_order_and_cut_in_any_way(image_folder, store, workers):
+    config = with_data(small_run(image_folder, store=store), workers=workers)
+    loader, cut = opened(with_data(config, workers=0)), opened(config, micro_batch_size=4)
+    for step in (7, 2):
+        images, targets = loader.batch(step)
+        with closing(cut.train_batches(step)) as batches:
+            parts = list(islice(batches, cut.micro_batches_per_step))
+        assert [part.epoch for part in parts] == [step // loader.sampler.steps_per_epoch] * 2
+        assert torch.cat([part.positions for part in parts]).equal(loader.sampler.positions(step)[1])
+        assert torch.cat([part.images for part in parts]).equal(images)
+        assert torch.cat([part.targets for part in parts]).equal(targets)
+    for one, other in zip(loader.eval_batches(), cut.eval_batches(), strict=True):
+        assert same(one, other)
+
+
+def test_memory_and_files_hold_the_same_images(image_folder, tmp_path):
+    """Lossless images of the stored size: then both ways must give the same batches."""
+    for path in image_folder.glob("*/*/*.jpg"):
+        to = tmp_path / path.relative_to(image_folder).with_suffix(".png")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((24, 24)).save(to)
+    memory, files = (opened(small_run(tmp_path, store=store)) for store in ("memory", "files"))
+    assert same(memory.batch(1), files.batch(1))
+    assert same(next(memory.eval_batches()), next(files.eval_batches()))
+
+
+def test_held_out_images_are_shared_out_without_loss_or_doubles(image_folder):
+    config = small_run(image_folder)
+    whole = [labels for _, labels in opened(config).eval_batches()]
+    options = dict(seed=0, world_size=30, train=False)  # more processes than images
+    ranks = [make_loader(config.data, rank=rank, **options).eval_batches() for rank in range(30)]
+    parts = [labels for rank in ranks for _, labels in rank]
+    assert [len(labels) for labels in parts] == [1] * 21
+    assert torch.cat(parts).equal(torch.cat(whole))
+
+
+def test_a_part_of_the_images(image_folder):
+    config = small_run(image_folder)
+    split = opened(with_data(config, hold_out=10))
+    assert (len(split.train_set), len(split.val_set)) == (64, 8)
+    assert split.val_set.labels.equal(opened(config).train_set.labels[::10])
+    few = open_split(replace(config.data, limit=6), "train")
+    assert few.labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_images_in_memory_are_decoded_once_a_cache(image_folder):
+    config, cache = small_run(image_folder, store="memory"), {}
+    first, second = opened(config, cache=cache), opened(config, cache=cache)
+    assert first.train_set is second.train_set and first.val_set is second.val_set
+    assert opened(with_data(config, stored_size=16), cache=cache).train_set is not first.train_set
+    assert opened(config).train_set is not first.train_set and first.fingerprint == opened(config).fingerprint
+
+
+def test_a_synthetic_task_goes_round_its_images(monkeypatch):
+    data = DataConfig(name="where", train_size=20, test_size=5)
+    loader, part = (make_loader(data, seed=1, global_batch_size=8, world_size=world) for world in (1, 2))
+    batch = next(loader.train_batches(2))
+    assert (batch.epoch, batch.positions.tolist()) == (1, [16, 17, 18, 19, 0, 1, 2, 3])
+    assert torch.equal(batch.images[4:], loader.batch(0)[0][:4])
+    assert torch.equal(part.batch(2)[0], batch.images[:4])
+    assert [len(labels) for _, labels in part.eval_batches()] == [3]
+    with pytest.raises(ConfigError, match="never augmented"):
+        make_loader(data, seed=1, global_batch_size=8, augment=small_run("").augment)
+
+
+# --------------------------------------------------------------------------- what goes wrong
+
+
+def test_bad_images_are_replaced_and_named_and_a_broken_disk_is_an_error(tmp_path):
+    root = draw_images(tmp_path, train=24)
+    folder = root / "train" / "n00000000"
+    (folder / "0000.jpg").write_bytes((folder / "0000.jpg").read_bytes()[:300])
+    (folder / "0001.jpg").write_bytes(b"")
+    Image.new("CMYK", (30, 30)).save(folder / "0003.jpg")  # unusual, and fine
+    loader = opened(small_run(root), global_batch_size=32)
+    found = [fault for batch in islice(loader.train_batches(), 4) for fault in batch.faults]
+    assert {Path(fault.key).name for fault in found} == {"0000.jpg", "0001.jpg"}
+    for path in root.rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="cannot be used"):
+        next(opened(small_run(root), global_batch_size=32).train_batches())
+    (labels,) = (labels for _, labels in loader.eval_batches())
+    assert labels.tolist() == [-1] * 21 and len(loader.unread) == 21  # no guess is right
+
+
+def test_refusals(image_folder):
+    config = small_run(image_folder)
+    with pytest.raises(ConfigError, match="data.decode='gpu' with device 'cpu'"):
+        opened(with_data(config, decode="gpu"))
+
+    def other_names(data, split, device, cache):
+        return dataclasses.replace(open_split(data, split), classes=("a", split))
+
+    with pytest.raises(DataError, match="2 classes to train on, 2 held out"):
+        opened(config, open_split=other_names)
+
+
+WORKERS = """
+import multiprocessing, signal, sys
+from helpers import small_run
+from cpvt.config import replace
+from cpvt.data.loader import make_loader
+data = replace(small_run(sys.argv[1]).data, workers=2)
+if __name__ == "__main__":
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    batches = make_loader(data, seed=0, global_batch_size=8).train_batches()
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    for line in sys.stdin:
+        try:
+            print(int(sum(next(batches).positions.sum() for _ in range(30))), flush=True)
+        except RuntimeError as error:
+            print("DataLoader worker" in str(error), flush=True)
+"""
+
+
+def test_workers_outlive_signals_to_the_group_and_end_with_the_main_process(image_folder, tmp_path):
+    """torchrun, SLURM and a terminal signal the group; the main process still needs its workers to save."""
+    script = tmp_path / "reading.py"
+    script.write_text(WORKERS)
+    places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", script, image_folder],
+        env={**os.environ, "PYTHONPATH": places},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
+    def ask() -> str:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return process.stdout.readline().strip()
 
-# --------------------------------------------------------------------------- the thread, with a GPU's part played
+    with process:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            os.killpg(process.pid, number)
+        assert len(workers) == 2 and int(ask()) > 0
+        os.kill(workers[0], signal.SIGKILL)
+        assert ask() == "True"  # an error, and no wait
+        process.kill()
+        wait_until(lambda: not any(alive(pid) for pid in workers))
 
 
-class Stream:
-    """Stands for torch.cuda.Stream and torch.cuda.Event: everything is done at once."""
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
-    def __init__(self, device=None): ...
-    def record(self, stream): ...
-    def wait_event(self, event): ...
 
-
-@pytest.fixture
-def thread(monkeypatch):
-    """`_ahead` on a machine without a GPU."""
-    for name, stand_in in {
-        "Stream": Stream,
-        "Event": Stream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "current_stream": Stream,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    return lambda batches: loader._ahead(batches, "cuda")
+# --------------------------------------------------------------------------- ahead of the model
 
 
 def numbered(count=None, made=None, fails_at=None):
@@ -67,66 +209,31 @@ def numbered(count=None, made=None, fails_at=None):
         i += 1
 
 
-def names() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name == "batches"]
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def test_the_thread_keeps_the_order_and_ends(thread):
-    assert [int(batch.images) for batch in thread(numbered(20))] == list(range(20))
-    assert names() == []
+def test_the_thread_keeps_the_order_and_ends():
+    assert [int(batch.images) for batch in make_ahead(numbered(20))] == list(range(20))
+    assert threads() == []
 
 
-def test_the_thread_stays_a_few_batches_ahead_and_stops_when_nobody_asks(thread):
+def test_the_thread_stays_a_few_batches_ahead_and_stops_when_nobody_asks():
     made = []
-    batches = thread(numbered(made=made))
+    batches = make_ahead(numbered(made=made))
     assert int(next(batches).images) == 0
-    end = time.monotonic() + 10
-    while len(made) < AHEAD + 1 and time.monotonic() < end:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert AHEAD + 1 <= len(made) <= AHEAD + 2  # ready ones, and one in hand
+    wait_until(lambda: len(made) == AHEAD + 1)
+    assert int(next(batches).images) == 1
     batches.close()
-    assert names() == []
+    assert len(made) <= AHEAD + 2 and threads() == []
 
 
-def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(thread):
-    batches = thread(numbered(fails_at=2))
+def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for():
+    batches = make_ahead(numbered(fails_at=2))
     assert [int(next(batches).images) for _ in range(2)] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
-    assert names() == []
-
-
-# --------------------------------------------------------------------------- without a thread
-
-
-@pytest.mark.parametrize("store", ["memory", "files"])
-def test_any_step_in_any_order_and_cut_in_any_way(pictures, store):
-    config = small_run(pictures, store=store)
-    batches, cut = opened(config), opened(config, micro=4)
-    later = [batches.batch(step) for step in (7, 2)]
-    for (images, targets), step in zip(later, (7, 2), strict=True):
-        parts = list(islice(cut.micro_batches(step), cut.parts))
-        assert len(parts) == 2 and [part.epoch for part in parts] == [step // batches.stream.steps] * 2
-        assert torch.equal(torch.cat([part.images for part in parts]), images)
-        assert torch.equal(torch.cat([part.targets for part in parts]), targets)
-
-
-def test_held_out_images_are_shared_out_without_loss_or_doubles(pictures):
-    config = small_run(pictures)
-    whole = [labels for _, labels in opened(config).test()]
-    parts = [
-        torch.cat([labels for _, labels in open_batches(config.data, 8, 0, share=Share(rank, 4)).test()])
-        for rank in range(4)
-    ]
-    assert sorted(map(len, parts)) == [5, 5, 5, 6] and sum(map(len, whole)) == 21
-    assert torch.cat(parts).sort().values.equal(torch.cat(whole).sort().values)
-
-
-def test_a_gpu_that_is_not_there_is_not_asked_to_decode(pictures):
-    config = small_run(pictures)
-    with pytest.raises(ConfigError, match="data.decode='gpu' with device 'cpu'"):
-        opened(replace(config, data=replace(config.data, decode="gpu")))
+    assert threads() == []
 
 
 # --------------------------------------------------------------------------- on a GPU
@@ -134,47 +241,45 @@ def test_a_gpu_that_is_not_there_is_not_asked_to_decode(pictures):
 
 @on_gpu
 @pytest.mark.parametrize("decode", ["gpu", "cpu"])
-def test_a_gpu_gives_the_batches_of_the_cpu(pictures, decode):
-    """Labels to the bit; pixels up to decoding and resampling, which later steps may amplify in few of them."""
-    config = small_run(pictures)
+def test_a_gpu_gives_the_batches_of_the_cpu(image_folder, decode):
+    """Labels to the bit; pixels up to decoding and resampling, which later steps may amplify in some."""
+    config = small_run(image_folder)
     calm = replace(config, augment=replace(config.augment, randaugment=""))
-    own, its = opened(calm), opened(replace(calm, data=replace(calm.data, decode=decode)), "cuda")
-    for step in range(4):
-        (images, targets), (other, answers) = own.batch(step), its.batch(step)
+    own, its = opened(calm), opened(with_data(calm, decode=decode, workers=2), device="cuda")
+    for (images, targets), (other, answers) in [
+        *((own.batch(step), its.batch(step)) for step in range(4)),
+        *zip(own.eval_batches(), its.eval_batches(), strict=True),
+    ]:
         assert torch.equal(targets, answers.cpu())
         difference = (images - other.cpu()).abs() * 255 * 0.226  # grey levels
-        assert difference.mean() < 1, (
-            f"{decode}: mean {difference.mean():.3f}, largest {difference.max():.1f} levels"
-        )
+        assert difference.mean() < 1, f"mean {difference.mean():.3f}, largest {difference.max():.1f} levels"
 
 
 @on_gpu
-def test_batches_made_ahead_are_not_overwritten(pictures):
+def test_batches_made_ahead_are_not_overwritten(image_folder):
     """Each batch is summed as it comes, while others are made; and again, one at a time."""
-    config = small_run(pictures, batch=24, micro_batch_size=24)
-    batches = opened(config, "cuda")
-    sums = []
-    for batch in islice(batches.micro_batches(0), 30):
+    loader, sums = opened(small_run(image_folder), global_batch_size=24, device="cuda"), []
+    for batch in islice(loader.train_batches(), 30):
         torch.cuda._sleep(2_000_000)  # the model is slow: three batches are waiting
         sums.append(batch.images.double().sum())
-    alone = [next(opened(config, "cuda").micro_batches(step)).images.double().sum() for step in range(30)]
+    alone = [loader.batch(step)[0].double().sum() for step in range(30)]
     assert torch.equal(torch.stack(sums), torch.stack(alone))
 
 
 @on_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_deterministic_run_on_a_gpu_goes_on_bit_for_bit(pictures, tmp_path, precision):
+def test_a_deterministic_run_on_a_gpu_goes_on_bit_for_bit(image_folder, tmp_path, precision):
     """run.deterministic: deterministic kernels, cuBLAS workspaces of fixed size, no autotuning."""
     options = dict(device="cuda", deterministic=True, precision=precision, store="memory", save_every=3)
-    whole = train(small_run(pictures, str(tmp_path / "whole"), **options))
+    whole = train(small_run(image_folder, str(tmp_path / "whole"), **options))
 
     def pull(entry):
         if entry["step"] == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(small_run(pictures, str(tmp_path / "cut"), **options), report=pull)
-    resumed = train(small_run(pictures, str(tmp_path / "cut"), **options))
+        train(small_run(image_folder, str(tmp_path / "cut"), **options), report=pull)
+    resumed = train(small_run(image_folder, str(tmp_path / "cut"), **options))
     assert resumed.history == whole.history and resumed.metrics == whole.metrics
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from cpvt.config import ModelConfig, TrainConfig, replace
-from cpvt.data.loader import normalise, open_batches
+from cpvt.data.loader import make_loader
+from cpvt.data.transforms import normalise
 from cpvt.lab import metrics
 from cpvt.lab.experiments import FIVE, fashion_config, synthetic_config, table_config
 from cpvt.lab.probes import attention_maps
@@ -104,11 +105,8 @@ def test_a_tuning_row_never_sees_the_validation_images(clothes):
     run = train(config)
     found, data, digest = metrics.score_tuning(run)
     assert found["images"] == 4 and "training images" in data  # a tenth of forty
-    held, whole = (
-        metrics.held_out(run).held_out,
-        open_batches(short(fashion_config(encoding="peg"), clothes).data, 4, 0).train,
-    )
-    assert torch.equal(held.images, whole.images[::10])
+    whole = make_loader(replace(config.data, hold_out=0), seed=0).train_set
+    assert torch.equal(metrics.held_out(run).val_set.images, whole.images[::10])
 
 
 def test_synthetic_scores():
@@ -125,7 +123,7 @@ def test_synthetic_scores():
 
 def test_every_class_has_a_part_in_what_is_scored(tiny_imagenet):
     """Held-out images stand class by class; the first of them would be of one class."""
-    loader = open_batches(short(table_config(encoding="none"), tiny_imagenet).data, 1, 0, train=False)
+    loader = make_loader(short(table_config(encoding="none"), tiny_imagenet).data, seed=0, train=False)
     some, labels = metrics.held_out_images(loader, 4, spread=True)
     assert labels.tolist() == [0, 0, 1, 1] and some.shape == (4, 3, 28, 28)
     everything, _ = metrics.held_out_images(loader, 8)
@@ -135,9 +133,9 @@ def test_every_class_has_a_part_in_what_is_scored(tiny_imagenet):
 def test_larger_tests_show_detail_and_not_blur(tiny_imagenet):
     """An image of 64 pixels is shown whole at 64: the very pixels that lie on the disk."""
     config = short(table_config(encoding="none"), tiny_imagenet)
-    loader = open_batches(replace(config.data, image_size=64), 1, 0)
-    shown, _ = next(iter(loader.test()))
-    assert torch.equal(shown, normalise(loader.held_out.images.float() / 255))
+    loader = make_loader(replace(config.data, image_size=64), seed=0)
+    shown, _ = next(iter(loader.eval_batches()))
+    assert torch.equal(shown, normalise(loader.val_set.images.float() / 255))
 
 
 def test_fine_tuning_goes_on_from_the_trained_weights_at_the_other_size(clothes):
@@ -241,6 +239,6 @@ def test_bands_twice_as_wide_as_high(clothes):
             return super().forward(images, *rest)
 
     config = short(fashion_config(encoding="learned"), clothes)
-    loader = open_batches(config.data, 1, 0, train=False)
+    loader = make_loader(config.data, seed=0, train=False)
     found = metrics.score_oblong(Spy(config.model).eval(), loader)
     assert shapes == [(20, 3, 28, 56)] and 0 <= found["top1@14x28"] <= 100

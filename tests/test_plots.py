@@ -1,5 +1,6 @@
 """Figures say what their data say, can be told apart without colour, and can be read on a phone."""
 
+import dataclasses
 import io
 import itertools
 import re
@@ -17,7 +18,7 @@ from PIL import Image
 matplotlib.use("agg")
 
 from cpvt.config import TrainConfig  # noqa: E402
-from cpvt.data.sampler import Share, Stream  # noqa: E402
+from cpvt.data.sampler import Sampler  # noqa: E402
 from cpvt.errors import ConfigError  # noqa: E402
 from cpvt.lab.experiments import ENCODINGS, PADDINGS  # noqa: E402
 from cpvt.lab.plots import (  # noqa: E402
@@ -40,7 +41,7 @@ RESULTS = pandas.DataFrame(
     for i, encoding in enumerate(["none", "learned", "relative(wrap=True)", "peg"])
     for seed in range(3)
 )
-STREAM = Stream(images=1000, batch=48, seed=3, group=12, repeated_aug=3)
+SAMPLER = Sampler(images=1000, global_batch_size=48, seed=3, mix_group=12, repeated_aug=3)
 
 
 def lines(results=RESULTS) -> Figure:
@@ -51,8 +52,8 @@ DRAWN = {
     "accuracy": lines,
     "images": lambda: show_images([drawn_image(i, 24, 32) / 255 for i in range(5)], ["a house"] * 5),
     "pipeline": pipeline_diagram,
-    "batch": lambda: batch_layout(STREAM, world=2, micro=12),
-    "batch of one process": lambda: batch_layout(STREAM),
+    "batch": lambda: batch_layout(dataclasses.replace(SAMPLER, world_size=2, micro_batch_size=12)),
+    "batch of one process": lambda: batch_layout(SAMPLER),
 }
 
 
@@ -227,18 +228,19 @@ def test_nothing_measured_says_so():
     assert words(lines(RESULTS[:0])) == [NOT_YET]
 
 
-def test_the_numbers_in_the_squares_are_the_streams():
-    numbers = [int(word) for word in words(batch_layout(STREAM)) if word.isdigit()]
-    assert numbers == (STREAM.places(0)[1] // STREAM.repeated_aug).tolist()
-    rows = [numbers[i : i + STREAM.group] for i in range(0, STREAM.batch, STREAM.group)]
+def test_the_numbers_in_the_squares_are_the_samplers():
+    numbers = [int(word) for word in words(batch_layout(SAMPLER)) if word.isdigit()]
+    assert numbers == (SAMPLER.positions(0)[1] // SAMPLER.repeated_aug).tolist()
+    rows = [numbers[i : i + 12] for i in range(0, 48, 12)]
     assert all(len(set(row)) == len(row) for row in rows)  # no group has two copies of an image
 
 
 def test_frames_enclose_whole_groups():
-    said = words(batch_layout(STREAM, world=2, micro=12))
+    cut = dataclasses.replace(SAMPLER, world_size=2, micro_batch_size=12)
+    said = words(batch_layout(cut))
     assert [word for word in said if word.startswith("process")] == ["process 0", "process 1"]
     assert [word for word in said if word.startswith("group")] == [f"group {i}" for i in range(4)]
-    assert len(Share(0, 2, 12).parts(STREAM.batch, STREAM.group)) == 2
+    assert len(cut.micro_batches) == 2
 
 
 def test_the_stages_have_the_recipes_sizes_and_their_colours_say_the_type():

@@ -13,7 +13,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 from cpvt.config import DistillConfig, ModelConfig, OptimConfig, TrainConfig
-from cpvt.data.loader import open_batches
+from cpvt.data.loader import make_loader
 from cpvt.data.pack import pack
 from cpvt.errors import ConfigError, DataError, TrainingError
 from cpvt.model.vit import VisionTransformer
@@ -108,16 +108,16 @@ def spoiling(steps):
     """A `make_loader` whose images of these steps hold a NaN."""
 
     def make(*arguments, **options):
-        loader = open_batches(*arguments, **options)
-        own = loader.micro_batches
+        loader = make_loader(*arguments, **options)
+        own = loader.train_batches
 
-        def micro_batches(start=0):
+        def train_batches(start=0):
             for number, batch in enumerate(own(start)):
-                if start + number // loader.parts in steps:
+                if start + number // loader.micro_batches_per_step in steps:
                     batch.images[0, 0, 0, 0] = math.nan
                 yield batch
 
-        loader.micro_batches = micro_batches
+        loader.train_batches = train_batches
         return loader
 
     return make

@@ -6,47 +6,44 @@ from itertools import islice
 
 import pytest
 import torch
-from cpvt.lab.pipelines import score_pipeline
-from pictures import EVERYTHING, draw_pictures, small_run
+from helpers import EVERYTHING, small_run
 from PIL import Image
 from torch import distributed
 
 from cpvt.config import AugmentConfig, DataConfig, replace
 from cpvt.data.datasets import open_dataset
-from cpvt.data.loader import MEAN, STD, Share
+from cpvt.data.transforms import MEAN, STD
 from cpvt.errors import ConfigError
 from cpvt.lab.experiments import pipelines
-from cpvt.lab.runner import measure
-from cpvt.lab.timm_baseline import Selected, TimmBatches, _posterize, mixer, selected, timm_loader
+from cpvt.lab.metrics import score_pipeline
+from cpvt.lab.runner import run_job
+from cpvt.lab.timm_baseline import _posterize, first_classes, mixer, selected, timm_batches, timm_loader
 from cpvt.training.train import train
 
 CLASSES, EACH = 3, 24  # of the small folder
 ONCE = replace(EVERYTHING, repeated_aug=1)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return draw_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def opened(folder):
+@pytest.fixture
+def opened(image_folder):
     """Batches of eight 16-pixel images by either side, with options."""
-    data = DataConfig(name=str(folder), image_size=16, store="files", workers=0, crop_pct=0.875)
-    return lambda kind=TimmBatches, augment=ONCE, seed=0, **more: kind(
-        data, 8, seed, augment=augment, smoothing=0.1, **more
-    )
+    data = DataConfig(name=str(image_folder), image_size=16, store="files", workers=0, crop_pct=0.875)
+    options = dict(global_batch_size=8, seed=0, augment=ONCE, label_smoothing=0.1)
+    return lambda kind=timm_batches, **more: kind(data, **options | more)
 
 
 def taken(batches, count, start=0):
-    return list(islice(batches.micro_batches(start), count))
+    return list(islice(batches.train_batches(start), count))
 
 
 def test_an_epoch_holds_every_image_once(opened):
     """No image is mixed here, so the labels tell: each class comes as often as it has images."""
     batches = opened(augment=AugmentConfig(crop=True))
-    assert batches.stream.steps == CLASSES * EACH // 8
-    epochs = [taken(batches, batches.stream.steps, start) for start in (0, batches.stream.steps)]
+    assert batches.sampler.steps_per_epoch == CLASSES * EACH // 8
+    epochs = [
+        taken(batches, batches.sampler.steps_per_epoch, start)
+        for start in (0, batches.sampler.steps_per_epoch)
+    ]
     for number, epoch in enumerate(epochs):
         labels = torch.cat([batch.targets for batch in epoch])
         assert labels.bincount().tolist() == [EACH] * CLASSES
@@ -55,7 +52,7 @@ def test_an_epoch_holds_every_image_once(opened):
 
 
 def test_steps_and_places_are_those_of_our_own_batches(opened):
-    ours, theirs = (taken(opened(kind), 20) for kind in (Selected, TimmBatches))
+    ours, theirs = (taken(opened(kind), 20) for kind in (first_classes, timm_batches))
     for own, other in zip(ours, theirs, strict=True):
         assert own.images.shape == other.images.shape and own.images.dtype == other.images.dtype
         assert own.targets.shape == other.targets.shape and own.targets.dtype == other.targets.dtype
@@ -64,7 +61,7 @@ def test_steps_and_places_are_those_of_our_own_batches(opened):
 
 def test_images_and_targets_are_distributed_as_ours(opened):
     """Pixels and labels of 90 batches: their means agree within five standard errors of means over batches."""
-    ours, theirs = (taken(opened(kind), 90) for kind in (Selected, TimmBatches))
+    ours, theirs = (taken(opened(kind), 90) for kind in (first_classes, timm_batches))
     measures = {
         "brightness": lambda batch: batch.images.mean(),
         "contrast": lambda batch: batch.images.var(),
@@ -96,12 +93,14 @@ def test_the_seed_decides(opened):
 
 
 def test_held_out_images_are_the_same_bit_for_bit(opened):
-    for (own, labels), (other, others) in zip(opened(Selected).test(), opened().test(), strict=True):
+    for (own, labels), (other, others) in zip(
+        opened(first_classes).eval_batches(), opened().eval_batches(), strict=True
+    ):
         assert torch.equal(own, other) and torch.equal(labels, others)
 
 
-def test_repeats_follow_each_other_and_leave_no_process_group(folder):
-    source = open_dataset(folder, "train")
+def test_repeats_follow_each_other_and_leave_no_process_group(image_folder):
+    source = open_dataset(image_folder, "train")
     augment = replace(EVERYTHING, repeated_aug=3)
     loader = timm_loader(source, 8, 16, CLASSES, augment, 0.1, "cpu", 0)
     order = list(loader.sampler)
@@ -110,8 +109,8 @@ def test_repeats_follow_each_other_and_leave_no_process_group(folder):
 
 
 @pytest.mark.parametrize("mix_in_workers", [False, True])
-def test_the_loader_alone(folder, mix_in_workers):
-    source = open_dataset(folder, "train")
+def test_the_loader_alone(image_folder, mix_in_workers):
+    source = open_dataset(image_folder, "train")
     loader = timm_loader(source, 8, 16, CLASSES, ONCE, 0.1, "cpu", 0, mix_in_workers)
     images, targets = (
         mixer(ONCE, 0.1, CLASSES)(*next(iter(loader))) if not mix_in_workers else next(iter(loader))
@@ -119,11 +118,12 @@ def test_the_loader_alone(folder, mix_in_workers):
     assert images.shape == (8, 3, 16, 16) and targets.shape == (8, CLASSES)
 
 
-def test_magnitude_ten_is_not_an_error(folder):
+def test_magnitude_ten_is_not_an_error(image_folder):
     """Ten keeps no bit: black. Pillow 13 refuses it, and one image in a hundred would end an epoch."""
-    source = open_dataset(folder, "train")
-    assert not any(_posterize(source[0][0], 0).convert("L").tobytes())
-    assert _posterize(source[0][0], 8).tobytes() == source[0][0].tobytes()
+    source = open_dataset(image_folder, "train")
+    image = Image.open(source.path(0))
+    assert not any(_posterize(image, 0).convert("L").tobytes())
+    assert _posterize(image, 8).tobytes() == image.tobytes()
     strongest = AugmentConfig(crop=True, randaugment="rand-m10-mstd0-n4-inc1")
     loader = timm_loader(source, 8, 16, CLASSES, strongest, 0.1, "cpu", 0)
     assert sum(len(images) for _ in range(3) for images, _ in loader) == 3 * CLASSES * EACH
@@ -137,25 +137,25 @@ def test_normalised_as_ours(tmp_path):
             Image.new("RGB", (20, 20), (128, 128, 128)).save(tmp_path / split / "n0" / f"{i}.png")
     data = DataConfig(name=str(tmp_path), image_size=16, store="files", workers=0)
     expected = (128 / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-    for kind in (Selected, TimmBatches):
-        images = taken(kind(data, 8, 0, augment=AugmentConfig(crop=True)), 1)[0].images
+    for kind in (first_classes, timm_batches):
+        images = taken(kind(data, global_batch_size=8, seed=0, augment=AugmentConfig(crop=True)), 1)[0].images
         assert (images - expected[:, None, None]).abs().max() < 1e-5
 
 
-def test_only_files_in_one_process(folder, opened):
-    held = DataConfig(name=str(folder), image_size=16, store="memory")
+def test_only_files_in_one_process(image_folder, opened):
+    held = DataConfig(name=str(image_folder), image_size=16, store="memory")
     with pytest.raises(ConfigError, match="store='memory'.*files"):
-        TimmBatches(held, 8, 0, augment=ONCE)
+        timm_batches(held, global_batch_size=8, seed=0, augment=ONCE)
     with pytest.raises(ConfigError, match="2 processes"):
-        opened(share=Share(0, 2))
+        opened(world_size=2)
     with pytest.raises(ConfigError, match="always crops"):
-        timm_loader(open_dataset(folder), 8, 16, CLASSES, replace(ONCE, crop=False), 0.1, "cpu", 0)
+        timm_loader(open_dataset(image_folder), 8, 16, CLASSES, replace(ONCE, crop=False), 0.1, "cpu", 0)
 
 
-def test_our_loop_trains_through_either(folder):
-    config = small_run(folder)
+def test_our_loop_trains_through_either(image_folder):
+    config = small_run(image_folder)
     config = replace(config, augment=ONCE)
-    for kind in (Selected, TimmBatches):
+    for kind in (first_classes, timm_batches):
         run = train(config, make_loader=partial(kind, classes=2))
         assert run.steps == 12 and run.metrics["images"] == 2 * 7
         assert run.model.num_classes == 2
@@ -165,35 +165,31 @@ def test_our_loop_trains_through_either(folder):
 # --------------------------------------------------------------------------- the experiment
 
 
-def test_first_classes(folder):
-    dataset = open_dataset(folder, "train")
+def test_first_classes(image_folder):
+    dataset = open_dataset(image_folder, "train")
     two = selected(dataset, 2)
     assert two.classes == dataset.classes[:2] and torch.equal(two.labels, dataset.labels[: 2 * EACH])
     assert selected(dataset, 0) is dataset
 
 
 def test_rows_differ_in_the_pipeline_alone():
-    planned = list(pipelines())
-    assert len({(plan.row, plan.config.run.seed) for plan in planned}) == len(planned) == 6
-    for ours, theirs in zip(planned[::2], planned[1::2], strict=True):
-        assert ours.config == theirs.config and ours.row != theirs.row
-        assert (ours.open_data.func, theirs.open_data.func) == (Selected, TimmBatches)
+    jobs = list(pipelines())
+    assert len({job.key for job in jobs}) == len(jobs) == 6
+    for ours, theirs in zip(jobs[::2], jobs[1::2], strict=True):
+        assert ours.config == theirs.config and ours.columns != theirs.columns
+        assert (ours.make_loader.func, theirs.make_loader.func) == (first_classes, timm_batches)
 
 
-def test_a_row_of_the_experiment(folder, tmp_path, monkeypatch):
+def test_a_row_of_the_experiment(image_folder):
     """In small: named data, what was evaluated on, and scores; the same digest for either pipeline."""
-    monkeypatch.setattr("cpvt.lab.pipelines.CLASSES", 2)
-    rows = []
-    for plan, kind in zip(pipelines((0,)), (Selected, TimmBatches), strict=True):
-        small = replace(small_run(folder), augment=ONCE)
-        plan = dataclasses.replace(plan, config=small, make_loader=partial(kind, classes=2), score=two_of_three)
-        rows.append(measure(plan))
-    assert rows[0].dataset_sha256 == rows[1].dataset_sha256
-    assert all(row.dataset.endswith("its first 2 classes") and row.metrics["images"] == 14 for row in rows)
-    assert {row.row for row in rows} == {"this package", "timm"}
+    config, found = replace(small_run(image_folder), augment=ONCE), []
+    for job in list(pipelines())[:2]:
+        make = partial(job.make_loader.func, classes=2)
+        result, _ = run_job(dataclasses.replace(job, config=config, make_loader=make, score=two_of_three))
+        found.append(result)
+    assert found[0].dataset_sha256 == found[1].dataset_sha256
+    assert all(r.dataset.endswith("its first 2 classes") and r.metrics["images"] == 14 for r in found)
 
 
 def two_of_three(run):
-    """Two classes have no top-5."""
-    run.metrics["top5"] = 100.0
-    return score_pipeline(run)
+    return score_pipeline(run, classes=2)

@@ -18,7 +18,7 @@ import torch
 from helpers import small_run
 
 from cpvt.config import replace
-from cpvt.data.loader import open_batches
+from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError
 from cpvt.training.checkpoint import Checkpoints, load_model, only_run
 from cpvt.training.train import train
@@ -124,14 +124,14 @@ def test_a_signal_during_an_evaluation_cuts_it_short_and_it_is_made_again(image_
     reference = train(small_run(image_folder, str(tmp_path / "whole"), evaluate_every=1))
 
     def striking(*arguments, **options):
-        loader = open_batches(*arguments, **options)
-        own = loader.test
+        loader = make_loader(*arguments, **options)
+        own = loader.eval_batches
 
         def test(split="val"):
             os.kill(os.getpid(), signal.SIGTERM)
             yield from own(split)
 
-        loader.test = test
+        loader.eval_batches = test
         return loader
 
     first = train(config, make_loader=striking)

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from cpvt.config import replace
-from cpvt.data.loader import open_batches
+from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError, ResultsError, TrainingError
 from cpvt.lab.experiments import fashion_config, jobs, synthetic_config
 from cpvt.lab.metrics import score_synthetic
@@ -84,7 +84,7 @@ def test_a_signal_while_a_run_is_scored_ends_between_two_rows(tmp_path, number):
 def test_a_signal_while_a_run_is_trained_leaves_no_row(tmp_path):
     def signalled(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return open_batches(*arguments, **options)
+        return make_loader(*arguments, **options)
 
     with pytest.raises(Stopped, match="row=a, seed=0.*SIGTERM"):
         run_job(job("a", make_loader=signalled))

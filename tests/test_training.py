@@ -13,7 +13,7 @@ import torch
 
 from cpvt import cli
 from cpvt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, replace
-from cpvt.data.loader import open_batches
+from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError
 from cpvt.lab.experiments import synthetic_config
 from cpvt.model.vit import VisionTransformer
@@ -78,7 +78,7 @@ def test_one_step_is_adamw_written_out():
     run = train(replace(config, optim=optim))
     torch.manual_seed(0)
     model = VisionTransformer(run.config.model)
-    images, labels = open_batches(config.data, 8, 0).batch(0)
+    images, labels = make_loader(config.data, global_batch_size=8, seed=0).batch(0)
     torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert norm > 0.05  # so that the clipping is at work

@@ -1,41 +1,50 @@
 """Batches as a function of the step: the same seed and step give the same batch, whatever came before.
 
-Letters: B images of a micro-batch, S side of an image in pixels.
+    images in memory   sampler -> request -> pixels -> transform -> batch
+    files, on a CPU    sampler -> request -> worker process: bytes -> pixels -> transform -> batch
+    files, on a GPU    sampler -> request -> worker processes: bytes -> thread: pixels -> transform -> batch
+
+Letters: B images of a micro-batch, S side of an image in pixels, K classes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import queue
+import multiprocessing
+import os
+import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count, islice
+from multiprocessing import forkserver, resource_tracker
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from cpvt.config import AugmentConfig, DataConfig
-from cpvt.data.datasets import ImageDataset, load_tensors, open_dataset
-from cpvt.data.decode import Fault
-from cpvt.data.reading import Filed, Held, refuse_ruins
+from cpvt.data.datasets import ImageDataset, ImageTensors, load_tensors, open_dataset
+from cpvt.data.decode import DecodedChunk, Decoder, Fault, find_gpu_decoder
 from cpvt.data.resize import centre_box, crop_resize
-from cpvt.data.sampler import Share, Stream
-from cpvt.data.shards import check_resolution
+from cpvt.data.sampler import Request, Sampler
+from cpvt.data.shards import Shards, check_resolution
 from cpvt.data.synthetic import CLASSES, draw
-from cpvt.data.transforms import MEAN, STD, Recipe, normalise
+from cpvt.data.transforms import TrainTransform, normalise, send
 from cpvt.errors import ConfigError, DataError
 
-__all__ = ["MEAN", "STD", "Batch", "Diagnostics", "Images", "Share", "normalise", "open_batches"]
-
-_kept: dict[tuple, Held] | None = None  # images that `keep_images` keeps
-AHEAD = 3  # micro-batches that are ready before the model asks for them
+CHUNK = 128  # images that a worker reads at a time for a GPU
+AHEAD = 3  # micro-batches that are made before the model on a GPU asks for them
+EVAL_BATCH = 256  # images
 
 
 @dataclass
 class Batch:
-    """A micro-batch: normalised images (B, 3, S, S), and labels (B,) or mixed labels (B, classes).
+    """A micro-batch: normalised images (B, 3, S, S), and labels (B,) or mixed labels (B, K).
 
     epoch, positions  which samples these are: (B,) int64 on the CPU
     faults            images that could not be used, and what stands in for them
@@ -50,22 +59,119 @@ class Batch:
     refused: int = 0
 
 
-class _Batches:
-    """What diagnostics and images have in common: the stream, and the part of it that this process handles."""
+# --------------------------------------------------------------------------- worker processes
 
-    stream: Stream
-    num_classes: int
-    image_size: tuple[int, int]
-    fingerprint: str
 
-    def __init__(self, data: DataConfig, seed: int, device: str, share: Share):
-        self.data, self.seed, self.device, self.share = data, seed, device, share
-        self.unread: dict[str, Fault] = {}  # held-out images that could not be used
+class Chunk(NamedTuple):
+    """What a worker reads of a request for a GPU. It carries the whole, for when all its parts are there."""
+
+    request: Request
+    start: int
 
     @property
-    def parts(self) -> int:
-        """Micro-batches that this process handles in a step."""
-        return len(self.share.parts(self.stream.batch, self.stream.group))
+    def indices(self) -> Tensor:
+        return self.request.indices[self.start : self.start + CHUNK]
+
+
+class CPUWorker(Dataset):
+    """Request -> Batch, all that is done for a model on a CPU. `finish`: decoded images -> Batch."""
+
+    def __init__(self, images: ImageDataset | Shards, finish: Callable[[DecodedChunk], Batch]):
+        self.decoder, self.finish = Decoder(images, "cpu"), finish
+
+    def __getitem__(self, request: Request) -> Batch:
+        return self.finish(self.decoder(self.decoder.reader[request]))
+
+
+def work(job: Dataset, requests: Iterable, workers: int) -> Iterator:
+    """`job[request]` for each request, in order, by so many processes (0: by this one) until it is closed."""
+    options = {}
+    if workers:
+        options = {"multiprocessing_context": _server(), "worker_init_fn": _stand_apart, "prefetch_factor": 2}
+    try:
+        yield from DataLoader(job, batch_size=None, sampler=requests, num_workers=workers, **options)
+    except (EOFError, ConnectionError) as error:  # before DataLoader notices it
+        raise RuntimeError("a DataLoader worker was killed; is there enough memory?") from error
+
+
+SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+
+
+def _server() -> multiprocessing.context.BaseContext:
+    """Starts the process that workers are forked from; it has imported this module, which takes 2 s once.
+
+    A fork of the main process would copy locks that threads of NCCL, CUDA or the compiler hold. Signals to its
+    group, as a terminal and torchrun send them, and SIGUSR1, which SLURM may send to all processes, are the
+    main process's to answer, and it still needs its workers: these are born with such signals blocked.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # which leaves two of them unblocked
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def _stand_apart(worker: int) -> None:
+    """In a worker: leaves the run's process group; ends with the main process, which is not its parent."""
+
+    def end() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    os.setpgrp()
+    for handler in (signal.SIG_IGN, signal.SIG_DFL):  # the first forgets what came before
+        signal.signal(signal.SIGTERM, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # with which DataLoader ends it
+    threading.Thread(target=end, daemon=True).start()
+
+
+def make_ahead(batches: Iterator[Batch], stream: torch.cuda.Stream | None = None) -> Iterator[Batch]:
+    """The same batches, made by a thread, AHEAD of them; what it does on a GPU it does on `stream`."""
+
+    def make() -> tuple[Batch | None, torch.cuda.Event | None]:
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            return next(batches, None), stream and stream.record_event()
+
+    thread = ThreadPoolExecutor(1, "batches")
+    try:
+        coming = deque(thread.submit(make) for _ in range(AHEAD))
+        while (made := coming.popleft().result())[0]:
+            coming.append(thread.submit(make))
+            batch, done = made
+            if stream:
+                model = torch.cuda.current_stream(stream.device)
+                model.wait_event(done)
+                for tensor in (batch.images, batch.targets):
+                    tensor.record_stream(model)  # its memory is not given to the next batch before it is used
+            yield batch
+    finally:
+        thread.shutdown(cancel_futures=True)
+        batches.close()
+
+
+# --------------------------------------------------------------------------- loaders
+
+Images = ImageDataset | Shards | ImageTensors  # in files, or in memory on the device
+
+
+class Loader:
+    """What both kinds have in common. They also tell num_classes, image_size (height, width), the fingerprint
+    of the training images, and which held-out images were `unread`, by name."""
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        return len(self.sampler.micro_batches)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's images and targets of one step, in one piece."""
+        with closing(self.train_batches(step)) as batches:
+            parts = list(islice(batches, self.micro_batches_per_step))
+        return torch.cat([part.images for part in parts]), torch.cat([part.targets for part in parts])
 
     def upsampled(self, allow: bool = False) -> float:
         """The share of held-out images, 0 to 1, that are smaller than evaluation needs and are enlarged.
@@ -74,235 +180,227 @@ class _Batches:
         """
         return 0.0
 
-    def micro_batches(self, start: int = 0) -> Iterator[Batch]:
-        """This process's micro-batches from step `start` on, `parts` of them a step, without end."""
-        raise NotImplementedError
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's images and targets of one step, in one piece."""
-        with contextlib.closing(self.micro_batches(step)) as batches:
-            parts = list(islice(batches, self.parts))
-        return torch.cat([part.images for part in parts]), torch.cat([part.targets for part in parts])
-
-    def _places(self, start: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Epoch, positions and group numbers of every micro-batch from a step on."""
-        group, step = self.stream.group, start
-        parts = self.share.parts(self.stream.batch, group)
-        while True:
-            epoch, positions = self.stream.places(step)
-            groups = self.stream.group_numbers(step)
-            for part in parts:
-                yield epoch, positions[part], groups[part.start // group : part.stop // group]
-            step += 1
-
-
-class Diagnostics(_Batches):
-    """Batches of a synthetic diagnostic, drawn as they are needed. (B, 3, H*pixels, W*pixels), (B,)."""
+class SyntheticLoader(Loader):
+    """Batches of a synthetic task, drawn as they are needed. (B, 3, H*pixels, W*pixels), (B,)."""
 
     fingerprint = "drawn"  # by formula: the configuration says all
 
-    def __init__(self, data: DataConfig, batch: int, seed: int, device: str = "cpu", share: Share = Share()):
-        super().__init__(data, seed, device, share)
-        self.stream = Stream(data.train_size, batch, seed)
+    def __init__(self, data: DataConfig, sampler: Sampler, device: str):
+        self.data, self.sampler, self.device, self.unread = data, sampler, device, {}
         self.num_classes = len(CLASSES[data.name])
         self.image_size = data.grid[0] * data.pixels, data.grid[1] * data.pixels
 
-    def draw(self, index: Tensor, split: str, **options):
-        options = {"grid": self.data.grid, "pixels": self.data.pixels, "seed": self.seed, **options}
-        return draw(self.data.name, index.to(self.device), split=split, **options)
+    def draw(self, index: Tensor, split: str) -> tuple[Tensor, Tensor]:
+        data, index = self.data, index.to(self.device)
+        options = {"grid": data.grid, "pixels": data.pixels, "seed": self.sampler.seed}
+        drawn = draw(data.name, index, split=split, **options)
+        return normalise(drawn.images), drawn.labels
 
-    def micro_batches(self, start: int = 0) -> Iterator[Batch]:
-        # Their order is drawn by formula too, so the stream's places are the samples.
-        size, part, step = self.stream.batch, self.share.parts(self.stream.batch), start
-        while True:
-            places = (torch.arange(size) + step * size) % self.data.train_size
-            for piece in part:
-                sample = self.draw(places[piece], "train")
-                yield Batch(
-                    normalise(sample.images), sample.labels, self.stream.position(step)[0], places[piece]
-                )
-            step += 1
+    def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
+        for step in count(start_step):
+            epoch, first = step // self.sampler.steps_per_epoch, step * self.sampler.global_batch_size
+            for part in self.sampler.micro_batches:
+                # Their order is drawn by formula too, so positions are indices.
+                positions = torch.arange(first + part.start, first + part.stop) % self.data.train_size
+                yield Batch(*self.draw(positions, "train"), epoch, positions)
 
-    def test(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
-        for index in _every(self.share, self.data.test_size):
-            sample = self.draw(index, split)
-            yield normalise(sample.images), sample.labels
+    def eval_batches(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
+        for index in _share(self.data.test_size, self.sampler.rank, self.sampler.world_size):
+            yield self.draw(index, split)
 
 
-class Images(_Batches):
-    """Batches of real images: from memory, or read, decoded and augmented a few micro-batches ahead."""
+@dataclass
+class ImageLoader(Loader):
+    """Batches of real images; without training set, sampler and transform, of held-out ones alone.
 
-    def __init__(
-        self,
-        data: DataConfig,
-        batch: int,
-        seed: int,
-        device: str = "cpu",
-        share: Share = Share(),
-        augment: AugmentConfig = AugmentConfig(),
-        smoothing: float = 0.0,
-        train: bool = True,
-        decode_jpegs=None,
-    ):
-        """`train`: whether there is anything to train on; without it only `test` gives batches."""
-        super().__init__(data, seed, device, share)
-        self.decode_jpegs = decode_jpegs
-        self.held_out = self._source("val")
-        self.num_classes = len(self.held_out.classes)
-        self.image_size = data.image_size, data.image_size
-        if not train:
-            return
-        self.train = self._source("train")
-        if self.train.classes != self.held_out.classes:
-            raise DataError(
-                f"{data.name}: {len(self.train.classes)} classes to train on, {len(self.held_out.classes)} "
-                "held out, or other ones: labels would mean different things; give both splits the same classes"
-            )
-        self.fingerprint = self.train.fingerprint
-        self.recipe = Recipe(augment, data.image_size, self.num_classes, smoothing, seed)
-        group = augment.mix_group if augment.mixup or augment.cutmix else 1
-        order = seed
-        self.stream = Stream(len(self.train), batch, order, group, augment.repeated_aug)
-        share.parts(batch, group)  # refused before anything starts, where it cannot be cut
+    decode_jpegs  decodes for a GPU, instead of torchcodec (see `Decoder`)
+    """
+
+    data: DataConfig
+    device: torch.device
+    rank: int
+    world_size: int
+    val_set: Images
+    train_set: Images | None = None
+    sampler: Sampler | None = None
+    transform: TrainTransform | None = None
+    decode_jpegs: Callable | None = None
+
+    def __post_init__(self):
+        self.num_classes, self.image_size = len(self.val_set.classes), (self.data.image_size,) * 2
+        if self.workers and not isinstance(self.val_set, ImageTensors):
+            _server()  # by the time that it is needed it is there
+        self.unread: dict[str, Fault] = {}
 
     @property
-    def _side(self) -> int:
-        return self.data.stored_size or self.data.image_size
+    def fingerprint(self) -> str:
+        return self.train_set.fingerprint
 
-    def _source(self, split: str) -> Held | Filed:
-        dataset = self._open(split)
-        if self.data.store == "memory":
-            if _kept is None:
-                return Held(load_tensors(dataset, self._side), self.device)
-            data, side = self.data, self._side
-            device = torch.device(self.device)  # "cuda" and "cuda:0" are the same
-            key = data.name, data.root, split, data.hold_out, data.limit, side, device.type, device.index or 0
-            if key not in _kept:
-                _kept[key] = Held(load_tensors(dataset, side), self.device)
-            return _kept[key]
-        return Filed(dataset, self.data, self.device, self.decode_jpegs)
+    @property
+    def workers(self) -> int:
+        """Processes that read: as configured, or one for each core that this process of the run may use."""
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        own = max(1, min(len(os.sched_getaffinity(0)) // beside, 16))
+        return own if self.data.workers < 0 else self.data.workers
 
-    def _open(self, split: str) -> ImageDataset:
-        every, limit = self.data.hold_out, self.data.limit
-        dataset = open_dataset(self.data.name, "train" if every else split, root=self.data.root)
-        if every:
-            held_out = torch.arange(len(dataset)) % every == 0
-            dataset = dataset.select((held_out if split == "val" else ~held_out).nonzero().flatten())
-        if 0 < limit < len(dataset):  # spread over the classes, which stand one after the other
-            dataset = dataset.select(torch.linspace(0, len(dataset) - 1, limit).long())
-        return dataset
+    def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """This process's micro-batches from a step on, without end. Closing it ends its worker processes."""
+        requests, finish = self.sampler.requests(start_step), partial(_augmented, self.transform)
+        with closing(self._batches(self.train_set, requests, finish, self.workers)) as batches:
+            for batch in batches:
+                _refuse_ruins(batch.faults, len(batch.positions))
+                yield batch
 
-    def micro_batches(self, start: int = 0) -> Iterator[Batch]:
-        places, waiting = self._places(start), deque()
-
-        def indices() -> Iterator[Tensor]:
-            for place in places:
-                waiting.append(place)
-                yield self.stream.indices(*place[:2])
-
-        # All reading processes start here, before a thread runs: what a thread holds is lost to a fork.
-        self.held_out.start()
-        decoded = self.train.read(indices())
-
-        def finished() -> Iterator[Batch]:
-            for images in decoded:
-                epoch, positions, groups = waiting.popleft()
-                refuse_ruins(images.faults, len(positions))
-                pixels, targets = self.recipe(images.images, images.labels, epoch, positions, groups)
-                yield Batch(pixels, targets, epoch, positions, images.faults, images.refused)
-
-        return _ahead(finished(), self.device) if "cuda" in self.device else finished()
+    def eval_batches(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of the held-out images, and their labels: -1 for one that cannot be read."""
+        parts = _share(len(self.val_set.labels), self.rank, self.world_size)
+        requests = [Request(0, index, index, index) for index in parts]
+        finish = partial(_centred, self.data.image_size, self.data.crop_pct, self.device)
+        workers = min(self.workers, len(requests))
+        with closing(self._batches(self.val_set, requests, finish, workers)) as batches:
+            for batch in batches:
+                self.unread |= {fault.key: fault for fault in batch.faults}
+                yield batch.images, batch.targets
 
     def upsampled(self, allow: bool = False) -> float:
-        if self.data.store == "memory":
+        if isinstance(self.val_set, ImageTensors):
             return 0.0
-        return check_resolution(self.held_out.source, self.data.image_size, allow, self.data.crop_pct)
+        return check_resolution(self.val_set, self.data.image_size, allow, self.data.crop_pct)
 
-    def test(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
-        size = self.data.image_size
-        lists = _every(self.share, len(self.held_out))
-        for index, found in zip(lists, self.held_out.read(lists), strict=True):
-            images, same, labels = found.images, isinstance(found.images, Tensor), found.labels
-            # What cannot be read counts as wrong, whatever stands in for it: no guess is -1.
-            spoiled = {fault.index: fault for fault in found.faults}
-            self.unread |= {fault.key: fault for fault in spoiled.values()}
-            labels[[i for i, sample in enumerate(index.tolist()) if sample in spoiled]] = -1
-            if not (same and images.shape[-2:] == (size, size) and self.data.crop_pct == 1):
-                boxes = [centre_box(*image.shape[1:], size, self.data.crop_pct) for image in images]
-                boxes = torch.tensor(boxes, dtype=torch.float64)
-                images = crop_resize(images, boxes, (size, size), bound="image")
-            yield normalise(images.float() / 255), labels
+    def _batches(self, images: Images, requests: Iterable[Request], finish, workers: int) -> Iterator[Batch]:
+        """`finish`: decoded images -> Batch."""
+        cuda = self.device.type == "cuda"
+        if isinstance(images, ImageTensors):
+            batches = (finish(_picked(images, request)) for request in requests)
+        elif cuda:
+            decoder = Decoder(images, self.device, self.data.decode, self.decode_jpegs)
+            batches = (finish(decoded) for decoded in _decoded(decoder, requests, workers))
+        else:
+            batches = work(CPUWorker(images, finish), requests, workers)
+        return make_ahead(batches, torch.cuda.Stream(self.device)) if cuda else batches
 
 
-@contextlib.contextmanager
-def keep_images() -> Iterator[None]:
-    """Within, images that are held in memory are decoded once, however many batches are opened on them; for runs
-    one after the other, while the files stay as they are."""
-    global _kept
-    before, _kept = _kept, {} if _kept is None else _kept
-    try:
-        yield
-    finally:
-        _kept = before
-
-
-def _every(share: Share, count: int) -> tuple[Tensor, ...]:
+def _share(count: int, rank: int, world_size: int) -> tuple[Tensor, ...]:
     """This process's part of `count` samples, in lists; none where there are fewer samples than processes."""
-    own = torch.arange(count)[share.rank :: share.world]
-    return own.split(256) if len(own) else ()
+    own = torch.arange(count)[rank::world_size]
+    return own.split(EVAL_BATCH) if len(own) else ()
 
 
-def _ahead(batches: Iterator[Batch], device: str) -> Iterator[Batch]:
-    """The same batches, made by a thread on a stream of its own, `AHEAD` of them at most."""
-    ready, stop = queue.Queue(AHEAD), threading.Event()
-    stream = torch.cuda.Stream(device)
-
-    def put(item) -> bool:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
-
-    def work() -> None:
-        try:
-            with torch.cuda.stream(stream):
-                for batch in batches:
-                    done = torch.cuda.Event()
-                    done.record(stream)
-                    if not put((batch, done)):
-                        return
-            put(None)
-        except BaseException as error:  # raised again where the batch is asked for
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="batches")
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            batch, done = item
-            own = torch.cuda.current_stream(device)
-            own.wait_event(done)
-            for tensor in (batch.images, batch.targets):
-                tensor.record_stream(own)  # its memory is not given to the next batch before this one is used
-            yield batch
-    finally:
-        stop.set()
-        thread.join()
+def _picked(images: ImageTensors, request: Request) -> DecodedChunk:
+    index = send(request.indices, images.images.device)
+    return DecodedChunk(request, images.images[index], images.labels[index])
 
 
-def open_batches(
-    data: DataConfig, batch: int, seed: int, device: str = "cpu", share: Share = Share(), **images
-) -> Diagnostics | Images:
-    """The batches that `data` names: a diagnostic, a known set of images, or a folder of files or shards.
+def _decoded(decoder: Decoder, requests: Iterable[Request], workers: int) -> Iterator[DecodedChunk]:
+    """Whole requests, read in chunks by workers and decoded here."""
+    chunks = (Chunk(request, i) for request in requests for i in range(0, len(request.indices), CHUNK))
+    parts: list[DecodedChunk] = []
+    for read in work(decoder.reader, chunks, workers):
+        parts.append(decoder(read))
+        whole, start = read.request
+        if start + CHUNK >= len(whole.indices):
+            yield DecodedChunk(
+                whole,
+                [image for part in parts for image in part.images],
+                torch.cat([part.labels for part in parts]),
+                [fault for part in parts for fault in part.faults],
+                sum(part.refused for part in parts),
+            )
+            parts = []
 
-    `images`: `augment` and `smoothing` of `Images`; a diagnostic is never augmented.
+
+def _augmented(transform: TrainTransform, decoded: DecodedChunk) -> Batch:
+    where = decoded.request.epoch, decoded.request.positions
+    pixels, targets = transform(decoded.images, decoded.labels, *where, decoded.request.groups)
+    return Batch(pixels, targets, *where, decoded.faults, decoded.refused)
+
+
+def _centred(size: int, crop_pct: float, device: torch.device, decoded: DecodedChunk) -> Batch:
+    images, labels, request = decoded.images, decoded.labels, decoded.request
+    # What cannot be read counts as wrong, whatever stands in for it: no guess is -1.
+    spoiled = {fault.index for fault in decoded.faults}
+    labels[[i for i, index in enumerate(request.indices.tolist()) if index in spoiled]] = -1
+    if not (isinstance(images, Tensor) and images.shape[-2:] == (size, size) and crop_pct == 1):
+        boxes = [centre_box(*image.shape[1:], size, crop_pct) for image in images]
+        images = crop_resize(images, torch.tensor(boxes, dtype=torch.float64), (size, size), bound="image")
+    pixels, labels = normalise(images.float() / 255), send(labels, device)
+    return Batch(pixels, labels, 0, request.positions, decoded.faults, decoded.refused)
+
+
+def _refuse_ruins(faults: list[Fault], count: int) -> None:
+    """A few unusable images are replaced and named; when most are, it is the disk."""
+    spoiled = {fault.index for fault in faults}
+    if len(spoiled) > max(count // 2, 8):
+        raise DataError(
+            f"{len(spoiled)} of {count} images of a micro-batch cannot be used (the first: {faults[0].key}, "
+            f"{faults[0].reason}): see to the disk, then give the same command again"
+        )
+
+
+# --------------------------------------------------------------------------- by configuration
+
+
+def open_split(data: DataConfig, split: str, device: str = "cpu", cache: dict | None = None) -> Images:
+    """One split, or the part of it that is configured; in memory or in files.
+
+    `cache` keeps what is in memory, so that images are decoded once for runs one after the other.
     """
+    side, place = data.stored_size or data.image_size, torch.empty(0, device=device).device
+    key = data.name, data.root, split, data.hold_out, data.limit, side, place
+    if data.store == "memory" and cache and key in cache:
+        return cache[key]
+    images = open_dataset(data.name, "train" if data.hold_out else split, root=data.root)
+    if data.hold_out:
+        held_out = torch.arange(len(images)) % data.hold_out == 0
+        images = images.select((held_out if split == "val" else ~held_out).nonzero().flatten())
+    if 0 < data.limit < len(images):  # spread over the classes, which stand one after the other
+        images = images.select(torch.linspace(0, len(images) - 1, data.limit).long())
+    if data.store == "files":
+        find_gpu_decoder(device, data.decode)  # what cannot be had is refused at once
+        return images
+    tensors = load_tensors(images, side)
+    tensors = replace(tensors, images=tensors.images.to(device), labels=tensors.labels.to(device))
+    if cache is not None:
+        cache[key] = tensors
+    return tensors
+
+
+def make_loader(
+    data: DataConfig,
+    *,
+    seed: int,
+    global_batch_size: int = 1,
+    device: str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batch_size: int = 0,
+    augment: AugmentConfig = AugmentConfig(),
+    label_smoothing: float = 0.0,
+    train: bool = True,
+    cache: dict | None = None,
+    open_split: Callable[..., Images] = open_split,
+) -> SyntheticLoader | ImageLoader:
+    """The batches that `data` names: a synthetic task, a known set of images, or a folder of files or shards.
+
+    `Sampler` says how batches are shared out. Without `train`, held-out images alone are opened.
+    """
+    shared = rank, world_size, micro_batch_size
     if data.name in CLASSES:
-        augment = images.get("augment", AugmentConfig())
         if augment != AugmentConfig(mix_group=augment.mix_group):
             raise ConfigError(f"data.name={data.name!r} is drawn, and never augmented: leave augment.* alone")
-        return Diagnostics(data, batch, seed, device, share)
-    return Images(data, batch, seed, device, share, **images)
+        return SyntheticLoader(data, Sampler(data.train_size, global_batch_size, seed, 1, 1, *shared), device)
+    val_set = open_split(data, "val", device, cache)
+    loader = ImageLoader(data, torch.device(device), rank, world_size, val_set)
+    if not train:
+        return loader
+    train_set, classes = open_split(data, "train", device, cache), len(val_set.classes)
+    if train_set.classes != val_set.classes:
+        raise DataError(
+            f"{data.name}: {len(train_set.classes)} classes to train on, {classes} held out, or other ones: "
+            "labels would mean different things; give both splits the same classes"
+        )
+    group, copies = augment.mix_group if augment.mixup or augment.cutmix else 1, augment.repeated_aug
+    sampler = Sampler(len(train_set.labels), global_batch_size, seed, group, copies, *shared)
+    transform = TrainTransform(augment, data.image_size, classes, label_smoothing, seed, device)
+    return replace(loader, train_set=train_set, sampler=sampler, transform=transform)

@@ -1,25 +1,23 @@
 """RandAugment on whole batches: timm's policy and its fifteen increasing operations, uint8 in, uint8 out.
 
-B batch, n images of it that get the same treatment, H W rows and columns of pixels, L layers.
-
 timm runs PIL's operations one image at a time. Here the images of a batch are sorted by operation, and the
-operations by how they work, so that a layer takes a handful of calls for any B. Against PIL:
+operations by how they work, so that a layer takes a handful of calls for any number of images. Against PIL:
 
-    AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd, Contrast, Brightness
-        a new value for each old one, so one table of 256 entries a channel: equal to the bit
-    Color, Sharpness
-        a blend with the grey and with the smoothed image: equal to the bit, eager; compiled for a GPU, a product
-        and a sum may become one operation, which differs by one grey level where the result is almost whole
-    Rotate, ShearX, ShearY, TranslateXRel, TranslateYRel
-        PIL interpolates in double precision and cuts off the fraction; float32 differs by one grey level where
-        the value is almost whole (a shift by fifths of a pixel makes one in 125 whole, which then depends on
-        the rounding of either), and by the fill where a place is within 1e-6 of the image's border
+    tables   AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd, Contrast, Brightness: equal to
+             the bit
+    blends   Color, Sharpness: equal to the bit, eager; compiled for a GPU, a product and a sum may become one
+             operation, which differs by one grey level where the result is almost whole
+    moves    Rotate, Shear, Translate: PIL interpolates in double precision (its cubic has a = -1 here, -0.5
+             where it resizes) and cuts off the fraction; float32 differs by one grey level where the value is
+             almost whole (a shift by fifths of a pixel makes one in 125 whole), and by the fill where a pixel
+             comes from within 1e-6 of the image's border
 
-PIL's bicubic of these is not that of its resizing: a = -1 here, -0.5 there.
+Letters: B images of a batch, n of them that get the same treatment, H W rows and columns of pixels, L layers.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -28,11 +26,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpvt.data.device import fused, send
 from cpvt.errors import ConfigError
 from cpvt.rng import integers, normal, uniform
 
-_EDGE = 10  # timm's largest magnitude
+FILL = (124, 116, 104)  # what is shown where a moved image was not: ImageNet's mean colour, as timm rounds it
+LARGEST = 10  # timm's scale of magnitudes
+CACHED = 2**16  # pixels that a CPU works on at once, so that what is in between stays in its cache
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU -> the device. A plain copy to a GPU would wait for all that is queued there."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def fused(function: Callable) -> Callable:
+    """The function of tensors, compiled where they lie on a GPU: one pass over memory, not one an
+    operation."""
+
+    @functools.wraps(function)
+    def run(pixels: Tensor, *others: Tensor) -> Tensor:
+        return (_compiled(function) if pixels.is_cuda else function)(pixels, *others)
+
+    return run
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)  # how many images get an operation differs from call to call
 
 
 # --------------------------------------------------------------------------- the policy
@@ -48,29 +70,19 @@ class Notation(NamedTuple):
 
 
 def parse(text: str) -> Notation:
-    """ "rand-m9-mstd0.5-inc1" -> its numbers. Raises ConfigError for a section that is not timm's or not here."""
+    """ "rand-m9-mstd0.5-inc1" -> its numbers. Raises ConfigError for what is not timm's, or not here."""
     name, *sections = text.split("-")
     found = [re.fullmatch(r"(m|n|mstd|p|inc)(\d+|\d*\.\d+)", section) for section in sections]
-    if name != "rand" or None in found or len({f[1] for f in found}) < len(found):
-        raise ConfigError(
-            f"augment.randaugment={text!r}; expected a form such as 'rand-m9-n2-p0.5-mstd0.5-inc1'"
-        )
-    given = {f[1]: float(f[2]) for f in found}
-    default = Notation()
-    magnitude, layers = given.get("m", default.magnitude), given.get("n", default.layers)
-    spread, probability = given.get("mstd", default.spread), given.get("p", default.probability)
-    if given.get("inc") != 1:
-        raise ConfigError(f"augment.randaugment={text!r}; only the increasing set is here: write inc1")
+    given = {f[1]: float(f[2]) for f in found if f}
+    m, n, spread, p = (given.get(k, v) for k, v in zip(("m", "n", "mstd", "p"), Notation(), strict=True))
     # Beyond 10 timm only clips, and from mstd100 on it means something else (an even draw).
-    if (
-        not (magnitude <= _EDGE and layers >= 1 and spread <= 100 and probability <= 1)
-        or layers % 1
-        or magnitude % 1
-    ):
+    fine = m <= LARGEST and n >= 1 and spread <= 100 and p <= 1 and not (m % 1 or n % 1)
+    if name != "rand" or len(given) < len(sections) or given.get("inc") != 1 or not fine:
         raise ConfigError(
-            f"augment.randaugment={text!r}; expected whole m 0 to {_EDGE}, whole n 1 or more, mstd to 100, p to 1"
+            f"augment.randaugment={text!r}; expected a form such as 'rand-m9-n2-p0.5-mstd0.5-inc1': whole "
+            f"m to {LARGEST}, whole n from 1, mstd to 100, p to 1, and inc1, the increasing set"
         )
-    return Notation(int(magnitude), int(layers), spread, probability)
+    return Notation(int(m), int(n), spread, p)
 
 
 class Policy(NamedTuple):
@@ -88,92 +100,70 @@ def draw_policy(notation: Notation, seed: int, epoch: int, positions: Tensor) ->
     operation[uniform("randaugment/apply", *where) >= notation.probability] = -1
     level = torch.full(operation.shape, float(notation.magnitude), dtype=torch.float64)
     if notation.spread:
-        level = (level + notation.spread * normal("randaugment/level", *where)).clamp(0, _EDGE)
-    sign = 1.0 - 2.0 * integers("randaugment/sign", 2, *where).double()
-    return Policy(operation, level, sign)
+        level = (level + notation.spread * normal("randaugment/level", *where)).clamp(0, LARGEST)
+    return Policy(operation, level, 1.0 - 2.0 * integers("randaugment/sign", 2, *where).double())
 
 
-class RandAugment:
-    """Images (B, 3, H, W) uint8 -> the same, changed in place. `fill` is the colour outside a moved image."""
-
-    def __init__(self, text: str, fill: tuple[int, int, int], seed: int, compile: bool = True):
-        self.notation, self.fill, self.seed, self.compile = parse(text), fill, seed, compile
-
-    def draw(self, epoch: int, positions: Tensor) -> Policy:
-        return draw_policy(self.notation, self.seed, epoch, positions)
-
-    def __call__(self, images: Tensor, policy: Policy) -> Tensor:
-        for layer in zip(*(part.T for part in policy), strict=True):
-            run_layer(images, Policy(*layer), self.fill, self.compile)
-        return images
+def rand_augment(images: Tensor, policy: Policy) -> None:
+    """Changes images (B, 3, H, W) uint8 in place."""
+    for layer in zip(*(part.T for part in policy), strict=True):
+        run_layer(images, Policy(*layer))
 
 
-def run_layer(images: Tensor, policy: Policy, fill: tuple[int, int, int], compile: bool = True) -> None:
-    """One operation for each image (B, 3, H, W), in place; the policy's tensors are (B,), on the CPU.
+def run_layer(images: Tensor, policy: Policy) -> None:
+    """One operation for each image (B, 3, H, W), in place; the policy's tensors are (B,).
 
     Nothing is read back from a GPU: which images get what is known on the CPU beforehand.
     """
     device, order = images.device, policy.operation.argsort(stable=True)
     counts = torch.bincount(policy.operation + 1, minlength=len(OPERATIONS) + 1).tolist()
     # One piece an operation; the first is of the images left alone.
-    places, levels, signs = (
-        part.split(counts)[1:]
-        for part in (send(order, device), policy.level[order] / _EDGE, policy.sign[order])
-    )
-    for run in RUNS:
-        chosen = [
-            (place, kind.prepare(images, place, kind.argument(level, sign), fill))
-            for kind, place, level, sign in zip(OPERATIONS.values(), places, levels, signs, strict=True)
-            if kind.run is run and len(place)
-        ]
-        if not chosen:
-            continue
-        place = torch.cat([place for place, _ in chosen])
-        needs = torch.cat([send(need, device) for _, need in chosen])
-        step = len(place) if images.is_cuda else max(1, _CACHED // images[0, 0].numel())
-        for part, need in zip(place.split(step), needs.split(step), strict=True):
-            images.index_copy_(0, part, run(images.index_select(0, part), need, compile))
-
-
-_CACHED = 2**16  # pixels that a CPU works on at once, so that what is in between stays in its cache
-
-
-def _whole(run: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, bool], Tensor]:
-    """A run that is compiled as one piece, where it is."""
-    return lambda images, needs, compile: fused(run, compile, images, needs)
+    parts = send(order, device), policy.level[order] / LARGEST, policy.sign[order]
+    pieces = zip(*(part.split(counts)[1:] for part in parts), strict=True)
+    runs: dict[Callable, list[tuple[Tensor, Tensor]]] = {}
+    for (run, prepare), (which, level, sign) in zip(OPERATIONS.values(), pieces, strict=True):
+        if len(which):
+            needs = prepare(images, which, level, sign)
+            runs.setdefault(run, []).append((which, send(needs, device)))
+    for run, chosen in runs.items():
+        which, needs = (torch.cat(column) for column in zip(*chosen, strict=True))
+        step = len(which) if images.is_cuda else max(1, CACHED // images[0, 0].numel())
+        for some, need in zip(which.split(step), needs.split(step), strict=True):
+            images.index_copy_(0, some, run(images.index_select(0, some), need))
 
 
 # --------------------------------------------------------------------------- by a table
+#
+# A function that prepares takes the images, the numbers of those n that it is for, levels 0 to 1 and signs
+# (n,), and gives what the operation needs, (n, ...): here tables (n, 3, 256) uint8.
 
 
-@_whole
+@fused
 def look_up(images: Tensor, table: Tensor) -> Tensor:
-    """Each value replaced by its entry in `table` (n, 3, 256) uint8."""
+    """Each value replaced by its entry in the table."""
     return table.gather(2, images.flatten(2).long()).view_as(images)
 
 
-def _plain_table(function: Callable[[Tensor, Tensor], Tensor]) -> Callable:
-    """A table that the argument alone decides: `function(old values (256,), argument (n, 1))`, on the CPU."""
+def _table(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+    """From old values (256,), level and sign (n, 1) alone."""
 
-    def prepare(images, place, argument, fill):
-        return (
-            function(torch.arange(256), argument[:, None]).to(torch.uint8)[:, None].expand(len(place), 3, 256)
-        )
+    def prepare(images, which, level, sign):
+        new = function(torch.arange(256), level[:, None], sign[:, None]).to(torch.uint8)
+        return new.expand(len(which), 256)[:, None].expand(-1, 3, 256)
 
     return prepare
 
 
-def _autocontrast(images, place, argument, fill):
-    values = images.index_select(0, place).flatten(2)
+def _autocontrast(images, which, level, sign):
+    values = images.index_select(0, which).flatten(2)
     low, high = values.amin(2, keepdim=True).double(), values.amax(2, keepdim=True).double()
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / ... would multiply by a reciprocal
     old = torch.arange(256, device=images.device)
-    new = (old * scale + -low * scale).clamp(0, 255)
-    return torch.where(high > low, new, old).to(torch.uint8)
+    return torch.where(high > low, (old * scale + -low * scale).clamp(0, 255), old).to(torch.uint8)
 
 
-def _equalise(images, place, argument, fill):
-    values = images.index_select(0, place).flatten(0, 1).flatten(1)  # (3n, H W)
+def _equalise(images, which, level, sign):
+    values = images.index_select(0, which).flatten(0, 1).flatten(1)  # (3n, H W)
     rows, pixels = values.shape
     index = values.long().add_(256 * torch.arange(rows, device=images.device)[:, None]).flatten()
     counts = torch.zeros(rows * 256, dtype=torch.int32, device=images.device)
@@ -185,13 +175,12 @@ def _equalise(images, place, argument, fill):
     return torch.where(step > 0, new.clamp(max=255), old).to(torch.uint8)
 
 
-def _contrast(images, place, argument, fill):
+def _contrast(images, which, level, sign):
     pixels = images[0, 0].numel()
-    total = _grey(images.index_select(0, place)).flatten(1).sum(1)[:, None, None]
+    total = _grey(images.index_select(0, which)).flatten(1).sum(1)[:, None, None]
     grey = ((2 * total + pixels) // (2 * pixels)).float()  # the mean, rounded; in whole numbers on any device
-    factor = send(argument.float(), images.device)[:, None, None]
-    table = _blend(grey, torch.arange(256.0, device=images.device), factor)
-    return table.expand(len(place), 3, 256)
+    factor = send(_enhance(level, sign), images.device)[:, None, None]
+    return _blend(grey, torch.arange(256.0, device=images.device), factor).expand(-1, 3, 256)
 
 
 # --------------------------------------------------------------------------- by a blend
@@ -208,13 +197,13 @@ def _grey(images: Tensor) -> Tensor:
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
-@_whole
+@fused
 def colour(images: Tensor, factor: Tensor) -> Tensor:
     """Away from (factor above 1) or towards (below) the grey image. factor (n,) float32."""
     return _blend(_grey(images)[:, None].float(), images.float(), factor[:, None, None, None])
 
 
-@_whole
+@fused
 def sharpen(images: Tensor, factor: Tensor) -> Tensor:
     """Away from or towards the smoothed image, whose outermost pixels PIL leaves as they are."""
     sharp = images.float()
@@ -226,37 +215,41 @@ def sharpen(images: Tensor, factor: Tensor) -> Tensor:
     return _blend(smooth, sharp, factor[:, None, None, None])
 
 
-def _factor(images, place, argument, fill):
-    return argument.float()
+def _enhance(level, sign):
+    return (1 + sign * (level * 0.9)).clamp(min=0.1).float()
+
+
+def _factor(images, which, level, sign):
+    return _enhance(level, sign)
 
 
 # --------------------------------------------------------------------------- by moving pixels
 
 
 def _slide(images: Tensor, motion: Tensor) -> Tensor:
-    """Each row moved along itself. motion (n, 5) float64: by so much a row, by so much at all, fill colour."""
+    """Each row moved along itself. motion (n, 2) float64: by so much a row, by so much at all."""
     height, width = images.shape[2:]
-    whole, part = _split(motion[:, :1] * _centres(height, images) + motion[:, 1:2])  # (n, H)
+    whole, part = _split(motion[:, :1] * _centres(height, images) + motion[:, 1:])  # (n, H)
     column = whole[:, :, None] + torch.arange(width, device=images.device)  # (n, H, W)
     row = torch.arange(height, device=images.device)[:, None]
     value = _along(_pack(images), row, column, part[:, None, :, None])
     nearest = column + (part >= 0.5)[:, :, None]
-    return _finish(value, (nearest >= 0) & (nearest < width), motion[:, 2:])
+    return _finish(value, (nearest >= 0) & (nearest < width))
 
 
-slide = _whole(_slide)
+slide = fused(_slide)
 
 
-@_whole
+@fused
 def slide_down(images: Tensor, motion: Tensor) -> Tensor:
     """The same with columns for rows."""
     return _slide(images.mT.contiguous(), motion).mT
 
 
-def rotate(images: Tensor, motion: Tensor, compile: bool) -> Tensor:
-    """About the centre, counter-clockwise. motion (n, 5) float64: cosine, sine, fill colour."""
+def rotate(images: Tensor, motion: Tensor) -> Tensor:
+    """About the centre, counter-clockwise. motion (n, 2) float64: cosine and sine."""
     height, width = images.shape[2:]
-    cosine, sine = motion[:, 0, None, None], motion[:, 1, None, None]
+    cosine, sine = motion[:, :, None, None].unbind(1)
     down = (_centres(height, images) - height / 2)[:, None]
     across = _centres(width, images) - width / 2
     # Where a pixel comes from, as a part that only its column decides and one that only its row does: so all
@@ -265,11 +258,9 @@ def rotate(images: Tensor, motion: Tensor, compile: bool) -> Tensor:
     y, dy = _sum(_split(cosine * down + (height / 2 - 0.5)), _split(-sine * across))
     packed, dx, dy = _pack(images), dx[:, None], dy[:, None]
     # One row of taps at a time is compiled: the compiler takes minutes over all sixteen at once.
-    taps = ((y + tap).clamp(0, height - 1) for tap in (-1, 0, 1, 2))
-    value = fused(_cubic, compile, *(fused(_along, compile, packed, row, x, dx) for row in taps), dy)
+    value = cubic(*(along(packed, (y + tap).clamp(0, height - 1), x, dx) for tap in (-1, 0, 1, 2)), dy)
     column, row = x + (dx[:, 0] >= 0.5), y + (dy[:, 0] >= 0.5)
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    return _finish(value, inside, motion[:, 2:])
+    return _finish(value, (column >= 0) & (column < width) & (row >= 0) & (row < height))
 
 
 def _centres(count: int, like: Tensor) -> Tensor:
@@ -289,7 +280,7 @@ def _sum(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tens
 
 
 def _pack(images: Tensor) -> Tensor:
-    """(n, 3, H, W) uint8 -> (n, H, W) int32: a pixel's colours in one number, so that one gather fetches all."""
+    """(n, 3, H, W) uint8 -> (n, H, W) int32: a pixel's colours in one number, for one gather to fetch all."""
     red, green, blue = images.int().unbind(1)
     return red | green << 8 | blue << 16
 
@@ -309,15 +300,18 @@ def _cubic(before: Tensor, low: Tensor, high: Tensor, after: Tensor, part: Tenso
     return low + part * (slope + part * (2 * rest + high - after + part * (after - high - rest)))
 
 
-def _finish(value: Tensor, inside: Tensor, fill: Tensor) -> Tensor:
-    """Cuts to uint8 and paints what lies outside."""
-    return torch.where(inside[:, None], value.clamp(0, 255), fill.float()[:, :, None, None]).to(torch.uint8)
+along, cubic = fused(_along), fused(_cubic)
 
 
-def _motion(function: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]) -> Callable:
-    def prepare(images, place, argument, fill):
-        colours = [torch.full_like(argument, value) for value in fill]
-        return torch.stack([*function(argument, *images.shape[2:]), *colours], dim=1)
+def _finish(value: Tensor, inside: Tensor) -> Tensor:
+    """Cuts to uint8 and fills what lies outside."""
+    colours = zip(value.clamp(0, 255).to(torch.uint8).unbind(1), FILL, strict=True)
+    return torch.stack([torch.where(inside, channel, level) for channel, level in colours], dim=1)
+
+
+def _motion(function: Callable[[Tensor, int, int], tuple[Tensor, Tensor]], most: float) -> Callable:
+    def prepare(images, which, level, sign):
+        return torch.stack(function(sign * (level * most), *images.shape[2:]), dim=1)
 
     return prepare
 
@@ -327,62 +321,40 @@ def _turn(degrees: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-# --------------------------------------------------------------------------- the fifteen
+# --------------------------------------------------------------------------- the fifteen, in timm's order
 
-
-class Operation(NamedTuple):
-    """How a level becomes pixels."""
-
-    argument: Callable[[Tensor, Tensor], Tensor]  # level / 10 and sign -> degrees, bits, factor, ...
-    prepare: Callable[..., Tensor]  # images, place (n,), argument (n,), fill -> what `run` needs, (n, ...)
-    run: Callable[[Tensor, Tensor, bool], Tensor]  # images (n, 3, H, W), needs, compile -> new images
-
-
-def _nothing(level, sign):
-    return torch.zeros_like(level)
-
-
-def _up_to(most: float) -> Callable:
-    return lambda level, sign: sign * (level * most)
-
-
-def _enhance(level, sign):
-    return (1 + sign * (level * 0.9)).clamp(min=0.1)
-
-
-OPERATIONS: dict[str, Operation] = {  # in timm's order
-    "AutoContrast": Operation(_nothing, _autocontrast, look_up),
-    "Equalize": Operation(_nothing, _equalise, look_up),
-    "Invert": Operation(_nothing, _plain_table(lambda old, nothing: 255 - old + nothing), look_up),
-    "Rotate": Operation(_up_to(30), _motion(_turn), rotate),  # degrees
-    "PosterizeIncreasing": Operation(  # bits kept
-        lambda level, sign: 4 - (level * 4).floor(),
-        _plain_table(lambda old, bits: old & (256 - 2 ** (8 - bits.long()))),
+OPERATIONS: dict[str, tuple[Callable, Callable]] = {  # what runs, and what prepares
+    "AutoContrast": (look_up, _autocontrast),
+    "Equalize": (look_up, _equalise),
+    "Invert": (look_up, _table(lambda old, level, sign: 255 - old)),
+    "Rotate": (rotate, _motion(_turn, 30)),  # degrees
+    # Bits kept are 8 less the exponent; then the value from which on is inverted, what is added to the darker
+    # half.
+    "PosterizeIncreasing": (
         look_up,
+        _table(lambda old, level, sign: old & (256 - 2 ** (4 + (level * 4).floor().long()))),
     ),
-    "SolarizeIncreasing": Operation(  # from this value on
-        lambda level, sign: 256 - (level * 256).floor(),
-        _plain_table(lambda old, least: torch.where(old < least, old, 255 - old)),
+    "SolarizeIncreasing": (
         look_up,
+        _table(lambda old, level, sign: torch.where(old < 256 - (level * 256).floor(), old, 255 - old)),
     ),
-    "SolarizeAdd": Operation(  # so much to the darker half
-        lambda level, sign: (level * 110).floor(),
-        _plain_table(lambda old, more: torch.where(old < 128, (old + more).clamp(max=255), old)),
+    "SolarizeAdd": (
         look_up,
+        _table(
+            lambda old, level, sign: torch.where(old < 128, old + (level * 110).floor(), old).clamp(max=255)
+        ),
     ),
-    "ColorIncreasing": Operation(_enhance, _factor, colour),
-    "ContrastIncreasing": Operation(_enhance, _contrast, look_up),
-    "BrightnessIncreasing": Operation(
-        _enhance,
-        _plain_table(lambda old, factor: _blend(torch.zeros(1), old.float(), factor.float())),
+    "ColorIncreasing": (colour, _factor),
+    "ContrastIncreasing": (look_up, _contrast),
+    "BrightnessIncreasing": (
         look_up,
+        _table(lambda old, *how: _blend(torch.zeros(1), old.float(), _enhance(*how))),
     ),
-    "SharpnessIncreasing": Operation(_enhance, _factor, sharpen),
+    "SharpnessIncreasing": (sharpen, _factor),
     # Rows (columns) a pixel apart move by so much; then shares of the width (height).
-    "ShearX": Operation(_up_to(0.3), _motion(lambda value, *_: (value, 0 * value)), slide),
-    "ShearY": Operation(_up_to(0.3), _motion(lambda value, *_: (value, 0 * value)), slide_down),
-    "TranslateXRel": Operation(_up_to(0.45), _motion(lambda value, _, w: (0 * value, value * w)), slide),
-    "TranslateYRel": Operation(_up_to(0.45), _motion(lambda value, h, _: (0 * value, value * h)), slide_down),
+    "ShearX": (slide, _motion(lambda value, *_: (value, 0 * value), 0.3)),
+    "ShearY": (slide_down, _motion(lambda value, *_: (value, 0 * value), 0.3)),
+    "TranslateXRel": (slide, _motion(lambda value, height, width: (0 * value, value * width), 0.45)),
+    "TranslateYRel": (slide_down, _motion(lambda value, height, width: (0 * value, value * height), 0.45)),
 }
 NAMES = tuple(OPERATIONS)
-RUNS = tuple(dict.fromkeys(kind.run for kind in OPERATIONS.values()))

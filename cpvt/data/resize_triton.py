@@ -1,8 +1,8 @@
 """`crop_resize` on a GPU: two launches for a batch of images of any sizes, read where they lie.
 
-Letters: B images; h w height and width of one image; R rows of it that are read; H W sides of the result.
-
     images, each (3, h, w) -> filter along rows -> buffer, (3, R, W) an image -> along columns -> (B, 3, H, W)
+
+Letters: B images; h w height and width of one image; R rows of it that are read; H W sides of the result.
 """
 
 from __future__ import annotations
@@ -12,26 +12,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 16, 64  # pixels of a program
-# Places in the table: FIELDS int64 an image; from START_Y on they are float64 bit by bit.
+from cpvt.data.randaugment import send
+from cpvt.data.resize import Axis
+
+ROWS, COLUMNS = 16, 64  # pixels of a program, which are also lines of the other launch
+# Places in a table: FIELDS int64 an image. START and SCALE are float64 bit by bit.
 FIELDS = tl.constexpr(16)
-ADDRESS, HEIGHT, WIDTH = (tl.constexpr(i) for i in (0, 1, 2))  # of the image
-ORIGIN_Y, ORIGIN_X = (tl.constexpr(i) for i in (3, 4))  # the box's first whole pixel
-FIRST, COUNT = (tl.constexpr(i) for i in (5, 6))  # rows that are read
-LOW, HIGH = (tl.constexpr(i) for i in (7, 8))  # columns that may be read
-OFFSET, FLIP = (tl.constexpr(i) for i in (9, 10))  # of the image's part of the buffer; to mirror or not
-START_Y, SCALE_Y, START_X, SCALE_X = (tl.constexpr(i) for i in (11, 12, 13, 14))  # from the origin
+ADDRESS, PITCH, PLANE = (tl.constexpr(i) for i in (0, 1, 2))  # of the first pixel that is read; in pixels
+READ, OFFSET, FLIP = (tl.constexpr(i) for i in (3, 4, 5))  # R; where the image's part of the buffer begins
+LOW, HIGH, START, SCALE = (
+    tl.constexpr(i) for i in (6, 7, 8, 9)
+)  # see `Axis`; from the box's first whole pixel
 
 
 @triton.jit
-def _weight(distance, BICUBIC: tl.constexpr):
-    """The filter's value at a distance in pixels of the coarser grid."""
-    x = tl.abs(distance)
-    if BICUBIC:
-        near = (1.5 * x - 2.5) * x * x + 1.0
-        far = ((2.5 - 0.5 * x) * x - 4.0) * x + 2.0
-        return tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
-    return tl.maximum(1.0 - x, 0.0)
+def _float(place):
+    return tl.load(place).to(tl.float64, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _cubic(x):
+    """Keys' cubic with a = -0.5, x pixels of the coarser grid away."""
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((2.5 - 0.5 * x) * x - 4.0) * x + 2.0
+    return tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
 
 
 @triton.jit
@@ -40,163 +44,94 @@ def _rounded(value):
 
 
 @triton.jit
-def _number(table, row, place: tl.constexpr):
-    return tl.load(table + row * FIELDS + place).to(tl.float64, bitcast=True).to(tl.float32)
+def resample(
+    table, work, buffer, out,
+    ALONG_ROWS: tl.constexpr, H: tl.constexpr, W: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """One direction: a program makes P pixels along each of L lines of an image, in three colours.
 
-
-@triton.jit
-def across(table, work, buffer, W: tl.constexpr, BICUBIC: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Rows of the images -> rows of the buffer, mirrored where asked. A program: R x C pixels of one image.
-
-    work holds (image, first row) for each program along the first direction. Coordinates count from the
-    box's first whole pixel, so that float32 is fine enough for them. Neighbouring threads read neighbouring
-    pixels; told that the buffer is aligned, the compiler would give each thread eight, for the store's sake.
+    Along rows, a line is a row, from the image to the buffer, mirrored where asked; along columns, a column,
+    from the buffer to the result. `work` holds (image, first line) for each program.
     """
     image = tl.load(work + 2 * tl.program_id(0))
-    row = tl.load(work + 2 * tl.program_id(0) + 1).to(tl.int32) + tl.arange(0, R)
-    column = tl.program_id(1) * C + tl.arange(0, C)
+    line = tl.multiple_of(tl.load(work + 2 * tl.program_id(0) + 1).to(tl.int32), L) + tl.arange(0, L)
+    place = tl.program_id(1) * P + tl.arange(0, P)
     entry = table + image * FIELDS
-    address = tl.load(entry + ADDRESS).to(tl.pointer_type(tl.uint8))
-    height, width = tl.load(entry + HEIGHT), tl.load(entry + WIDTH)
-    origin, first_row, rows = tl.load(entry + ORIGIN_X), tl.load(entry + FIRST), tl.load(entry + COUNT)
-    low, high = (tl.load(entry + LOW) - origin).to(tl.int32), (tl.load(entry + HIGH) - origin).to(tl.int32)
-    start, scale = _number(table, image, START_X), _number(table, image, SCALE_X)
+    read, offset = tl.load(entry + READ), tl.load(entry + OFFSET)
+    if ALONG_ROWS:
+        inside = (line < read)[:, None] & (place < W)[None, :]
+        address = tl.load(entry + ADDRESS).to(tl.pointer_type(tl.uint8))
+        source, plane = address + line[:, None] * tl.load(entry + PITCH), tl.load(entry + PLANE)
+        # Told that the offset is a multiple of 16, the compiler would store eight pixels at once and so let
+        # each thread read eight: neighbouring threads had better read neighbours.
+        target, out_plane = buffer + offset + line[:, None] * W + place[None, :], read * W
+        place = tl.where(tl.load(entry + FLIP) != 0, W - 1 - place, place)
+    else:
+        inside = (line < W)[:, None] & (place < H)[None, :]
+        source, plane = buffer + tl.multiple_of(offset, 16) + line[:, None], read * W
+        target, out_plane = out + image * (3 * H * W) + place[None, :] * W + line[:, None], H * W
 
-    stretch = tl.maximum(scale, 1.0)
-    support = stretch * 2.0 if BICUBIC else stretch
-    mirrored = tl.where(tl.load(entry + FLIP) != 0, W - 1 - column, column)
-    centre = start + (mirrored.to(tl.float32) + 0.5) * scale
-    first = tl.maximum(tl.floor(centre - support + 0.5).to(tl.int32), low)
-    last = tl.minimum(tl.floor(centre + support + 0.5).to(tl.int32), high)
-    taps = tl.floor(2.0 * support).to(tl.int32) + 2
-    inside = (row < rows)[:, None] & (column < W)[None, :]
-    line = address + (first_row + row)[:, None] * width + origin
-    plane = height * width
-
-    total = tl.zeros((C,), tl.float32)
-    red = tl.zeros((R, C), tl.float32)
-    green = tl.zeros((R, C), tl.float32)
-    blue = tl.zeros((R, C), tl.float32)
-    for tap in range(0, taps):
+    scale = _float(entry + SCALE)
+    stretch = tl.maximum(scale, 1.0)  # the filter reaches two pixels of the coarser grid to each side
+    centre = _float(entry + START) + (place.to(tl.float32) + 0.5) * scale
+    low = tl.load(entry + LOW).to(tl.int32)
+    first = tl.maximum(tl.floor(centre - 2.0 * stretch + 0.5).to(tl.int32), low)
+    high = tl.load(entry + HIGH).to(tl.int32)
+    last = tl.minimum(tl.floor(centre + 2.0 * stretch + 0.5).to(tl.int32), high)
+    total = tl.zeros((P,), tl.float32)
+    red = tl.zeros((L, P), tl.float32)
+    green = tl.zeros((L, P), tl.float32)
+    blue = tl.zeros((L, P), tl.float32)
+    for tap in range(0, tl.floor(4.0 * stretch).to(tl.int32) + 2):
         pixel = first + tap
         seen = pixel < last
-        weight = tl.where(seen, _weight((pixel.to(tl.float32) + 0.5 - centre) / stretch, BICUBIC), 0.0)
+        weight = tl.where(seen, _cubic(tl.abs(pixel.to(tl.float32) + 0.5 - centre) / stretch), 0.0)
         total += weight
-        source = line + pixel[None, :]
+        pixels = source + (pixel if ALONG_ROWS else (pixel - low) * W)[None, :]
         mask = inside & seen[None, :]
-        red += weight[None, :] * tl.load(source, mask, 0).to(tl.float32)
-        green += weight[None, :] * tl.load(source + plane, mask, 0).to(tl.float32)
-        blue += weight[None, :] * tl.load(source + 2 * plane, mask, 0).to(tl.float32)
+        red += weight[None, :] * tl.load(pixels, mask, 0).to(tl.float32)
+        green += weight[None, :] * tl.load(pixels + plane, mask, 0).to(tl.float32)
+        blue += weight[None, :] * tl.load(pixels + 2 * plane, mask, 0).to(tl.float32)
 
     share = 1.0 / total[None, :]
-    target = buffer + tl.load(entry + OFFSET) + row[:, None] * W + column[None, :]
     tl.store(target, _rounded(red * share), inside)
-    tl.store(target + rows * W, _rounded(green * share), inside)
-    tl.store(target + 2 * rows * W, _rounded(blue * share), inside)
+    tl.store(target + out_plane, _rounded(green * share), inside)
+    tl.store(target + 2 * out_plane, _rounded(blue * share), inside)
 
 
-@triton.jit
-def down(
-    table,
-    buffer,
-    out,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    BICUBIC: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-):
-    """Columns of the buffer -> the result. A program: R x C pixels of one image."""
-    image = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * R + tl.arange(0, R)
-    column = tl.program_id(2) * C + tl.arange(0, C)
-    entry = table + image * FIELDS
-    origin, rows = tl.load(entry + ORIGIN_Y), tl.load(entry + COUNT)
-    low = (tl.load(entry + FIRST) - origin).to(tl.int32)  # the first row of the buffer
-    high = low + rows.to(tl.int32)
-    start, scale = _number(table, image, START_Y), _number(table, image, SCALE_Y)
-
-    stretch = tl.maximum(scale, 1.0)
-    support = stretch * 2.0 if BICUBIC else stretch
-    centre = start + (row.to(tl.float32) + 0.5) * scale
-    first = tl.maximum(tl.floor(centre - support + 0.5).to(tl.int32), low)
-    last = tl.minimum(tl.floor(centre + support + 0.5).to(tl.int32), high)
-    taps = tl.floor(2.0 * support).to(tl.int32) + 2
-    inside = (row < H)[:, None] & (column < W)[None, :]
-    base = buffer + tl.multiple_of(tl.load(entry + OFFSET), 16) + column[None, :]
-    plane = rows * W
-
-    total = tl.zeros((R,), tl.float32)
-    red = tl.zeros((R, C), tl.float32)
-    green = tl.zeros((R, C), tl.float32)
-    blue = tl.zeros((R, C), tl.float32)
-    for tap in range(0, taps):
-        pixel = first + tap
-        seen = pixel < last
-        weight = tl.where(seen, _weight((pixel.to(tl.float32) + 0.5 - centre) / stretch, BICUBIC), 0.0)
-        total += weight
-        source = base + (pixel - low)[:, None].to(tl.int64) * W
-        mask = inside & seen[:, None]
-        red += weight[:, None] * tl.load(source, mask, 0).to(tl.float32)
-        green += weight[:, None] * tl.load(source + plane, mask, 0).to(tl.float32)
-        blue += weight[:, None] * tl.load(source + 2 * plane, mask, 0).to(tl.float32)
-
-    share = 1.0 / total[:, None]
-    target = out + image * (3 * H * W) + row[:, None] * W + column[None, :]
-    tl.store(target, _rounded(red * share), inside)
-    tl.store(target + H * W, _rounded(green * share), inside)
-    tl.store(target + 2 * H * W, _rounded(blue * share), inside)
-
-
-def launch(images, rows, columns, size: tuple[int, int], flip: Tensor, bicubic: bool) -> Tensor:
-    """Images (3, h, w), the plans of their rows and columns -> (B, 3, *size), on the current stream.
-
-    Nothing waits for the GPU.
-    """
-    device = images[0].device
+def by_triton(images, down: Axis, across: Axis, size: tuple[int, int], flip: Tensor) -> Tensor:
+    """Images (3, h, w), the plans of their rows and columns -> (B, 3, *size). Nothing waits for the GPU."""
+    (height, width), device = size, images[0].device
     images = [image.contiguous() for image in images]  # planes apart; a decoder's images already are
-    table, work, length = _tables(images, rows, columns, size, flip)
-    packed = torch.cat([table.flatten(), work.flatten()])
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    work = packed[table.numel() :]
-    buffer = torch.empty(length, dtype=torch.uint8, device=device)
-    out = torch.empty(len(images), 3, *size, dtype=torch.uint8, device=device)
-    (height, width), blocks = size, triton.cdiv(size[1], COLUMNS)
-    with torch.cuda.device_of(out):
-        across[(len(work) // 2, blocks)](packed, work, buffer, width, bicubic, ROWS, COLUMNS)
-        grid = len(images), triton.cdiv(height, ROWS), blocks
-        down[grid](packed, buffer, out, height, width, bicubic, ROWS, COLUMNS)
-    return out
-
-
-def _tables(images, rows, columns, size, flip) -> tuple[Tensor, Tensor, int]:
-    """What the kernels have to know: (B, FIELDS) int64, (programs, 2) int64, and the buffer's length in bytes."""
-    count = (rows.last - rows.first).long()
-    # Each image's part of the buffer begins at a multiple of 16, for aligned loads.
-    lengths = (3 * size[1] * count + 15) // 16 * 16
-    origins = rows.start.floor(), columns.start.floor()
-    numbers = {
-        ADDRESS: [image.data_ptr() for image in images],
-        HEIGHT: [image.shape[1] for image in images],
-        WIDTH: [image.shape[2] for image in images],
-        ORIGIN_Y: origins[0],
-        ORIGIN_X: origins[1],
-        FIRST: rows.first,
-        COUNT: count,
-        LOW: columns.low,
-        HIGH: columns.high,
+    sides, read = torch.tensor([image.shape[1:] for image in images]), (down.last - down.first).long()
+    lengths = (3 * width * read + 15) // 16 * 16  # parts of the buffer are aligned for the second launch
+    first = down.first.long() * sides[:, 1] + across.start.floor().long()
+    fields = {
+        ADDRESS: torch.tensor([image.data_ptr() for image in images]) + first,
+        PITCH: sides[:, 1],
+        PLANE: sides.prod(1),
+        READ: read,
         OFFSET: lengths.cumsum(0) - lengths,
         FLIP: flip,
-        START_Y: (rows.start - origins[0]).view(torch.int64),
-        SCALE_Y: rows.scale.view(torch.int64),
-        START_X: (columns.start - origins[1]).view(torch.int64),
-        SCALE_X: columns.scale.view(torch.int64),
     }
-    table = torch.zeros(len(images), FIELDS.value, dtype=torch.int64)
-    for place, values in numbers.items():
-        table[:, place.value] = torch.as_tensor(values)
-    blocks = (count + ROWS - 1) // ROWS
-    image = torch.arange(len(images)).repeat_interleave(blocks)
-    block = torch.arange(len(image)) - (blocks.cumsum(0) - blocks).repeat_interleave(blocks)
-    return table, torch.stack([image, block * ROWS], dim=1), int(lengths.sum())
+    buffer = torch.empty(int(lengths.sum()), dtype=torch.uint8, device=device)
+    out = torch.empty(len(images), 3, *size, dtype=torch.uint8, device=device)
+    with torch.cuda.device_of(out):
+        for axis, low, high, lines, block, length in (
+            (across, across.low, across.high, read, (ROWS, COLUMNS), width),
+            (down, down.first, down.last, torch.full_like(read, width), (COLUMNS, ROWS), height),
+        ):
+            origin, table = axis.start.floor(), torch.zeros(len(images), FIELDS.value, dtype=torch.int64)
+            fields |= {LOW: low - origin, HIGH: high - origin}
+            fields |= {START: (axis.start - origin).view(torch.int64), SCALE: axis.scale.view(torch.int64)}
+            for place, values in fields.items():
+                table[:, place.value] = values
+            blocks = triton.cdiv(lines, block[0])
+            image = torch.arange(len(images)).repeat_interleave(blocks)
+            number = torch.arange(len(image)) - (blocks.cumsum(0) - blocks)[image]
+            work = torch.stack([image, number * block[0]], dim=1)
+            grid = len(work), triton.cdiv(length, block[1])
+            resample[grid](
+                send(table, device), send(work, device), buffer, out, axis is across, *size, *block
+            )
+    return out

@@ -1,15 +1,17 @@
 """Which image stands where: the order of an epoch, cut into steps, processes and micro-batches.
 
-The configuration fixes the batch of a step over all processes. Its places, 0 ... batch - 1, are cut into equal
-runs for the processes, and each run into micro-batches. A sample is named by (epoch, position), its place in
-the epoch's stream; everything random about it is a function of the seed and these two. So the same seed gives
-the same batches for any number of workers, processes and micro-batches.
+A sample is named by (epoch, position), its place in the epoch's stream; everything random about it is a
+function of the seed and these two. A step takes the next positions of the stream, however many processes and
+micro-batches share them: the same seed gives the same batches for all of these.
+
+Letters: B images of a micro-batch, G groups of them that are mixed among each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -17,111 +19,124 @@ from torch import Tensor
 from cpvt.errors import ConfigError
 from cpvt.rng import permutation
 
-REFERENCE_CHUNK = 256  # DeiT cuts an epoch of repeated samples to a multiple of this
+DEIT_MULTIPLE = 256  # DeiT cuts an epoch of repeated samples to a multiple of this
 
 
 @dataclass(frozen=True)
-class Stream:
-    """The samples of a run.
+class Request:
+    """A micro-batch before it is read. It stays with its images until they are augmented. All on the CPU.
 
-    images   in the data set
-    batch    samples a step, over all processes
-    group    samples that are mixed among each other; they lie next to each other in the batch
-    repeated_aug  copies of an image that stand one behind the other in the stream (repeated augmentation); they
-             fall into different groups, as they fall on different processes in DeiT
+    positions  (B,) int64: of the samples in the epoch's stream
+    groups     (G,) int64: numbers of the groups in the epoch; image i is in group i // (B / G)
+    indices    (B,) int64: of the images in the data set
+    """
+
+    epoch: int
+    positions: Tensor
+    groups: Tensor
+    indices: Tensor
+
+    def __reduce__(self):  # as arrays: each tensor would go to another process as an open file
+        return _unpack, (self.epoch, *(t.numpy() for t in (self.positions, self.groups, self.indices)))
+
+
+def _unpack(epoch: int, *arrays) -> Request:
+    return Request(epoch, *map(torch.from_numpy, arrays))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The samples of a training run, and this process's part of them.
+
+    images             in the data set
+    global_batch_size  samples a step, over all processes
+    mix_group          samples that are mixed among each other; they lie next to each other in the batch
+    repeated_aug       copies of an image that stand one behind the other in the stream (repeated
+    augmentation);
+                       they fall into different groups, as they fall on different processes in DeiT
+    micro_batch_size   images that the process handles at a time, at most; 0: all of its part of a batch
+
+    Raises ConfigError where a batch cannot be cut so that no group is torn.
     """
 
     images: int
-    batch: int
+    global_batch_size: int
     seed: int = 0
-    group: int = 1
+    mix_group: int = 1
     repeated_aug: int = 1
+    rank: int = 0
+    world_size: int = 1
+    micro_batch_size: int = 0
 
     def __post_init__(self):
-        if self.batch % self.group:
+        batch, group, most = self.global_batch_size, self.mix_group, self.micro_batch_size
+        given = f"optim.global_batch_size={batch} with augment.mix_group={group}"
+        if batch % group:
+            raise ConfigError(f"{given}: a step holds whole groups; choose a divisor")
+        if group > 1 and batch // group < self.repeated_aug:
             raise ConfigError(
-                f"optim.global_batch_size={self.batch} with augment.mix_group={self.group}: "
-                "a step holds whole groups; choose a divisor"
+                f"{given} makes {batch // group} groups, fewer than augment.repeated_aug="
+                f"{self.repeated_aug}: an image would be mixed with its own copy; choose smaller groups"
             )
-        if self.group > 1 and self.batch // self.group < self.repeated_aug:
+        if not self.steps_per_epoch:
             raise ConfigError(
-                f"optim.global_batch_size={self.batch} with augment.mix_group={self.group} makes {self.batch // self.group} "
-                f"groups, fewer than augment.repeated_aug={self.repeated_aug}: an image would be mixed with its own copy; "
-                "choose smaller groups"
+                f"{self.images} training images, {self._offered} samples an epoch, "
+                f"optim.global_batch_size={batch}: choose a smaller batch"
             )
-        if self.samples < self.batch:
+        if batch % (self.world_size * group):
             raise ConfigError(
-                f"{self.images} training images, {self.samples} samples an epoch, optim.global_batch_size={self.batch}: "
-                "choose a smaller batch"
+                f"{given} for {self.world_size} processes: each needs an equal number of whole groups; "
+                "change the batch or the group"
             )
-
-    @property
-    def samples(self) -> int:
-        """Samples that the stream of an epoch offers; the last incomplete step is left out."""
-        chunks = self.images // REFERENCE_CHUNK * REFERENCE_CHUNK
-        return chunks if self.repeated_aug > 1 and chunks else self.images
-
-    @property
-    def steps(self) -> int:
-        """Steps an epoch."""
-        return self.samples // self.batch
-
-    @property
-    def distinct(self) -> int:
-        """Different images in an epoch."""
-        return -(-self.steps * self.batch // self.repeated_aug)
-
-    def position(self, step: int) -> tuple[int, int]:
-        """A step of the run, counted from 0 -> (epoch, step of that epoch)."""
-        return divmod(step, self.steps)
-
-    def places(self, step: int) -> tuple[int, Tensor]:
-        """-> the epoch, and the position of the sample at each place of the batch: (batch,) int64."""
-        epoch, step = self.position(step)
-        groups = self.batch // self.group
-        place = torch.arange(self.batch)
-        return epoch, step * self.batch + place % self.group * groups + place // self.group
-
-    def group_numbers(self, step: int) -> Tensor:
-        """The number, in its epoch, of each group of the batch: (batch / group,) int64."""
-        groups = self.batch // self.group
-        return self.position(step)[1] * groups + torch.arange(groups)
-
-    def indices(self, epoch: int, positions: Tensor) -> Tensor:
-        """Positions of an epoch -> indices into the data set."""
-        return _order(self.images, self.seed, epoch)[positions // self.repeated_aug]
-
-
-@lru_cache(maxsize=2)
-def _order(images: int, seed: int, epoch: int) -> Tensor:
-    return permutation("order", images, seed, epoch)
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of each batch that one process handles, `micro` images at a time."""
-
-    rank: int = 0
-    world: int = 1
-    micro: int = 0  # at most; 0: all of its share at once
-
-    def parts(self, batch: int, group: int = 1) -> list[slice]:
-        """-> the micro-batches of this process, as slices of the batch; all have the same size.
-
-        Raises ConfigError where the batch cannot be cut so that no group is torn.
-        """
-        if batch % self.world or batch // self.world % group:
+        if 0 < most < group:
             raise ConfigError(
-                f"optim.global_batch_size={batch} for {self.world} processes with augment.mix_group={group}: each process "
-                "needs an equal number of whole groups; change the batch or the group"
-            )
-        share = batch // self.world
-        if self.micro and self.micro < group:
-            raise ConfigError(
-                f"optim.micro_batch_size={self.micro} is smaller than augment.mix_group={group}: "
+                f"optim.micro_batch_size={most} is smaller than augment.mix_group={group}: "
                 "a group is mixed in one piece; choose a smaller group"
             )
-        sizes = (size for size in range(min(self.micro or share, share), 0, -1) if share % size == 0)
-        size = next(size for size in sizes if size % group == 0)
+
+    @property
+    def _offered(self) -> int:
+        whole = self.images // DEIT_MULTIPLE * DEIT_MULTIPLE
+        return whole if self.repeated_aug > 1 and whole else self.images
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._offered // self.global_batch_size
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Those of whole steps."""
+        return self.steps_per_epoch * self.global_batch_size
+
+    @property
+    def distinct_images(self) -> int:
+        """Different images in an epoch."""
+        return -(-self.samples_per_epoch // self.repeated_aug)
+
+    def positions(self, step: int) -> tuple[int, Tensor]:
+        """A step of the run, from 0 -> its epoch, and the position of each sample of the whole batch."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        groups, place = self.global_batch_size // self.mix_group, torch.arange(self.global_batch_size)
+        return epoch, groups * (step * self.mix_group + place % self.mix_group) + place // self.mix_group
+
+    @property
+    def micro_batches(self) -> list[slice]:
+        """Those of this process, all of one size, as parts of the batch: as few as are allowed."""
+        share = self.global_batch_size // self.world_size
+        sizes = range(min(self.micro_batch_size or share, share), 0, -1)
+        size = next(size for size in sizes if share % size == 0 and size % self.mix_group == 0)
         first = self.rank * share
         return [slice(i, i + size) for i in range(first, first + share, size)]
+
+    def requests(self, start_step: int = 0) -> Iterator[Request]:
+        """The micro-batches of this process from a step of the run on, without end."""
+        order, known = torch.empty(0), -1
+        for step in count(start_step):
+            epoch, positions = self.positions(step)
+            if epoch != known:
+                order, known = permutation("order", self.images, self.seed, epoch), epoch
+            first = step % self.steps_per_epoch * self.global_batch_size
+            for part in self.micro_batches:
+                groups = torch.arange(first + part.start, first + part.stop, self.mix_group) // self.mix_group
+                indices = order[positions[part] // self.repeated_aug]
+                yield Request(epoch, positions[part], groups, indices)

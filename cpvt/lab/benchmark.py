@@ -24,6 +24,7 @@ first run pays for every answer all the same; only more students on the same see
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -40,9 +41,10 @@ from torch import Tensor
 
 from cpvt.config import replace
 from cpvt.data.decode import find_jpeg_decoder
+from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError, nearest
 from cpvt.lab.costs import step_bytes
-from cpvt.lab.jpegs import Filled, Repeated, jpeg_decoder, prepare
+from cpvt.lab.jpegs import Repeated, jpeg_decoder, prepare
 from cpvt.lab.results import Result
 from cpvt.lab.steps import (
     AGREE,
@@ -210,9 +212,17 @@ def _jpeg_row(bench: Bench, name: str, metrics: dict, source: Repeated, **more) 
 def our_batches(bench: Bench, source: Repeated) -> Iterator[tuple[Tensor, Tensor]]:
     recipe = bench.recipe
     data = replace(recipe.data, image_size=bench.side, workers=bench.workers)
-    options = {"augment": recipe.augment, "smoothing": recipe.optim.label_smoothing, "source": source}
-    options["decode_jpegs"] = bench.decode_jpegs
-    with closing(Filled(data, bench.size.batch, 0, bench.device, **options).micro_batches()) as batches:
+    loader = make_loader(
+        data,
+        global_batch_size=bench.size.batch,
+        seed=0,
+        device=bench.device,
+        augment=recipe.augment,
+        label_smoothing=recipe.optim.label_smoothing,
+        open_split=lambda *which: source,
+    )
+    loader = dataclasses.replace(loader, decode_jpegs=bench.decode_jpegs)
+    with closing(loader.train_batches()) as batches:
         for batch in batches:
             yield batch.images, batch.targets
 

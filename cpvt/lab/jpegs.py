@@ -18,7 +18,6 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from cpvt.data.datasets import ImageDataset, Shards, open_dataset
-from cpvt.data.loader import Images
 from cpvt.data.pack import pack
 from cpvt.errors import DataError
 
@@ -61,17 +60,6 @@ class Repeated:
     def bytes_in_order(self) -> Tensor:
         """All bytes, end to end."""
         return torch.from_numpy(numpy.frombuffer(b"".join(self.contents), numpy.uint8).copy())
-
-
-class Filled(Images):
-    """`Images` of a source that is there already; held-out images are the same."""
-
-    def __init__(self, *args, source: Repeated, **options):
-        self.given = source
-        super().__init__(*args, **options)
-
-    def _open(self, split: str) -> Repeated:
-        return self.given
 
 
 # --------------------------------------------------------------------------- which files

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from cpvt.config import replace
 from cpvt.data.datasets import open_dataset
-from cpvt.data.loader import Images, normalise, open_batches
+from cpvt.data.loader import ImageLoader, make_loader
 from cpvt.data.resize import crop_resize
 from cpvt.data.synthetic import draw
+from cpvt.data.transforms import normalise
 from cpvt.lab import probes
 from cpvt.lab.results import fingerprint
 from cpvt.lab.timm_baseline import selected
@@ -44,20 +45,20 @@ def _device(model: VisionTransformer) -> torch.device:
     return next(model.parameters()).device
 
 
-def held_out(run: TrainingRun, **changes) -> Images:
+def held_out(run: TrainingRun, cache: dict | None = None, **changes) -> ImageLoader:
     """The held-out images of a run, as they are or with `changes` of their DataConfig, on its model's device."""
-    data = replace(run.config.data, **changes)
-    return open_batches(data, 1, run.config.run.seed, str(_device(run.model)), train=False)
+    data, device = replace(run.config.data, **changes), str(_device(run.model))
+    return make_loader(data, seed=run.config.run.seed, device=device, train=False, cache=cache)
 
 
-def _digest(loader: Images) -> str:
-    return fingerprint(loader.held_out.images, loader.held_out.labels)
+def _digest(loader: ImageLoader) -> str:
+    return fingerprint(loader.val_set.images, loader.val_set.labels)
 
 
-def held_out_images(loader: Images, count: int, spread: bool = False) -> tuple[Tensor, Tensor]:
+def held_out_images(loader: ImageLoader, count: int, spread: bool = False) -> tuple[Tensor, Tensor]:
     """-> the first `count` held-out images, normalised, and their labels; `spread`: those at even steps among all,
     so that all classes have a part where they stand one after the other."""
-    parts = loader.test() if spread else islice(loader.test(), -(-count // 256))
+    parts = loader.eval_batches() if spread else islice(loader.eval_batches(), -(-count // 256))
     images, labels = (torch.cat(found) for found in zip(*parts, strict=True))
     if not spread:
         return images[:count], labels[:count]
@@ -137,24 +138,29 @@ def score_table_row(run: TrainingRun, images: int = 2000, fine_tuned: bool = Fal
     """
     model, pixels, size = run.model, run.config.model.patch_size, run.config.data.image_size
     metrics: dict[str, float] = {}
+    cache: dict = {}  # images are decoded once for all sizes
     for side in SIZES:
         for suffix, variant in _variants(model, side):
-            scores = accuracy(variant, held_out(run, image_size=side).test())
+            scores = accuracy(variant, held_out(run, cache, image_size=side).eval_batches())
             metrics[f"top1@{side // pixels}{suffix}"] = scores["top1"]
-    loader = held_out(run)
+    loader = held_out(run, cache)
     metrics |= score_oblong(model, loader)
     if fine_tuned:
         tuned = fine_tune(run, FINE_TUNED)
         if tuned.interrupted:
             raise Stopped(tuned.interrupted)
         metrics[f"top1@{FINE_TUNED // pixels}/tuned"] = tuned.metrics["top1"]
-    wider, _ = held_out_images(held_out(run, image_size=size + 2 * pixels), 64, spread=True)
+    wider, _ = held_out_images(held_out(run, cache, image_size=size + 2 * pixels), 64, spread=True)
     metrics |= _score_images(model, loader, images, True, wider[:, :, pixels:-pixels])
     return metrics, run.config.data.name, _digest(loader)
 
 
 def _score_images(
-    model: VisionTransformer, loader: Images, count: int, spread: bool = False, scenes: Tensor | None = None
+    model: VisionTransformer,
+    loader: ImageLoader,
+    count: int,
+    spread: bool = False,
+    scenes: Tensor | None = None,
 ) -> dict[str, float]:
     """Shifts on `count` held-out images, position on 256, maps and attention on 64 (see `held_out_images`)."""
     few, some = (held_out_images(loader, number, spread)[0] for number in (64, 256))
@@ -204,7 +210,7 @@ def arrays_of(run: TrainingRun, spread: bool = False) -> dict[str, Tensor]:
                     smaller grid
     """
     model, loader = run.model, held_out(run)
-    hits = torch.cat([correct(model, images, labels).cpu() for images, labels in loader.test()])
+    hits = torch.cat([correct(model, images, labels).cpu() for images, labels in loader.eval_batches()])
     found = {}
     for module in model.modules():
         if isinstance(module, PEG):
@@ -332,14 +338,14 @@ def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float
     return metrics
 
 
-def score_oblong(model: VisionTransformer, loader: Images) -> dict[str, float]:
+def score_oblong(model: VisionTransformer, loader: ImageLoader) -> dict[str, float]:
     """top1@14x28: accuracy on the middle band of the images, twice as wide as it is high.
 
     Held-out images of S x S pixels give a band of S / 2 x S, resized to the trained height and twice that width,
     so that an object keeps its tokens where the stored images are large enough.
     """
-    held, size, right = loader.held_out, model.config.image_size[0], []
-    for part in torch.arange(len(held)).split(256):
+    held, size, right = loader.val_set, model.config.image_size[0], []
+    for part in torch.arange(len(held.labels)).split(256):
         pixels, labels = held.images[part], held.labels[part].to(_device(model))
         S = pixels.shape[-1]
         band = torch.tensor([[S / 4, 0.0, S / 2, float(S)]] * len(part), dtype=torch.float64)

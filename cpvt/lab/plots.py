@@ -6,6 +6,7 @@ Each function returns the matplotlib Figure; a notebook shows it where it is the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas
 import torch
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from torch import Tensor
 
-from cpvt.data.sampler import Share, Stream
+from cpvt.data.sampler import Sampler
 from cpvt.lab.results import NOT_YET
 from cpvt.lab.styles import (
     BLACK,
@@ -161,19 +162,19 @@ def pipeline_diagram() -> Figure:
     return fig
 
 
-def batch_layout(stream: Stream, world: int = 1, micro: int = 0, marked: Sequence[int] = (0, 5)) -> Figure:
+def batch_layout(sampler: Sampler, marked: Sequence[int] = (0, 5)) -> Figure:
     """The images of one batch: a row a mixing group, in each square the number of the image in the stream.
 
     Thin frames are micro-batches, thick ones processes. `marked`: images whose copies are set in colour.
     """
-    groups, size = stream.batch // stream.group, stream.group
-    shares = [Share(rank, world, micro).parts(stream.batch, size) for rank in range(world)]
+    groups, size = sampler.global_batch_size // sampler.mix_group, sampler.mix_group
+    shares = [replace(sampler, rank=rank).micro_batches for rank in range(sampler.world_size)]
     colours = dict(zip(marked, (VERMILLION, BLUE, GREEN), strict=False))
     with figure(0.62 * groups + 0.65) as fig:
         axes = fig.subplots()
-        for place, position in enumerate(stream.places(0)[1].tolist()):
+        for place, position in enumerate(sampler.positions(0)[1].tolist()):
             row, column = divmod(place, size)
-            image = position // stream.repeated_aug
+            image = position // sampler.repeated_aug
             square = {"facecolor": colours.get(image, "white"), "edgecolor": GREY, "linewidth": 0.6}
             axes.add_patch(Rectangle((column, row + 0.19), 1, 0.62, **square))
             ink = {"color": "white", "fontweight": "bold"} if image in colours else {}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cpvt.config import DataConfig, TrainConfig, from_json, replace, to_json
-from cpvt.data.loader import keep_images, open_batches
+from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError, ResultsError, TrainingError
 from cpvt.lab.results import AlreadyMeasured, Result, append, commit, describe, recorded, results_folder
 from cpvt.training.checkpoint import differences
@@ -52,7 +53,7 @@ class Job:
     scale: str
     config: TrainConfig
     score: Callable[[TrainingRun], tuple[dict[str, float], str, str]]
-    make_loader: Callable = open_batches
+    make_loader: Callable = make_loader
     arrays: Callable[[TrainingRun], dict[str, Tensor]] = lambda run: {}
 
     @property
@@ -65,14 +66,15 @@ class Job:
         return describe(self.columns, seed=self.config.run.seed)
 
 
-def run_job(job: Job, version: str = "") -> tuple[Result, dict[str, Tensor]]:
+def run_job(job: Job, version: str = "", cache: dict | None = None) -> tuple[Result, dict[str, Tensor]]:
     """Trains and scores a job -> its result, and the arrays that are kept beside it.
 
-    `version`: the commit of the code that runs, where it is known. Raises Stopped where a signal came in between.
+    `version`: the commit of the code that runs, where it is known. `cache` keeps decoded images from job to job.
+    Raises Stopped where a signal came in between.
     """
     version, started = version or commit(), time.perf_counter()  # asked now: files may change while it trains
     config, teacher_top1 = with_teacher(job.config)
-    run = train(config, make_loader=job.make_loader)
+    run = train(config, make_loader=partial(job.make_loader, cache=cache))
     if run.interrupted:
         raise Stopped(f"{job.label}: stopped by {run.interrupted}")
     for module in run.model.modules():  # scored as written: hooks are set, and sizes asked for once
@@ -127,12 +129,12 @@ def run_missing(
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ResultsError(f"{folder} cannot be written to; give another folder")
-    missing, failed = _missing(list(jobs), folder), []
-    with keep_images(), _raising_at_signals():
+    missing, failed, cache = _missing(list(jobs), folder), [], {}
+    with _raising_at_signals():
         while missing and (not longest or clock() + longest <= end):
             job, started = missing.pop(0), clock()
             try:
-                result, arrays = run_job(job, version)
+                result, arrays = run_job(job, version, cache)
             except Stopped:
                 missing.insert(0, job)
                 break
@@ -189,20 +191,21 @@ def train_teacher(student: TrainConfig) -> tuple[nn.Module, float]:
     -> the model in evaluation mode, and its top-1 in percent on the held-out images.
     """
     device, seed, optim = pick_device(student.run.device), student.run.seed, student.optim
-    images = {"augment": student.augment, "smoothing": optim.label_smoothing}
-    loader = open_batches(student.data, optim.global_batch_size, seed, device, **images)
-    optim = resolve(student, loader.stream.steps).optim
+    images = {"augment": student.augment, "label_smoothing": optim.label_smoothing}
+    images["global_batch_size"] = optim.global_batch_size
+    loader = make_loader(student.data, seed=seed, device=device, **images)
+    optim = resolve(student, loader.sampler.steps_per_epoch).optim
     torch.manual_seed(seed)
     model = timm.create_model(student.distill.teacher, num_classes=loader.num_classes).to(device)
     optimiser = torch.optim.AdamW(param_groups(model, optim.weight_decay), lr=optim.lr)
-    with closing(loader.micro_batches()) as batches:
+    with closing(loader.train_batches()) as batches:
         for step, batch in enumerate(islice(batches, optim.steps)):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, optim)
             optimiser.zero_grad()
             cross_entropy(model(batch.images), batch.targets, optim.label_smoothing).backward()
             optimiser.step()
-    return model.eval(), accuracy(model, loader.test())["top1"]
+    return model.eval(), accuracy(model, loader.eval_batches())["top1"]
 
 
 def with_teacher(student: TrainConfig) -> tuple[TrainConfig, dict[str, float]]:

@@ -19,9 +19,9 @@ from timm.data import FastCollateMixup, ImageDataset, Mixup, create_loader
 from timm.data.auto_augment import posterize
 from torch import Tensor, distributed, nn
 
-from cpvt.config import AugmentConfig, ModelConfig
+from cpvt.config import AugmentConfig, DataConfig, ModelConfig
 from cpvt.data.datasets import ImageDataset as ImageFiles
-from cpvt.data.loader import Batch, Images
+from cpvt.data.loader import Batch, ImageLoader, make_loader, open_split
 from cpvt.data.shards import Shards
 from cpvt.errors import ConfigError
 
@@ -146,49 +146,52 @@ def selected(dataset: ImageFiles, classes: int) -> ImageFiles:
     return dataclasses.replace(chosen, classes=chosen.classes[:classes])
 
 
-class Selected(Images):
-    """`Images` of the first `classes` classes alone (0: of all)."""
+def first_classes(data: DataConfig, *, classes: int = 0, **options) -> ImageLoader:
+    """`make_loader` with the images of the first `classes` classes alone (0: of all)."""
 
-    def __init__(self, *args, classes: int = 0, **options):
-        self.first = classes
-        super().__init__(*args, **options)
+    def opened(*which) -> ImageFiles:
+        return selected(open_split(*which), classes)
 
-    def _open(self, split: str):
-        return selected(super()._open(split), self.first)
+    return make_loader(data, **options, open_split=opened)
 
 
-class TimmBatches(Selected):
-    """The same images and the same recipe through timm's loader; for `train(config, make_loader=TimmBatches)`.
+def timm_batches(data: DataConfig, **options) -> TimmLoader:
+    """The same with training batches through timm's loader; for `train(config, make_loader=timm_batches)`."""
+    loader = first_classes(data, **options)
+    return TimmLoader(**{field.name: getattr(loader, field.name) for field in dataclasses.fields(loader)})
+
+
+class TimmLoader(ImageLoader):
+    """The same images and the same recipe through timm's loader.
 
     Its chances come from the three global generators, seeded when the batches are first asked for: the same
     seed gives the same batches for the same number of workers, in a process that draws nothing besides. A run
-    that goes on begins with a new epoch of the loader. Held-out images are those of `Images`.
+    that goes on begins with a new epoch of the loader. Held-out images are those of `ImageLoader`.
     """
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        if self.data.store != "files" or self.share.world > 1:
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.store != "files" or self.world_size > 1:
             raise ConfigError(
-                f"data.store={self.data.store!r}, {self.share.world} processes: timm's loader is compared on "
+                f"data.store={self.data.store!r}, {self.world_size} processes: timm's loader is compared on "
                 "files in one process; use data.store='files' without torchrun"
             )
 
-    def micro_batches(self, start: int = 0) -> Iterator[Batch]:
-        size = self.stream.batch // self.parts
-        augment, smoothing, classes = self.recipe.config, self.recipe.smoothing, self.num_classes
+    def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
+        parts, classes, side = self.micro_batches_per_step, self.num_classes, self.image_size[0]
+        augment, smoothing = self.transform.config, self.transform.label_smoothing
         for seeded in (random.seed, numpy.random.seed, torch.manual_seed):
-            seeded(self.seed + start)
-        workers, side = self.train.workers, self.image_size[0]
-        loader = timm_loader(self.train.source, size, side, classes, augment, smoothing, self.device, workers)
-        mix, places = mixer(augment, smoothing, classes), self._places(start)
+            seeded(self.sampler.seed + start_step)
+        requests, mix = self.sampler.requests(start_step), mixer(augment, smoothing, classes)
+        size, device = self.sampler.global_batch_size // parts, str(self.device)
+        loader = timm_loader(self.train_set, size, side, classes, augment, smoothing, device, self.workers)
         while True:
-            epoch = self.stream.position(start)[0]
             if augment.repeated_aug > 1:
-                loader.sampler.set_epoch(epoch)
+                loader.sampler.set_epoch(start_step // self.sampler.steps_per_epoch)
             for i, (images, labels) in enumerate(loader, start=1):
-                epoch, positions, _ = next(places)
-                yield Batch(*mix(images, labels), epoch, positions)
-                start += i % self.parts == 0
+                request = next(requests)
+                yield Batch(*mix(images, labels), request.epoch, request.positions)
+                start_step += i % parts == 0
 
 
 # --------------------------------------------------------------------------- its model

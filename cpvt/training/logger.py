@@ -24,13 +24,13 @@ CLOCK = {"images_per_s", "hours_left", "gpu_refused"}  # in a log entry: what an
 
 def describe(config: TrainConfig, model: nn.Module, loader, world: World) -> str:
     """What a run is going to do: model, data, batch, and the options that are not as they are by default."""
-    sampler, parts = loader.stream, loader.parts
+    sampler, parts = loader.sampler, loader.micro_batches_per_step
     text = (
         f"model: {config.model.encoding}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"image_size={config.model.image_size}, grid={config.model.grid}\n"
-        f"data: {config.data.name}, {loader.num_classes} classes, {sampler.distinct:,} images an epoch\n"
-        f"batch: {sampler.batch} = {world.size} processes x {parts} micro-batches x "
-        f"{sampler.batch // world.size // parts} images, {sampler.steps:,} steps an epoch\n"
+        f"data: {config.data.name}, {loader.num_classes} classes, {sampler.distinct_images:,} images an epoch\n"
+        f"batch: {sampler.global_batch_size} = {world.size} processes x {parts} micro-batches x "
+        f"{sampler.global_batch_size // world.size // parts} images, {sampler.steps_per_epoch:,} steps an epoch\n"
     )
     options = [f"{name}={value}" for name, (value, _) in changed(config, TrainConfig()).items()]
     return text + textwrap.fill(f"options: {', '.join(options)}", 110, break_long_words=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cpvt.config import TrainConfig, from_json, replace, to_json
-from cpvt.data.loader import Share, open_batches
+from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError, TrainingError
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import load_weights
@@ -60,7 +60,7 @@ class Trainer:
         self,
         config: TrainConfig,
         world: World,
-        make_loader: Callable = open_batches,
+        make_loader: Callable = make_loader,
         report: Callable[[dict], None] | None = None,
         announce: Callable[[str], None] | None = None,
     ):
@@ -72,20 +72,22 @@ class Trainer:
         self.loader = world.main_first(
             lambda: make_loader(
                 config.data,
-                config.optim.global_batch_size,
-                run.seed,
-                world.device,
-                Share(world.rank, world.size, config.optim.micro_batch_size),
+                global_batch_size=config.optim.global_batch_size,
+                seed=run.seed,
+                device=world.device,
+                rank=world.rank,
+                world_size=world.size,
+                micro_batch_size=config.optim.micro_batch_size,
                 augment=config.augment,
-                smoothing=config.optim.label_smoothing,
+                label_smoothing=config.optim.label_smoothing,
             )
         )
         found = {"num_classes": self.loader.num_classes, "image_size": self.loader.image_size}
         settled = replace(config, model=replace(config.model, **found))
-        self.config = config = resolve(settled, self.loader.stream.steps)
+        self.config = config = resolve(settled, self.loader.sampler.steps_per_epoch)
         optim = config.optim
         teacher = world.main_first(lambda: load_teacher(config.distill, config.model, world.device))
-        world.connect()  # only now, for reading processes are forked by the loader
+        world.connect()
 
         torch.manual_seed(run.seed)
         self.model = VisionTransformer(config.model)
@@ -174,10 +176,10 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Top-1 and top-5 of the weights and, as `ema_top1`, of their average; none if a signal cut it short."""
         options = {"precision": self.config.run.precision, "stop": lambda: bool(self.world.signals.name)}
-        scores = accuracy(self.model, self.loader.test(), self.world, **options)
+        scores = accuracy(self.model, self.loader.eval_batches(), self.world, **options)
         if self.ema:
             with self.ema.in_place():
-                average = accuracy(self.model, self.loader.test(), self.world, **options)
+                average = accuracy(self.model, self.loader.eval_batches(), self.world, **options)
             scores |= {f"ema_{name}": value for name, value in average.items() if name != "images"}
         self.logger.faults(self.step, self.loader.unread.values())
         return {} if self.world.any(bool(self.world.signals.name)) else scores
@@ -210,10 +212,14 @@ def drop_path_scale(
 def take_steps(t: Trainer) -> dict[str, float]:
     """All steps that are left, and the last evaluation; -> its scores, none where a signal came in between."""
     world, model, loader, optim, run = t.world, t.model, t.loader, t.config.optim, t.config.run
-    dtype, parts, epoch_steps = t.parameters[0].dtype, loader.parts, loader.stream.steps
+    dtype, parts, epoch_steps = (
+        t.parameters[0].dtype,
+        loader.micro_batches_per_step,
+        loader.sampler.steps_per_epoch,
+    )
     done, outcome = t.is_done(), world.max(STOPPED if world.signals.name else GOING_ON)
     model.train()
-    with closing(loader.micro_batches(t.step)) as batches:
+    with closing(loader.train_batches(t.step)) as batches:
         while not (done or outcome):
             # The checkpoint of this step is written: a run that goes on from it begins with this evaluation.
             if run.evaluate_every and t.step and t.step % (epoch_steps * run.evaluate_every) == 0:
@@ -284,7 +290,7 @@ def train(
     config: TrainConfig,
     report: Callable[[dict], None] | None = None,
     announce: Callable[[str], None] | None = None,
-    make_loader: Callable = open_batches,
+    make_loader: Callable = make_loader,
 ) -> TrainingRun:
     """Trains as configured and evaluates on the held-out split; goes on where a run in `run.out` stopped.
 

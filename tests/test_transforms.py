@@ -1,4 +1,4 @@
-"""The recipe on whole batches: its distributions are torchvision's and timm's, its draws belong to positions."""
+"""The recipe on whole batches: distributions are torchvision's and timm's, draws belong to positions."""
 
 import math
 import random
@@ -8,25 +8,37 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import ks_2samp
 from timm.data import mixup as timm_mixup
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import RandomResizedCrop
 
 from cpvt.config import AugmentConfig
-from cpvt.data.mixing import beta, draw_mix, mix_images, mix_labels
-from cpvt.data.transforms import MEAN, STD, Recipe, crop_boxes, erase, erase_boxes, normalise
+from cpvt.data.transforms import (
+    MEAN,
+    STD,
+    TrainTransform,
+    beta,
+    crop_boxes,
+    draw_mix,
+    erase,
+    erase_boxes,
+    mix_images,
+    mix_labels,
+    noise_levels,
+    normalise,
+)
 from cpvt.errors import ConfigError
 from cpvt.rng import bits, uniform
 
-DEIT = dict(crop=True, flip=0.5, randaugment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0)
+DEIT = dict(
+    crop=True, hflip=0.5, randaugment="rand-m9-mstd0.5-inc1", random_erasing=0.25, mixup=0.8, cutmix=1.0
+)
 
 
 def alike(one, other) -> bool:
-    """Kolmogorov and Smirnov's test of two samples, at about four standard deviations (one miss in 16,000)."""
-    one, other = np.sort(one), np.sort(other)
-    both = np.concatenate([one, other])
-    gap = np.searchsorted(one, both, "right") / len(one) - np.searchsorted(other, both, "right") / len(other)
-    return np.abs(gap).max() < 2.3 * math.sqrt(1 / len(one) + 1 / len(other))
+    """Kolmogorov and Smirnov's test of two samples, at about four standard deviations."""
+    return ks_2samp(np.asarray(one), np.asarray(other)).pvalue > 5e-5
 
 
 def noise(count: int, height: int = 40, width: int = 40, seed: int = 0) -> torch.Tensor:
@@ -127,7 +139,7 @@ def test_erased_boxes_are_timms():
 def test_erased_pixels_are_noise_and_no_others():
     images = torch.full((64, 3, 40, 40), 9.0)
     boxes = erase_boxes(0.8, 1, 0, torch.arange(64), (40, 40))
-    erase(images, boxes, bits("erase/noise", 1, 0, torch.arange(64)))
+    erase(images, boxes, bits("erase/noise", 1, 0, torch.arange(64)), noise_levels())
     values = []
     for image, (top, left, high, wide) in zip(images, boxes.tolist(), strict=True):
         values.append(image[:, top : top + high, left : left + wide].clone())
@@ -214,11 +226,24 @@ def run(
     config: AugmentConfig, images, labels=None, positions=None, groups=None, *, seed=1, epoch=0, size=None
 ):
     count = len(images)
-    recipe = Recipe(config, size or tuple(images[0].shape[1:]), 10, 0.1, seed)
+    transform = TrainTransform(config, size or images[0].shape[1], 10, 0.1, seed)
     labels = torch.arange(count) % 10 if labels is None else labels
     positions = torch.arange(count) if positions is None else positions
     groups = torch.arange(count // config.mix_group) if groups is None else groups
-    return recipe(images, labels, epoch, positions, groups)
+    return transform(images, labels, epoch, positions, groups)
+
+
+def test_the_numbers_are_those_that_recorded_rows_were_trained_with():
+    dice = torch.Generator().manual_seed(0)
+    images = [
+        torch.randint(0, 256, (3, 30 + 2 * i, 60 - i), generator=dice).to(torch.uint8) for i in range(16)
+    ]
+    config, positions = AugmentConfig(**DEIT, mix_group=4), torch.arange(640, 656)
+    where = dict(positions=positions, groups=torch.arange(160, 164), seed=3, epoch=2, size=32)
+    pixels, targets = run(config, images, **where)
+    assert float(pixels.double().sum()) == pytest.approx(15068.3141, abs=1e-3)
+    assert pixels[3, 1, 5, 7:10].tolist() == pytest.approx([-1.0028, 0.6954, 0.7829], abs=1e-4)
+    assert targets[5, 4:8].tolist() == pytest.approx([0.01, 0.031, 0.889, 0.01], abs=1e-4)
 
 
 def test_a_batch_is_its_micro_batches():
@@ -246,19 +271,6 @@ def test_a_batch_is_its_micro_batches():
         assert (changed != whole[0]).flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize(
-    "part", [dict(crop=True), dict(flip=0.5), dict(erase=0.5), dict(randaugment=DEIT["randaugment"])]
-)
-def test_a_sample_does_not_depend_on_its_neighbours(part):
-    """Without mixing, any subset in any order gets what it got in the batch."""
-    images, config = noise(24), AugmentConfig(**part)
-    whole, _ = run(config, images)
-    chosen = torch.tensor([5, 0, 23, 11, 7])
-    some, _ = run(config, images[chosen], positions=chosen)
-    assert torch.equal(some, whole[chosen])
-    assert not torch.equal(whole, run(AugmentConfig(), images)[0])
-
-
 def test_no_augmentation_is_the_centre_normalised():
     images, labels = noise(6, 32, 32), torch.tensor([3, 1, 4, 1, 5, 9])
     before = images.clone()
@@ -269,13 +281,11 @@ def test_no_augmentation_is_the_centre_normalised():
     assert seen.dtype == torch.float32 and targets.dtype == torch.int64
     wide, _ = run(AugmentConfig(), [F.pad(image, (7, 7)) for image in images], labels, size=32)
     assert torch.equal(wide, seen)
-    tall, _ = run(AugmentConfig(), [F.pad(image, (0, 0, 4, 4)) for image in images], labels, size=(32, 24))
-    assert tall.shape == (6, 3, 32, 24)
 
 
 @pytest.mark.parametrize("height, width, level", [(1, 1, 200), (1, 30, 0), (50, 2, 255), (90, 90, 128)])
 def test_odd_images_go_through(height, width, level):
-    """One pixel, one row, black, white, grey: finite, of the right shape, and grey stays grey until erased."""
+    """One pixel, one row, black, white, grey: finite, of the right shape; grey stays grey until erased."""
     config = AugmentConfig(**{**DEIT, "random_erasing": 0.0}, mix_group=8)
     images = [torch.full((3, height, width), level, dtype=torch.uint8)] * 32
     seen, targets = run(config, images, size=24)
@@ -290,18 +300,17 @@ def test_a_group_cut_in_two_is_refused(count, groups):
     with pytest.raises(ConfigError) as refused:
         run(AugmentConfig(mixup=0.8, mix_group=8), noise(count), groups=torch.arange(groups))
     assert f"{count} images" in str(refused.value) and "mix_group=8" in str(refused.value)
-    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("compile", [False, True])
-def test_on_a_gpu_the_batch_is_the_same(compile):
+@pytest.mark.parametrize("stance", ["force_eager", "default"])
+def test_on_a_gpu_the_batch_is_the_same(stance):
     """The same draws and the same noise: apart by one grey level of crop or move, in few places more."""
     config, images = AugmentConfig(**DEIT, mix_group=16), noise(64, 90, 70)
-    labels, positions, groups = torch.arange(64) % 10, torch.arange(64), torch.arange(4)
-    recipe = Recipe(config, 48, 10, 0.1, 3, compile=compile)
-    expected, targets = recipe(images, labels, 0, positions, groups)
-    seen, soft = recipe(images.cuda(), labels, 0, positions, groups)
+    sample = torch.arange(64) % 10, 0, torch.arange(64), torch.arange(4)
+    expected, targets = TrainTransform(config, 48, 10, 0.1, 3)(images, *sample)
+    with torch.compiler.set_stance(stance):
+        seen, soft = TrainTransform(config, 48, 10, 0.1, 3, "cuda")(images.cuda(), *sample)
     assert seen.is_cuda and torch.equal(soft.cpu(), targets)
     level = 1.01 / 255 / min(STD)
     assert ((seen.cpu() - expected).abs() > level).double().mean() < 0.05
