@@ -78,7 +78,7 @@ def answers(images: str, out: str) -> None:
         take_steps(trainer)
         found["exchanges"] = sent.count(0)
         found["sum"] = here.sum(torch.tensor([rank + 1]))
-        found["any"], found["max"] = (here.any(rank == 1), here.any(False)), here.max(5 + rank)
+        found["any"] = here.any(rank == 1), here.any(False)
         found["broadcast"] = here.broadcast(f"from {rank}")
     torch.save(found, f"{out}/{rank}.pt")
 

@@ -81,10 +81,8 @@ def load_model(path: str | Path) -> tuple[VisionTransformer, TrainConfig]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; {expected}") from None
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: not a safetensors file ({error}); {expected}") from None
+        raise ConfigError(f"{path} cannot be read ({error}); {expected}") from None
     if "config" not in metadata:
         raise ConfigError(f"{path}: carries no configuration; {expected}")
     config = from_json(TrainConfig, metadata["config"])

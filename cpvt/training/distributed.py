@@ -122,16 +122,16 @@ class World:
             dist.all_reduce(numbers)
         return numbers
 
-    def max(self, number: int) -> int:
-        """The largest of all processes' numbers, in all of them."""
-        largest = torch.tensor(number)
-        if self.size > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, self.control)
-        return int(largest)
-
     def any(self, mine: bool) -> bool:
         """Whether it holds for one process at least: the same answer in all of them."""
-        return bool(self.max(int(mine)))
+        found = torch.tensor(int(mine))
+        if self.size > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX, self.control)
+        return bool(found)
+
+    def stopped(self) -> bool:
+        """Whether a signal has come to one of the processes."""
+        return self.any(bool(self.signals.name))
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over the processes."""
@@ -153,10 +153,9 @@ def join_world(device: str) -> Iterator[World]:
         if size <= 1:
             yield World(device=device, signals=signals)
             return
-        if device == "cuda":
-            if local >= (gpus := torch.cuda.device_count()):
-                raise ConfigError(f"process {local} on {gpus} GPUs: give torchrun --nproc-per-node {gpus}")
-            device = f"cuda:{local}"
+        if device == "cuda" and local >= torch.cuda.device_count():
+            raise ConfigError(f"process {local} of this node has no GPU: give torchrun --nproc-per-node gpu")
+        device = f"cuda:{local}" if device == "cuda" else device
         # A room of its own for each run of these processes, since the store outlives both.
         room = f"cpvt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{next(_runs)}"
         try:
@@ -176,10 +175,9 @@ def _rendezvous() -> dist.Store:
 
 def pick_device(name: str) -> str:
     """ "auto" -> "cuda" where there is one, else "cpu". Raises ConfigError for a device that is not here."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r}; expected 'auto', 'cpu' or 'cuda'")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda', but PyTorch sees no GPU here; use device='cpu' or 'auto'")
-    return name
+    here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if name not in ("auto", *here):
+        raise ConfigError(
+            f"device={name!r}; expected 'auto' or one that PyTorch sees here: {', '.join(here)}"
+        )
+    return here[-1] if name == "auto" else name

@@ -75,16 +75,13 @@ class EMA:
 
 
 class SkipCounter:
-    """Steps without a finite loss and gradient, counted on the device: nothing waits for the answer.
+    """Steps without a finite loss and gradient, counted on the device: who reads the counts waits, nobody else.
 
     counts: all that were skipped, and how many of the last ones in a row.
     """
 
     def __init__(self, device: str):
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
-        self._seen = [0, 0]
-        if self.counts.is_cuda:
-            self._copy, self._copied = self.counts.cpu().pin_memory(), torch.cuda.Event()
 
     def see(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Takes note of a step; -> 1.0 where it counts, 0.0 where it must be skipped, float32 on the device."""
@@ -92,13 +89,3 @@ class SkipCounter:
         lost = (~fine).long()
         self.counts.copy_(torch.stack([self.counts[0] + lost, (self.counts[1] + 1) * lost]))
         return fine.float()
-
-    def read(self, wait: bool = True) -> list[int]:
-        """The counts; without `wait`, on a GPU, those of a step or two ago, as far as the device has come."""
-        if wait or not self.counts.is_cuda:
-            return self.counts.tolist()
-        if self._copied.query():
-            self._seen = self._copy.tolist()
-            self._copy.copy_(self.counts, non_blocking=True)
-            self._copied.record()
-        return self._seen

@@ -32,8 +32,6 @@ from cpvt.training.logger import Logger, describe
 from cpvt.training.loss import TrainingLoss, load_teacher
 from cpvt.training.optim import EMA, SkipCounter, learning_rate, param_groups, resolve
 
-GOING_ON, STOPPED, DIVERGED = range(3)
-
 
 @dataclass
 class TrainingRun:
@@ -93,10 +91,7 @@ class Trainer:
         self.model = VisionTransformer(config.model)
         self.model.to(world.device, torch.float64 if run.precision == "fp64" else torch.float32)
         if run.init:
-            try:
-                load_weights(self.model, run.init, resample=True)
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"run.init={run.init!r}: {error}") from None
+            load_weights(self.model, run.init, resample=True)
         self.loss = TrainingLoss(optim.label_smoothing, config.distill, teacher)
         groups = param_groups(self.model, optim.weight_decay, optim.decay_pegs)
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, fused=True)
@@ -182,7 +177,7 @@ class Trainer:
                 average = accuracy(self.model, self.loader.eval_batches(), self.world, **options)
             scores |= {f"ema_{name}": value for name, value in average.items() if name != "images"}
         self.logger.faults(self.step, self.loader.unread.values())
-        return {} if self.world.any(bool(self.world.signals.name)) else scores
+        return {} if self.world.stopped() else scores
 
     def mean_loss(self, count: int) -> float:
         """Of the last steps, without those that were not finite. Waits for the device."""
@@ -212,15 +207,11 @@ def drop_path_scale(
 def take_steps(t: Trainer) -> dict[str, float]:
     """All steps that are left, and the last evaluation; -> its scores, none where a signal came in between."""
     world, model, loader, optim, run = t.world, t.model, t.loader, t.config.optim, t.config.run
-    dtype, parts, epoch_steps = (
-        t.parameters[0].dtype,
-        loader.micro_batches_per_step,
-        loader.sampler.steps_per_epoch,
-    )
-    done, outcome = t.is_done(), world.max(STOPPED if world.signals.name else GOING_ON)
+    parts, epoch_steps = loader.micro_batches_per_step, loader.sampler.steps_per_epoch
+    done, stopped = t.is_done(), world.stopped()
     model.train()
     with closing(loader.train_batches(t.step)) as batches:
-        while not (done or outcome):
+        while not (done or stopped):
             # The checkpoint of this step is written: a run that goes on from it begins with this evaluation.
             if run.evaluate_every and t.step and t.step % (epoch_steps * run.evaluate_every) == 0:
                 if not (scores := t.evaluate()):
@@ -228,6 +219,7 @@ def take_steps(t: Trainer) -> dict[str, float]:
                 t.logger.entry({"step": t.step, **scores})
 
             # Data, forward, backward: the gradients of the micro-batches add up.
+            dtype = t.parameters[0].dtype
             loss = torch.zeros((), device=world.device, dtype=dtype)
             for part in range(1, parts + 1):
                 batch = next(batches)
@@ -263,27 +255,26 @@ def take_steps(t: Trainer) -> dict[str, float]:
             t.losses.append(loss)
             t.step += 1
 
-            # Log. The host waits for the device at an entry, and nowhere else.
+            # Log. The host waits for the device at an entry, and where skipped steps are looked at.
             t.logger.step(t.step)
-            done = t.is_done()
+            done, stopped = t.is_done(), world.stopped()
             due = done or t.step % run.log_every == 0
-            skipped, in_a_row = t.skips.read(wait=due)
-            diverged = in_a_row >= min(optim.skip_limit, optim.steps)
-            outcome = world.max(DIVERGED if diverged else STOPPED if world.signals.name else GOING_ON)
-            if outcome == DIVERGED:
-                raise TrainingError(
-                    f"step {t.step}: no finite loss or gradient in the last {in_a_row} steps; begin anew, in "
-                    f"another folder: with a lower lr ({optim.lr:g}), a clipped gradient or without fp16"
-                )
+            if due or t.step % optim.skip_limit == 0:
+                skipped, in_a_row = t.skips.counts.tolist()
+                if in_a_row >= min(optim.skip_limit, optim.steps):
+                    raise TrainingError(
+                        f"step {t.step}: no finite loss or gradient in the last {in_a_row} steps; begin anew, in "
+                        f"another folder: with a lower lr ({optim.lr:g}), a clipped gradient or without fp16"
+                    )
             if due:
                 numbers = {"loss": t.mean_loss((t.step - 1) % run.log_every + 1), "grad_norm": float(norm)}
                 numbers = {k: float(f"{v:.5g}") if math.isfinite(v) else None for k, v in numbers.items()}
                 t.logger.entry({"step": t.step, **numbers, "lr": lr, "skipped": skipped})
 
             # Save.
-            if done or outcome or t.step % (run.save_every or epoch_steps) == 0:
+            if done or stopped or t.step % (run.save_every or epoch_steps) == 0:
                 t.save()
-    return {} if outcome else t.evaluate()
+    return {} if stopped else t.evaluate()
 
 
 def train(
