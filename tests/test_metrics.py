@@ -59,10 +59,8 @@ def images(count: int = 4) -> torch.Tensor:
     ids=lambda columns: columns["encoding"],
 )
 def test_rows_of_the_tables_are_trained_and_scored(columns, tiny_imagenet):
-    config, _ = with_teacher(
-        short(table_config(**columns), tiny_imagenet, depth=6 if "4" in columns["encoding"] else 2)
-    )
-    run = train(config)
+    config = short(table_config(**columns), tiny_imagenet, depth=6 if columns["encoding"] == FIVE else 2)
+    run = train(with_teacher(config)[0])
     found, dataset, digest = metrics.score_table_row(run, images=8)
     assert dataset == "tiny-imagenet" and len(digest) == 64 and all(map(math.isfinite, found.values()))
     shifts = {f"shift{pixels}" for pixels in (0, 1, 2, 4, 6)}
@@ -83,12 +81,8 @@ def test_rows_on_clothes_and_what_is_kept_of_them(clothes):
     run = train(short(fashion_config(encoding="learned + peg"), clothes))
     found, dataset, digest = metrics.score_fashion(run, images=8)
     assert dataset == "fashion-mnist" and len(digest) == 64 and found["top1@14"] == run.metrics["top1"]
-    assert {
-        "same_class/shift6",
-        "position_r2/constant",
-        "shift_error/zero",
-        "attention_distance/block1",
-    } <= found.keys()
+    parts = {"same_class/shift6", "position_r2/constant", "shift_error/zero", "attention_distance/block1"}
+    assert parts <= found.keys()
     arrays = metrics.arrays_of(run)
     assert arrays["peg0"].shape == (16, 1, 3, 3) and arrays["table"].shape == (197, 16)
     everything, labels = metrics.held_out_images(metrics.held_out(run), 1000)
@@ -101,19 +95,16 @@ def test_rows_on_clothes_and_what_is_kept_of_them(clothes):
 
 def test_a_tuning_row_never_sees_the_validation_images(clothes):
     config = short(fashion_config(encoding="peg"), clothes)
-    config = replace(config, data=replace(config.data, hold_out=10))
-    run = train(config)
-    found, data, digest = metrics.score_tuning(run)
+    run = train(replace(config, data=replace(config.data, hold_out=10)))
+    found, data, _ = metrics.score_tuning(run)
     assert found["images"] == 4 and "training images" in data  # a tenth of forty
-    whole = make_loader(replace(config.data, hold_out=0), seed=0).train_set
+    whole = make_loader(config.data, seed=0).train_set
     assert torch.equal(metrics.held_out(run).val_set.images, whole.images[::10])
 
 
 def test_synthetic_scores():
-    for task, parts in (
-        ("where", {f"/d{d}" for d in range(5)}),
-        ("what", {"/trained", "/unseen", "/diagonals"}),
-    ):
+    expected = {"where": {f"/d{d}" for d in range(5)}, "what": {"/trained", "/unseen", "/diagonals"}}
+    for task, parts in expected.items():
         config = synthetic_config(task, "peg")
         run = TrainingRun(VisionTransformer(config.model).eval(), config)
         found, name, digest = metrics.score_synthetic(run, images=16)

@@ -14,7 +14,7 @@ from cpvt.config import AugmentConfig, DataConfig, replace
 from cpvt.data.datasets import open_dataset
 from cpvt.data.transforms import MEAN, STD
 from cpvt.errors import ConfigError
-from cpvt.lab.experiments import pipelines
+from cpvt.lab.experiments import jobs
 from cpvt.lab.metrics import score_pipeline
 from cpvt.lab.runner import run_job
 from cpvt.lab.timm_baseline import _posterize, first_classes, mixer, selected, timm_batches, timm_loader
@@ -172,24 +172,12 @@ def test_first_classes(image_folder):
     assert selected(dataset, 0) is dataset
 
 
-def test_rows_differ_in_the_pipeline_alone():
-    jobs = list(pipelines())
-    assert len({job.key for job in jobs}) == len(jobs) == 6
-    for ours, theirs in zip(jobs[::2], jobs[1::2], strict=True):
-        assert ours.config == theirs.config and ours.columns != theirs.columns
-        assert (ours.make_loader.func, theirs.make_loader.func) == (first_classes, timm_batches)
-
-
 def test_a_row_of_the_experiment(image_folder):
     """In small: named data, what was evaluated on, and scores; the same digest for either pipeline."""
     config, found = replace(small_run(image_folder), augment=ONCE), []
-    for job in list(pipelines())[:2]:
+    for job in jobs("pipelines")[:2]:
         make = partial(job.make_loader.func, classes=2)
-        result, _ = run_job(dataclasses.replace(job, config=config, make_loader=make, score=two_of_three))
-        found.append(result)
+        small = {"config": config, "make_loader": make, "score": partial(score_pipeline, classes=2)}
+        found.append(run_job(dataclasses.replace(job, **small), "abc", {})[0])
     assert found[0].dataset_sha256 == found[1].dataset_sha256
     assert all(r.dataset.endswith("its first 2 classes") and r.metrics["images"] == 14 for r in found)
-
-
-def two_of_three(run):
-    return score_pipeline(run, classes=2)

@@ -2,15 +2,17 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 
 import pytest
+from helpers import draw_clothes
 
-from cpvt.config import replace
+from cpvt.config import RunConfig, replace
 from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError, ResultsError, TrainingError
 from cpvt.lab.experiments import fashion_config, jobs, synthetic_config
-from cpvt.lab.metrics import score_synthetic
+from cpvt.lab.metrics import score_fashion, score_synthetic
 from cpvt.lab.results import append, complete, read, read_arrays, recorded, select
 from cpvt.lab.runner import Job, run_job, run_missing, train_teacher, with_teacher
 from cpvt.training.distributed import Stopped
@@ -23,7 +25,7 @@ def job(name: str, seed: int = 0, lr: float = 3e-3, score=score_synthetic, **fie
         config, model=replace(config.model, depth=1, width=8), data=replace(config.data, test_size=4)
     )
     optim = replace(config.optim, steps=2, global_batch_size=4, warmup_steps=0, lr=lr)
-    kept = {"arrays": lambda run: {"head": run.model.head.weight.detach()}}
+    kept = {"arrays": lambda run, cache: {"head": run.model.head.weight.detach()}}
     return Job("x", {"row": name}, "seconds", replace(config, optim=optim), score, **kept | fields)
 
 
@@ -62,7 +64,7 @@ def test_a_row_of_another_configuration_does_not_count_as_done(tmp_path):
 
 
 def test_a_job_that_fails_is_named_and_the_others_are_run(tmp_path):
-    def diverged(run):
+    def diverged(run, cache):
         raise TrainingError("no finite loss")
 
     with pytest.raises(ResultsError, match="not measured: row=b, seed=0: no finite loss"):
@@ -72,7 +74,7 @@ def test_a_job_that_fails_is_named_and_the_others_are_run(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_while_a_run_is_scored_ends_between_two_rows(tmp_path, number):
-    def signalled(run):
+    def signalled(run, cache):
         os.kill(os.getpid(), number)
         raise AssertionError("nothing is scored behind a signal")
 
@@ -87,14 +89,14 @@ def test_a_signal_while_a_run_is_trained_leaves_no_row(tmp_path):
         return make_loader(*arguments, **options)
 
     with pytest.raises(Stopped, match="row=a, seed=0.*SIGTERM"):
-        run_job(job("a", make_loader=signalled))
+        run_job(job("a", make_loader=signalled), "abc", {})
     assert run_missing([job("a", make_loader=signalled)], tmp_path) == 1
 
 
 def test_a_job_begins_only_where_the_longest_so_far_would_fit(tmp_path):
     now = [0.0]
 
-    def ten_minutes(run):
+    def ten_minutes(run, cache):
         now[0] += 600
         return score_synthetic(run)
 
@@ -107,8 +109,8 @@ def test_a_job_begins_only_where_the_longest_so_far_would_fit(tmp_path):
 
 
 def test_a_row_that_another_process_measured_meanwhile_stays_as_it_is(tmp_path):
-    def overtaken(run):
-        result, _ = run_job(job("a"))
+    def overtaken(run, cache):
+        result, _ = run_job(job("a"), "abc", {})
         append(dataclasses.replace(result, seconds=1.25), tmp_path)
         return score_synthetic(run)
 
@@ -123,6 +125,23 @@ def test_the_commit_is_that_of_the_code_that_was_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("cpvt.lab.runner.commit", lambda: next(said))
     run_missing([job("a"), job("b")], tmp_path)
     assert [result.cpvt_commit for result in recorded("x", tmp_path)] == ["before", "before"]
+
+
+def test_images_are_decoded_once_for_all_jobs(tmp_path):
+    """The second job finds no files any more."""
+
+    def scored(run, cache):
+        found = score_fashion(run, cache, images=4)
+        shutil.rmtree(tmp_path / "FashionMNIST", ignore_errors=True)
+        return found
+
+    draw_clothes(tmp_path)
+    jobs = [
+        Job("x", {"seeded": seed}, "minutes", replace(student(tmp_path), run=RunConfig(seed, "cpu")), scored)
+        for seed in (0, 1)
+    ]
+    assert run_missing(jobs, tmp_path / "results") == 0
+    assert read("x", tmp_path / "results")["dataset_sha256"].nunique() == 1
 
 
 # --------------------------------------------------------------------------- teachers

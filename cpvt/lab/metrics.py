@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +37,7 @@ from cpvt.training.evaluate import accuracy, correct
 from cpvt.training.train import TrainingRun, train
 
 Score = tuple[dict[str, float], str, str]
+Cache = dict | None  # of decoded images, from run to run: see `data.loader.open_split`
 SIZES = (20, 28, 48, 56, 64)  # of test images at 1:8, in pixels; the second is trained
 FINE_TUNED = 48  # pixels at which the rows of the table "resolution" are trained a little longer
 LARGEST = 200_000  # numbers; a larger weight is no small array
@@ -45,7 +47,7 @@ def _device(model: VisionTransformer) -> torch.device:
     return next(model.parameters()).device
 
 
-def held_out(run: TrainingRun, cache: dict | None = None, **changes) -> ImageLoader:
+def held_out(run: TrainingRun, cache: Cache = None, **changes) -> ImageLoader:
     """The held-out images of a run, as they are or with `changes` of their DataConfig, on its model's device."""
     data, device = replace(run.config.data, **changes), str(_device(run.model))
     return make_loader(data, seed=run.config.run.seed, device=device, train=False, cache=cache)
@@ -69,7 +71,7 @@ def held_out_images(loader: ImageLoader, count: int, spread: bool = False) -> tu
 # --------------------------------------------------------------------------- whole runs
 
 
-def score_synthetic(run: TrainingRun, images: int = 256) -> Score:
+def score_synthetic(run: TrainingRun, cache: Cache = None, images: int = 256) -> Score:
     """Accuracy in percent, by distance (`/d3`) where the task has one.
 
     *what* has instead `/trained` (the side that bars were trained on), `/unseen` (the other side) and
@@ -97,7 +99,7 @@ def score_synthetic(run: TrainingRun, images: int = 256) -> Score:
     return metrics, data.name, fingerprint(*seen)
 
 
-def score_pipeline(run: TrainingRun, classes: int) -> Score:
+def score_pipeline(run: TrainingRun, cache: Cache = None, *, classes: int) -> Score:
     """top-1 and top-5 on the held-out images of the first `classes`.
 
     The digest is one over the sorted digests of (label, bytes), since copies of the data set order their files
@@ -112,21 +114,23 @@ def score_pipeline(run: TrainingRun, classes: int) -> Score:
     return metrics, f"{data.name}, its first {classes} classes", digest.hexdigest()
 
 
-def score_tuning(run: TrainingRun) -> Score:
+def score_tuning(run: TrainingRun, cache: Cache = None) -> Score:
     """For a run with `data.hold_out`: accuracy on the held-out part of the training images."""
     metrics = {f"top1@{run.config.model.grid[0]}": run.metrics["top1"], "images": run.metrics["images"]}
     part = f"{run.config.data.name}, one of {run.config.data.hold_out} training images"
-    return metrics, part, _digest(held_out(run))
+    return metrics, part, _digest(held_out(run, cache))
 
 
-def score_fashion(run: TrainingRun, images: int = 1000) -> Score:
+def score_fashion(run: TrainingRun, cache: Cache = None, images: int = 1000) -> Score:
     """top1@14 on all test images, and what `_score_images` says of the first `images`."""
-    loader = held_out(run)
+    loader = held_out(run, cache)
     metrics = {"top1@14": run.metrics["top1"], **_score_images(run.model, loader, images)}
     return metrics, run.config.data.name, _digest(loader)
 
 
-def score_table_row(run: TrainingRun, images: int = 2000, fine_tuned: bool = False) -> Score:
+def score_table_row(
+    run: TrainingRun, cache: Cache = None, images: int = 2000, fine_tuned: bool = False
+) -> Score:
     """A row of the tables at 1:8.
 
     top1@10 ... top1@32     at the five sizes, by tokens a side, whole images; a table follows as its configuration
@@ -138,7 +142,7 @@ def score_table_row(run: TrainingRun, images: int = 2000, fine_tuned: bool = Fal
     """
     model, pixels, size = run.model, run.config.model.patch_size, run.config.data.image_size
     metrics: dict[str, float] = {}
-    cache: dict = {}  # images are decoded once for all sizes
+    cache = {} if cache is None else cache  # images are decoded once for all sizes
     for side in SIZES:
         for suffix, variant in _variants(model, side):
             scores = accuracy(variant, held_out(run, cache, image_size=side).eval_batches())
@@ -146,7 +150,7 @@ def score_table_row(run: TrainingRun, images: int = 2000, fine_tuned: bool = Fal
     loader = held_out(run, cache)
     metrics |= score_oblong(model, loader)
     if fine_tuned:
-        tuned = fine_tune(run, FINE_TUNED)
+        tuned = fine_tune(run, FINE_TUNED, cache)
         if tuned.interrupted:
             raise Stopped(tuned.interrupted)
         metrics[f"top1@{FINE_TUNED // pixels}/tuned"] = tuned.metrics["top1"]
@@ -168,7 +172,7 @@ def _score_images(
     return metrics | score_maps(model, few, scenes) | score_attention(model, few)
 
 
-def fine_tune(run: TrainingRun, size: int) -> TrainingRun:
+def fine_tune(run: TrainingRun, size: int, cache: Cache = None) -> TrainingRun:
     """Trains on at another image size: a twentieth of the steps, from a tenth of the learning rate downwards, no
     warm-up; a learned table is resampled first. Crops that would have to be enlarged are left out."""
     config = run.config
@@ -181,7 +185,8 @@ def fine_tune(run: TrainingRun, size: int) -> TrainingRun:
         config = replace(config, run=replace(config.run, init=str(weights), out=""))
         config = replace(config, augment=replace(config.augment, crop_scale=(low, high)))
         config = replace(config, data=replace(config.data, image_size=size))
-        return train(replace(config, optim=replace(config.optim, **changes)))
+        config = replace(config, optim=replace(config.optim, **changes))
+        return train(config, make_loader=partial(make_loader, cache=cache))
 
 
 def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, VisionTransformer]]:
@@ -199,7 +204,7 @@ def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, Vision
         yield suffix, other.to(_device(model)).eval()
 
 
-def arrays_of(run: TrainingRun, spread: bool = False) -> dict[str, Tensor]:
+def arrays_of(run: TrainingRun, cache: Cache = None, spread: bool = False) -> dict[str, Tensor]:
     """What is kept of a run on real images; what has more than `LARGEST` numbers is left out.
 
     correct         one bit an image of the held-out ones, in their order, eight to a byte, the last filled up
@@ -209,7 +214,7 @@ def arrays_of(run: TrainingRun, spread: bool = False) -> dict[str, Tensor]:
                     held-out images (`spread`: see `held_out_images`), in half precision; without blocks that see a
                     smaller grid
     """
-    model, loader = run.model, held_out(run)
+    model, loader = run.model, held_out(run, cache)
     hits = torch.cat([correct(model, images, labels).cpu() for images, labels in loader.eval_batches()])
     found = {}
     for module in model.modules():

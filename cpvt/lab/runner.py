@@ -42,8 +42,9 @@ TEACHER = "resnet10t"  # timm's: 5 million weights, a mean over the last map, no
 class Job:
     """One row to come: its columns and the configuration to train; what scores it, and what gives its batches.
 
-    score    trained run -> metrics, the name of the data, and the SHA-256 of what was evaluated on
-    arrays   trained run -> small arrays that are kept beside the row, or nothing
+    score    trained run, cache of decoded images -> metrics, the name of the data, and the SHA-256 of what was
+             evaluated on
+    arrays   the same -> small arrays that are kept beside the row, or nothing
 
     A teacher that the configuration names is trained first, where it has no weights.
     """
@@ -52,9 +53,9 @@ class Job:
     columns: dict[str, Any]
     scale: str
     config: TrainConfig
-    score: Callable[[TrainingRun], tuple[dict[str, float], str, str]]
+    score: Callable[[TrainingRun, dict], tuple[dict[str, float], str, str]]
     make_loader: Callable = make_loader
-    arrays: Callable[[TrainingRun], dict[str, Tensor]] = lambda run: {}
+    arrays: Callable[[TrainingRun, dict], dict[str, Tensor]] = lambda run, cache: {}
 
     @property
     def key(self) -> tuple:
@@ -66,20 +67,20 @@ class Job:
         return describe(self.columns, seed=self.config.run.seed)
 
 
-def run_job(job: Job, version: str = "", cache: dict | None = None) -> tuple[Result, dict[str, Tensor]]:
+def run_job(job: Job, version: str, cache: dict) -> tuple[Result, dict[str, Tensor]]:
     """Trains and scores a job -> its result, and the arrays that are kept beside it.
 
-    `version`: the commit of the code that runs, where it is known. `cache` keeps decoded images from job to job.
+    `version`: the commit of the code that runs. `cache` keeps decoded images from job to job.
     Raises Stopped where a signal came in between.
     """
-    version, started = version or commit(), time.perf_counter()  # asked now: files may change while it trains
-    config, teacher_top1 = with_teacher(job.config)
+    started = time.perf_counter()
+    config, teacher_top1 = with_teacher(job.config, cache)
     run = train(config, make_loader=partial(job.make_loader, cache=cache))
     if run.interrupted:
         raise Stopped(f"{job.label}: stopped by {run.interrupted}")
     for module in run.model.modules():  # scored as written: hooks are set, and sizes asked for once
         module._compiled_call_impl = None
-    metrics, dataset, digest = job.score(run)
+    metrics, dataset, digest = job.score(run, cache)
     device = next(run.model.parameters()).device
     anywhere = replace(job.config.data, root=DataConfig.root)  # wherever the images lay
     result = Result(
@@ -104,7 +105,7 @@ def run_job(job: Job, version: str = "", cache: dict | None = None) -> tuple[Res
         cpvt_commit=version,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return result, job.arrays(run)
+    return result, job.arrays(run, cache)
 
 
 def run_missing(
@@ -124,7 +125,8 @@ def run_missing(
     """
     if not 0 <= budget_minutes < math.inf:
         raise ConfigError(f"budget_minutes={budget_minutes:g}: give minutes, or 0 for no limit")
-    folder, version, longest = results_folder(folder), commit(), 0.0
+    folder, longest = results_folder(folder), 0.0
+    version = commit()  # asked now: files may change while this code trains
     end = clock() + (60 * budget_minutes or math.inf)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -185,14 +187,14 @@ def _raising_at_signals() -> Iterator[None]:
 # --------------------------------------------------------------------------- teachers
 
 
-def train_teacher(student: TrainConfig) -> tuple[nn.Module, float]:
+def train_teacher(student: TrainConfig, cache: dict | None = None) -> tuple[nn.Module, float]:
     """Trains timm's model `distill.teacher` from nothing, on the student's images and as long as the student.
 
     -> the model in evaluation mode, and its top-1 in percent on the held-out images.
     """
     device, seed, optim = pick_device(student.run.device), student.run.seed, student.optim
-    images = {"augment": student.augment, "label_smoothing": optim.label_smoothing}
-    images["global_batch_size"] = optim.global_batch_size
+    images = {"augment": student.augment, "global_batch_size": optim.global_batch_size}
+    images |= {"label_smoothing": optim.label_smoothing, "cache": cache}
     loader = make_loader(student.data, seed=seed, device=device, **images)
     optim = resolve(student, loader.sampler.steps_per_epoch).optim
     torch.manual_seed(seed)
@@ -208,7 +210,7 @@ def train_teacher(student: TrainConfig) -> tuple[nn.Module, float]:
     return model.eval(), accuracy(model, loader.eval_batches())["top1"]
 
 
-def with_teacher(student: TrainConfig) -> tuple[TrainConfig, dict[str, float]]:
+def with_teacher(student: TrainConfig, cache: dict | None = None) -> tuple[TrainConfig, dict[str, float]]:
     """-> the configuration with the weights of its teacher, and {"teacher_top1": percent} as a metric.
 
     A teacher of this data, augmentation, length and seed is taken from `data.root`/teachers, or trained and laid
@@ -221,7 +223,7 @@ def with_teacher(student: TrainConfig) -> tuple[TrainConfig, dict[str, float]]:
     name = f"{student.distill.teacher}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
     path = Path(student.data.root) / "teachers" / name
     if not path.exists():
-        model, top1 = train_teacher(student)
+        model, top1 = train_teacher(student, cache)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")  # another process may be reading the older one
         save_file(model.state_dict(), beside, metadata={"top1": f"{top1:.2f}"})
