@@ -1,298 +1,358 @@
-"""`cpvt benchmark`: our training step and our pipeline beside timm's, in one run.
+"""`cpvt benchmark`: our training step and our data pipeline beside timm's, in one run.
 
-Everything on one GPU in at most ten minutes, compilation included (DIR: a folder with train/CLASS/*.JPEG, shards,
-or loose JPEGs):
+    cpvt benchmark --data DIR        everything on one GPU in about ten minutes, compilation included
 
-    cpvt benchmark --data DIR
+DIR: a folder with train/CLASS/*.JPEG, shards, or loose JPEGs; shards of shrunk images (cpvt pack --short-side)
+show what shrinking brings. What no longer fits the budget is named; --only gives such parts a run of their own.
 
-What no longer fits the budget is named as not measured; `--only` gives such parts a run of their own. Without
-tyro, which only the command line needs: python -c "from cpvt.lab.benchmark import Benchmark; Benchmark('DIR')()"
+    peg       gigabytes a second of the PEG's operator, beside those of a plain copy
+    step      training steps on images of noise: the same batch, autocast, drop path, loss and optimiser, once the
+              gradients agree in double precision. timm's model in every mode of torch.compile, ours in the first
+    decode    JPEGs a second by the decoder alone, by images a call
+    pipeline  the whole recipe from the files, ours and timm's `create_loader` with as many workers: the loader
+              alone, and feeding the step
 
-    step       training steps on images of noise: the same batch, autocast, drop path, loss and optimiser, once the
-               gradients agree in double precision; what each encoding costs beside none
-    pipeline   the whole recipe from JPEG files, ours and timm's `create_loader` with as many workers: the loader
-               alone, and feeding the step; from the files as they are, and shrunk beforehand
-    memory     what the step's bytes take at the rate of a plain copy: an estimate of the bound
-    inference  the forward pass
-    teacher    a forward pass of regnety_160 beside the step (random weights: they change no speed)
+For where the time of a step goes, see torch.profiler; for what an encoding costs beside none, `costs.py`.
 
-A teacher's answers are not kept for later runs. They could be: a sample's view is a function of (seed, epoch,
-position), so its answer is too, for the same data, recipe and mixing. Of 300 epochs of 1,281,024 samples, the best
-guesses take 0.77 GB (2 bytes each), distributions over 1000 classes 770 GB. But each view is seen once, so the
-first run pays for every answer all the same; only more students on the same seed would be spared.
+Letters: B images of a batch, T tokens, D width.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
-from itertools import product
+from io import BytesIO
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 from typing import Literal
 
+import numpy
 import timm
 import torch
-from torch import Tensor
+import torchvision
+from PIL import Image
+from timm.data import FastCollateMixup
+from torch import Tensor, nn
 
-from cpvt.config import replace
-from cpvt.data.decode import find_jpeg_decoder
+from cpvt.config import ModelConfig, TrainConfig
+from cpvt.data.datasets import ImageDataset, open_dataset
+from cpvt.data.decode import Decoder, find_jpeg_decoder
 from cpvt.data.loader import make_loader
-from cpvt.errors import ConfigError, nearest
-from cpvt.lab.costs import step_bytes
-from cpvt.lab.jpegs import Repeated, jpeg_decoder, prepare
-from cpvt.lab.results import Result
-from cpvt.lab.steps import (
-    AGREE,
-    CPU,
-    ENCODINGS,
-    GPU,
-    Bench,
-    Budget,
-    gradient_error,
-    race,
-)
-from cpvt.lab.timing import Step, each_compiled, in_rounds, ratios, seconds_of, summary, wait
-from cpvt.lab.timm_baseline import timm_loader
+from cpvt.data.shards import Shards
+from cpvt.errors import ConfigError, DataError, nearest
+from cpvt.lab.results import Result, append, commit, fingerprint, results_folder
+from cpvt.lab.timing import MODES, Step, each_compiled, in_rounds, noise, ratios, seconds_of, summary, wait
+from cpvt.lab.timm_baseline import timm_loader, timm_mixup, timm_model
+from cpvt.model.fused_peg import peg
+from cpvt.model.vit import VisionTransformer
+from cpvt.model.zoo import model_config
 from cpvt.training.distributed import pick_device
+from cpvt.training.loss import cross_entropy
+from cpvt.training.recipes import deit
 
-LENGTH = 64  # batches in an epoch of repeated files
-STARTING = 3.0  # seconds that a loader's processes may take to start
+FIVE = "peg(positions=(0, 1, 2, 3, 4))"
+ENCODINGS = ("none", "learned", "peg", FIVE, "peg(positions=(-1,), kernel=27, compute='matrix')", "relative")
+AGREE = 1e-9  # largest relative error of a gradient in double precision
 Batches = Iterator[tuple[Tensor, Tensor]]  # images and targets
-ALONE, FED = "loader alone", "feeding cpvt_tiny"
+Rows = Iterator[tuple[dict, dict, dict]]  # columns, metrics, and what else the configuration should tell
 
 
-# --------------------------------------------------------------------------- loaders
+@dataclass(frozen=True)
+class Size:
+    """How much is measured. `model` changes deit_tiny; times are in seconds."""
+
+    scale: str  # of the rows
+    batch_size: int
+    model: dict
+    modes: tuple[str, ...]  # of torch.compile: timm's model in all of them, ours in the first
+    widths: tuple[int, ...]  # of PEGs
+    rounds: int  # of each comparison
+    steps: int  # timed at a stretch
+    seconds: float  # for which a loader is timed, after as long a time that is not counted
+    drawn: tuple[int, int, int]  # JPEGs, where none are given: how many, height, width
+    entrant: float  # seconds that one more entrant takes, compilation included
 
 
-def drain(batches: Batches, seconds: float, device: str, warm: float = 1.0) -> float:
-    """Images a second of a loader that nobody slows down, over `seconds` after `warm` seconds and a batch."""
-    images = 0
-    next(batches)  # processes start, kernels are compiled
-    _until(batches, time.perf_counter() + warm)
-    wait(device)
-    started = time.perf_counter()
-    images = _until(batches, started + seconds)
-    wait(device)
-    return images / (time.perf_counter() - started)
+GPU = Size("minutes", 1024, {}, tuple(MODES), (192, 384, 768), 5, 10, 4.0, (256, 400, 500), 40.0)
+SMALL = {"image_size": 32, "patch_size": 8, "width": 48, "depth": 6, "num_classes": 10}
+CPU = Size("seconds", 8, SMALL, ("eager",), (16,), 2, 1, 0.2, (8, 80, 100), 0.0)
 
 
-def _until(batches: Batches, end: float) -> int:
-    images = 0
-    while time.perf_counter() < end:
-        images += len(next(batches)[0])
-    return images
+@dataclass
+class Bench:
+    """What the parts share. `files`: a few images over and over, an epoch of 64 steps; `until`: by the clock, in
+    seconds; `rates`: images a second of each model's step."""
+
+    size: Size
+    device: str
+    files: ImageDataset | Shards | None = None
+    until: float = float("inf")
+    clock: Callable[[], float] = time.monotonic
+    rates: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cuda(self) -> bool:
+        return "cuda" in self.device
+
+    @property
+    def workers(self) -> int:
+        """Processes of our loader and of timm's: one a core, 16 at most."""
+        return min(len(os.sched_getaffinity(0)), 16)
+
+    def model(self, encoding: str) -> ModelConfig:
+        return model_config("deit_tiny", encoding=encoding, drop_path=0.1, **self.size.model)
+
+    @property
+    def recipe(self) -> TrainConfig:
+        """DeiT's, mixed in groups that the batch allows: more groups than copies of an image."""
+        recipe, size = deit("cpvt_tiny"), self.model("none").image_size[0]
+        group = min(recipe.augment.mix_group, self.size.batch_size // 4)
+        data = replace(recipe.data, image_size=size, workers=self.workers)
+        return replace(recipe, augment=replace(recipe.augment, mix_group=group), data=data)
+
+    def fits(self, seconds: float, what: str) -> bool:
+        """Whether so many seconds are left; says so where they are not."""
+        if self.clock() + seconds <= self.until:
+            return True
+        print(f"not measured: budget: {what}", flush=True)
+        return False
 
 
-def feed(
-    batches: Batches, step: Callable[[Tensor, Tensor], object], seconds: float, device: str, warm: float = 1.0
-) -> tuple[float, float]:
-    """-> images a second of a step that these batches feed, and the share of the time it stood idle, 0 to 1.
-
-    Idle is what passes between a step's last kernel and the moment when the next batch is there, on the
-    stream of the model, by its own clock; on a CPU what passes in waiting for the next batch.
-    """
-    waits, images, counting = [], 0, False
-    step(*next(batches))
-    wait(device)
-    started = time.perf_counter()
-    end = started + warm
-    while True:
-        if time.perf_counter() >= end:
-            if counting:
-                break
-            wait(device)
-            started, images, counting = time.perf_counter(), 0, True
-            end, waits = started + seconds, []
-        idle = _mark(device)
-        batch = next(batches)
-        waits.append((idle, _mark(device)))
-        step(*batch)
-        images += len(batch[0])
-    wait(device)
-    total = time.perf_counter() - started
-    return images / total, sum(_between(*pair) for pair in waits) / total
+# --------------------------------------------------------------------------- one operator, one step
 
 
-def _mark(device: str) -> float | torch.cuda.Event:
-    if "cuda" not in device:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+def peg_operator(bench: Bench) -> Rows:
+    """(B, 1 + 14 * 14, D) float32, as the stream of tokens is under autocast. Its numbers are the tests' business."""
+    for width in bench.size.widths:
+        shape = (max(bench.size.batch_size * 192 // width, 1), 197, width)
+        parts = [
+            torch.randn(s, device=bench.device).requires_grad_() for s in (shape, (width, 1, 3, 3), (width,))
+        ]
+        out, there, metrics = peg(*parts, 14, 14), torch.empty(shape, device=bench.device), {}
+        for name, moved, work in (  # `moved`: times that the tokens are read or written
+            ("copy", 2, partial(there.copy_, parts[0].detach())),
+            ("forward", 2, partial(peg, *parts, 14, 14)),
+            (
+                "backward",
+                3,
+                partial(torch.autograd.grad, out, parts, torch.ones_like(out), retain_graph=True),
+            ),
+        ):
+            metrics[f"{name}_gigabytes_per_s"] = moved * out.nbytes / _seconds(bench, work) / 1e9
+        yield {"part": "peg", "size": width}, metrics, {"shape": shape}
 
 
-def _between(start, end) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+def _relative_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
 
 
-def joined(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Batches:
-    """`count` batches as one, without end: the loader's epochs follow each other."""
-    images, targets = [], []
-    while True:
-        for image, target in batches:
-            images.append(image)
-            targets.append(target)
-            if len(images) == count:
-                yield torch.cat(images), torch.cat(targets)
-                images, targets = [], []
-
-
-# --------------------------------------------------------------------------- the parts
-
-
-def _step(bench: Bench) -> None:
+def step(bench: Bench) -> Rows:
+    """Ratios are to timm's fastest mode, costs to our model without an encoding, round by round."""
     error = gradient_error(bench)
     if not error < AGREE:
         raise FloatingPointError(
             f"gradients of deit_tiny differ from timm's by {error:.2g}, expected less than {AGREE:g}: "
             "no ratio means anything before this is mended"
         )
-    race(bench, "step", True, ENCODINGS, {"gradient_error": error})
+    first, *others = bench.size.modes
+    entrants = [(model, first) for model in ("timm", *ENCODINGS)] + [("timm", mode) for mode in others]
+    batch, steps, facts = noise(bench.model("none"), bench.size.batch_size, bench.device), {}, {}
+    for model, mode in entrants:
+        if bench.fits(bench.size.entrant, f"step: {model}, {mode}"):
+            try:
+                steps[model, mode], facts[model, mode] = _built(bench, model, mode, batch)
+            except RuntimeError as failure:  # one way to compile that fails here must not cost the others
+                print(f"not measured: {model}, {mode}: {' '.join(str(failure).split())[:200]}", flush=True)
+    timed = {key: partial(_seconds, bench, partial(one, *batch)) for key, one in steps.items()}
+    times = in_rounds(timed, bench.size.rounds)
+    best = min((key for key in times if key[0] == "timm"), key=lambda key: median(times[key]))
+    for (model, mode), own in times.items():
+        speeds = [bench.size.batch_size / seconds for seconds in own]
+        metrics = summary("images_per_s", speeds) | summary("ratio", ratios(times[best], own))
+        metrics |= facts[model, mode] | {"gradient_error": error}
+        if model not in ("timm", "none") and ("none", mode) in times:
+            metrics |= summary("cost_percent", [100 * (r - 1) for r in ratios(own, times["none", mode])])
+        bench.rates[model] = max(metrics["images_per_s"], bench.rates.get(model, 0))
+        config = bench.model("learned" if model == "timm" else model)
+        told = {"model": asdict(config), "ratio_to": best[1]}
+        yield {"part": "step", "model": model, "mode": mode}, metrics, told
 
 
-def _inference(bench: Bench) -> None:
-    race(bench, "inference", False, ("deit_tiny", "cpvt_tiny", "cpvt_tiny_5peg"), {})
+def _seconds(bench: Bench, work: Callable[[], object]) -> float:
+    return seconds_of(work, bench.device, bench.size.steps, warm=1)
 
 
-def _pipeline(bench: Bench) -> None:
-    """All loaders in one set of rounds; each starts anew, so that none fills its queues while another is timed."""
-    size, idle, measures = bench.size, {}, {}
-    feeding = bench.cpvt_step()
-    if bench.cuda:  # the kernels of our augmentation are compiled as they are first needed
-        with closing(our_batches(bench, bench.sources["files"][0])) as batches:
-            seconds_of(partial(next, batches), bench.device, 4)
-
-    def rate(kind: str, alone: bool, side: str) -> float:
-        source = bench.sources[kind][side == "timm"]
-        with closing(LOADERS[side](bench, source)) as batches:
-            if alone:
-                return drain(batches, size.seconds, bench.device, size.warm)
-            images, waiting = feed(batches, feeding, size.seconds, bench.device, size.warm)
-            idle.setdefault((kind, side), []).append(100 * waiting)
-            return images
-
-    pair = 2 * (size.seconds + size.warm + STARTING * bench.cuda)
-    for number, (kind, alone) in enumerate(product(bench.sources, (True, False)), start=1):
-        if bench.budget.allows(number * pair):
-            measures |= {(kind, alone, side): partial(rate, kind, alone, side) for side in LOADERS}
-        else:
-            bench.skip(f"pipeline: {kind}, {ALONE if alone else FED}")
-    found = in_rounds(measures, min(size.rounds, 3))
-    for (kind, alone, side), rates in found.items():
-        source = bench.sources[kind][side == "timm"]
-        metrics = summary("images_per_s", rates) | summary("ratio", ratios(rates, found[kind, alone, "timm"]))
-        megabytes = metrics["images_per_s"] * source.mean_bytes / 1e6
-        metrics |= {"bytes_per_image": source.mean_bytes, "megabytes_per_s": megabytes}
-        # The copies of an image follow each other in the stream: a disk is asked once for all of them.
-        metrics["disk_megabytes_per_s"] = megabytes / bench.recipe.augment.repeated_aug
-        if not alone:
-            metrics |= summary("idle_percent", idle[kind, side])
-            synthetic = bench.rates.get(f"step: cpvt_tiny, {feeding.mode}")
-            metrics |= {"ratio_to_step": metrics["images_per_s"] / synthetic} if synthetic else {}
-        name = f"pipeline: {side}, {kind}, {ALONE if alone else FED}"
-        _jpeg_row(bench, name, metrics, source, ratio_to="timm", mode=feeding.mode)
+def _built(bench: Bench, model: str, mode: str, batch: tuple[Tensor, Tensor]) -> tuple[Step, dict]:
+    """A step that has been taken twice, and what that took."""
+    before = torch.cuda.memory_allocated() if bench.cuda else 0
+    made = timm_model(bench.model("learned")) if model == "timm" else VisionTransformer(bench.model(model))
+    one = Step(made, bench.device, mode)
+    facts = {"first_s": seconds_of(partial(one, *batch), bench.device)}
+    if bench.cuda:
+        torch.cuda.reset_peak_memory_stats()
+        one(*batch)
+        facts["gigabytes"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+    return one, facts
 
 
-def _jpeg_row(bench: Bench, name: str, metrics: dict, source: Repeated, **more) -> None:
-    facts = {
-        "workers": bench.workers,
-        "different_files": len(source.contents),
-        "page_cache": True,  # a few files over and over: no disk was read
-        "augment": asdict(bench.recipe.augment),
-    }
-    origin = bench.origin or "JPEGs drawn by formula"
-    bench.row(name, metrics, {**facts, **more}, source.bytes_in_order, dataset=origin)
+def gradient_error(bench: Bench) -> float:
+    """The largest relative error over the parameters, ours against timm's, in double precision.
+
+    On the same weights and images, without drop path.
+    """
+    config = replace(bench.model("learned"), drop_path=0.0)
+    models: list[nn.Module] = [VisionTransformer(config), timm_model(config)]
+    models[0].load_state_dict(models[1].state_dict())
+    images, targets = (part[:8].double() for part in noise(config, bench.size.batch_size, bench.device))
+    for model in models:
+        cross_entropy(model.to(images)(images), targets).backward()
+    own = dict(models[0].named_parameters())
+    return max(_relative_error(own[name].grad, p.grad) for name, p in models[1].named_parameters())
 
 
-def our_batches(bench: Bench, source: Repeated) -> Iterator[tuple[Tensor, Tensor]]:
-    recipe = bench.recipe
-    data = replace(recipe.data, image_size=bench.side, workers=bench.workers)
+# --------------------------------------------------------------------------- from the files
+
+
+def open_files(data: str, folder: Path, size: Size) -> ImageDataset | Shards:
+    """JPEGs of a folder with train/, of shards, or loose ones; without `data`, drawn into `folder`."""
+    count, height, width = size.drawn
+    for number in range(0 if data else count):
+        (folder / f"{number:06}.jpg").write_bytes(draw_jpeg(number, height, width))
+    path = Path(data or folder)
+    if (path / "train").is_dir():
+        return open_dataset(path, "train")
+    loose = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    if not loose:
+        raise DataError(f"{path} holds no JPEGs: give a folder with train/CLASS/*.JPEG, shards, or JPEGs")
+    names, labels = numpy.array([os.fsencode(p) for p in loose]), torch.arange(len(loose)) % 1000
+    return ImageDataset(path.name, "train", tuple(map(str, range(1000))), names, labels)
+
+
+def draw_jpeg(number: int, height: int, width: int) -> bytes:
+    """Image `number` by formula, three waves of colour under noise: with ImageNet's usual bytes a pixel."""
+    down, across = numpy.mgrid[:height, :width] / max(height, width)
+    turns = 2 * numpy.pi * (number % 7 + 1)
+    waves = [numpy.sin(turns * (down * a + across * b)) for a, b in ((1, 0), (0, 1), (1, 1))]
+    grain = numpy.random.default_rng(number).normal(0, 18, (height, width, 1))
+    pixels, file = 128 + 60 * numpy.stack(waves, axis=2) + grain, BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(numpy.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def jpeg_decoder(device: str) -> tuple[str, Callable | None]:
+    """-> what decodes JPEGs, in words, and what stands in on a GPU without torchcodec, for a measurement only:
+    torchvision's hardware path may write into memory that is still read (its pull request 9606)."""
+    if "cuda" not in device or find_jpeg_decoder():
+        return "torchcodec" if find_jpeg_decoder() else "Pillow", None
+    mode = torchvision.io.ImageReadMode.RGB
+    return "torchvision", partial(torchvision.io.decode_jpeg, mode=mode, device=device)
+
+
+def decode(bench: Bench) -> Rows:
+    words, stand_in = jpeg_decoder(bench.device)
+    decoder = Decoder(bench.files, bench.device, decode_jpegs=stand_in)
+    for count in (128, 1024) if bench.cuda else (4,):
+        read = decoder.reader[SimpleNamespace(indices=numpy.arange(count))]
+        refused = decoder(read).refused
+        seconds = seconds_of(partial(decoder, read), bench.device, 3, 1)
+        metrics = {"images_per_s": count / seconds, "refused": refused}
+        yield {"part": "decode", "size": count}, metrics, {"decoder": words}
+
+
+def our_batches(bench: Bench) -> Batches:
+    recipe, (_, stand_in) = bench.recipe, jpeg_decoder(bench.device)
     loader = make_loader(
-        data,
-        global_batch_size=bench.size.batch,
+        recipe.data,
         seed=0,
+        global_batch_size=bench.size.batch_size,
         device=bench.device,
         augment=recipe.augment,
         label_smoothing=recipe.optim.label_smoothing,
-        open_split=lambda *which: source,
+        open_split=lambda *_: bench.files,
     )
-    loader = dataclasses.replace(loader, decode_jpegs=bench.decode_jpegs)
-    with closing(loader.train_batches()) as batches:
+    with closing(dataclasses.replace(loader, decode_jpegs=stand_in).train_batches()) as batches:
         for batch in batches:
             yield batch.images, batch.targets
 
 
-def timm_batches(bench: Bench, source: Repeated) -> Iterator[tuple[Tensor, Tensor]]:
-    """As timm's training script has them: mixed where a batch is put together, on the GPU ahead of time."""
-    augment, smoothing, size = bench.recipe.augment, bench.recipe.optim.label_smoothing, bench.size
+def timm_batches(bench: Bench) -> Batches:
+    """As timm's training script has them: mixed where a batch is put together, on the GPU ahead of time. Its
+    batches are an eighth of a step's: small ones come evenly."""
+    recipe, small = bench.recipe, max(bench.size.batch_size // 8, 2)
+    augment, classes = recipe.augment, len(bench.files.classes)
+    mixup = timm_mixup(augment, recipe.optim.label_smoothing, classes, FastCollateMixup)
     loader = timm_loader(
-        source,
-        size.loader_batch,
-        bench.side,
-        len(source.classes),
-        augment,
-        smoothing,
-        bench.device,
-        bench.workers,
-        mix_in_workers=True,
+        bench.files, small, recipe.data.image_size, augment, bench.device, bench.workers, mixup
     )
-    yield from joined(loader, size.batch // size.loader_batch)
+    return joined(loader, bench.size.batch_size // small)
 
 
-LOADERS = {"ours": our_batches, "timm": timm_batches}
+def joined(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Batches:
+    """`count` batches as one, without end: the loader's epochs follow each other."""
+    held: list[tuple[Tensor, Tensor]] = []
+    while True:
+        for batch in batches:
+            held.append(batch)
+            if len(held) == count:
+                images, targets = zip(*held, strict=True)
+                yield torch.cat(images), torch.cat(targets)
+                held = []
 
 
-def _memory(bench: Bench) -> None:
-    """A copy reads and writes each byte."""
-    here = torch.zeros(bench.size.copied, dtype=torch.uint8, device=bench.device)
-    there, config = torch.empty_like(here), bench.model("learned")
-    times = [seconds_of(lambda: there.copy_(here), bench.device, 5, 1) for _ in range(bench.size.rounds)]
-    metrics = summary("copy_gigabytes_per_s", [2 * len(here) / seconds / 1e9 for seconds in times])
-    bound = 2 * len(here) / min(times) / step_bytes(config)
-    metrics |= {"step_megabytes_per_image": step_bytes(config) / 1e6, "bound_images_per_s": bound}
-    for label, rate in bench.rates.items():
-        if label.startswith("step: ") and "deit_tiny" in label:
-            side, mode = "timm" if "timm" in label else "ours", label.rpartition(", ")[2]
-            metrics[f"bound_share/{side}/{mode}"] = rate / bound
-    bench.row("memory: copy", metrics, {"model": asdict(config)}, here[:1])
+LOADERS = {"cpvt": our_batches, "timm": timm_batches}
 
 
-def _teacher(bench: Bench) -> None:
-    images, targets = bench.noise()
-    name = "regnety_160" if bench.cuda else "regnety_002"  # on a CPU the smallest of its family
-    runs = {"step": bench.cpvt_step()}
-    for mode in ("eager", "default") if bench.size.compiles else ("eager",):
-        if mode == "eager" or bench.budget.allows(3 * bench.size.compiling):
-            teacher = timm.create_model(name, num_classes=targets.shape[1])
-            runs[mode] = Step(teacher, bench.device, mode, training=False)
-            runs[mode](images, targets)
-        else:
-            bench.skip(f"teacher: {name}, {mode}")
-
-    def seconds(run: Step) -> float:
-        return seconds_of(partial(run, images, targets), bench.device, bench.size.steps)
-
-    found = in_rounds({mode: partial(seconds, run) for mode, run in runs.items()}, bench.size.rounds)
-    for mode in [mode for mode in found if mode != "step"]:
-        pairs = list(zip(found[mode], found["step"], strict=True))
-        metrics = summary("images_per_s", [len(images) / its for its, _ in pairs])
-        metrics |= summary("share_percent", [100 * its / (its + own) for its, own in pairs])
-        told = {"teacher": name, "student": "cpvt_tiny", "student_mode": runs["step"].mode}
-        bench.row(f"teacher: {name}, {mode}", metrics, told, images[:8])
+def rate(
+    batches: Batches, seconds: float, device: str, use: Callable = lambda *_: None, clock=time.perf_counter
+) -> float:
+    """Images a second of a loader, alone or with what uses its batches; after as long a time uncounted."""
+    use(*next(batches))  # processes start, kernels are compiled
+    for _ in ("not counted", "counted"):
+        wait(device)
+        images, started = 0, clock()
+        while clock() < started + seconds:
+            batch = next(batches)
+            use(*batch)
+            images += len(batch[0])
+        wait(device)
+    return images / (clock() - started)
 
 
-# A part may go on until this share of the budget is spent; the rest is kept for those that follow.
-PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
-    "step": (_step, 0.55),
-    "pipeline": (_pipeline, 0.80),
-    "memory": (_memory, 0.84),
-    "inference": (_inference, 0.97),
-    "teacher": (_teacher, 1.0),
+def pipeline(bench: Bench) -> Rows:
+    """Each loader starts anew for each round, so that none fills its queues while another is timed."""
+    size, config = bench.size, bench.model("peg")
+    config = replace(config, num_classes=len(bench.files.classes))
+    feeding = Step(VisionTransformer(config), bench.device, size.modes[0])
+    feeding(*noise(config, size.batch_size, bench.device))
+
+    def one(loader: str, fed: bool) -> float:
+        with closing(LOADERS[loader](bench)) as batches:
+            return rate(batches, size.seconds, bench.device, *((feeding,) if fed else ()))
+
+    timed = {(loader, fed): partial(one, loader, fed) for loader in LOADERS for fed in (False, True)}
+    found = in_rounds(timed, min(size.rounds, 2))
+    for (loader, fed), rates in found.items():
+        metrics = summary("images_per_s", rates) | summary("ratio", ratios(rates, found["timm", fed]))
+        if fed and "peg" in bench.rates:
+            metrics["ratio_to_step"] = metrics["images_per_s"] / bench.rates["peg"]
+        columns = {"part": "pipeline", "loader": loader, "model": "peg" if fed else ""}
+        facts = {"augment": asdict(bench.recipe.augment), "workers": bench.workers, "page_cache": True}
+        yield columns, metrics, facts | {"decoder": jpeg_decoder(bench.device)[0]}
+
+
+PARTS: dict[str, Callable[[Bench], Rows]] = {
+    "peg": peg_operator,
+    "step": step,
+    "decode": decode,
+    "pipeline": pipeline,
 }
 
 
@@ -301,63 +361,63 @@ PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Measure training step, data pipeline and inference beside timm's, in one run of ten minutes on one GPU."""
+    """Measure training step and data pipeline beside timm's, in one run of ten minutes on one GPU."""
 
     data: str = ""  # JPEGs: a folder with train/CLASS/*.JPEG, shards, or loose files; none: drawn by formula
-    out: Path = Path("data/results")  # folder of benchmark.jsonl
+    out: Path | None = None  # folder of benchmark.jsonl (default: data/results of the repository)
     budget_minutes: float = 9.0  # begin nothing that would end after this; 0: no limit
     size: Literal["auto", "gpu", "cpu"] = "auto"  # cpu: a small version that takes seconds and proves little
-    only: tuple[str, ...] = ()  # some of: step pipeline memory inference teacher; none: all
+    only: tuple[str, ...] = ()  # some of: peg step decode pipeline; none: all
 
     def __call__(self) -> None:
-        device = pick_device({"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[self.size])
         for name in self.only:
             if name not in PARTS:
                 raise ConfigError(f"benchmark: no part {name!r}; {nearest(name, PARTS)}")
-        chosen = {name: part for name, part in PARTS.items() if name in self.only or not self.only}
-        size = GPU if device == "cuda" else CPU
-        bench = Bench(size, device, Budget(self.budget_minutes), self.out, origin=Path(self.data).name)
-        try:
-            with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder:
-                self._measure(bench, chosen, Path(folder))
-        finally:  # whatever went wrong, there may be rows already
-            lines = "\n".join(table(bench.rows))
-            print(f"\n{lines}\n\n{len(bench.rows)} rows in {self.out}/benchmark.jsonl")
+        if not 0 <= self.budget_minutes < float("inf"):
+            raise ConfigError(f"budget_minutes={self.budget_minutes:g}: give minutes, or 0 for no limit")
+        device = pick_device({"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[self.size])
+        bench = Bench(GPU if device == "cuda" else CPU, device)
+        if self.budget_minutes:
+            bench.until = bench.clock() + 60 * self.budget_minutes
+        with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder, each_compiled():
+            files = open_files(self.data, Path(folder), bench.size)
+            bench.files = files.select(torch.arange(64 * bench.size.batch_size) % len(files))
+            for name in self.only or PARTS:
+                started = bench.clock()
+                if bench.fits(bench.size.entrant, name):
+                    for columns, metrics, facts in PARTS[name](bench):
+                        result = self._result(bench, files, columns, metrics, facts, bench.clock() - started)
+                        append(result, self.out, again=True)
+                        print(_line(columns, metrics), flush=True)
+        print(f"rows in {results_folder(self.out)}/benchmark.jsonl")
 
-    def _measure(self, bench: Bench, chosen: dict, folder: Path) -> None:
-        size = bench.size
-        if "pipeline" in chosen:
-            length, classes = LENGTH * size.batch, bench.model("none").num_classes
-            workers = bench.workers if bench.cuda else 1
-            drawn = size.images, size.jpeg, size.short_side
-            bench.sources = prepare(self.data, folder, *drawn, length, classes, workers)
-        bench.decoder, bench.decode_jpegs = jpeg_decoder(bench.device, find_jpeg_decoder())
-        with each_compiled():
-            for name, (measure, until) in chosen.items():
-                bench.budget.until = 1.0 if self.only else until
-                if bench.budget.allows(size.least):
-                    print(f"{name} ...", flush=True)
-                    measure(bench)
-                else:
-                    bench.skip(name)
-
-
-COLUMNS = {"images_per_s": "images/s", "ratio": "to timm", "cost_percent": "cost %", "idle_percent": "idle %"}
-COLUMNS |= {"share_percent": "share %", "gigabytes": "GB"}
-
-
-def table(rows: list[Result]) -> list[str]:
-    """Lines: a row each, medians over rounds, and the extremes of the ratio."""
-    lines = [f"{'':52}" + "".join(f"{title:>10}" for title in COLUMNS.values()) + "   ratios"]
-    for row in rows:
-        values = row.metrics
-        cells = [_cell(values.get(name)) for name in COLUMNS]
-        extremes = f"   {values['ratio/min']:.3f} - {values['ratio/max']:.3f}" if "ratio" in values else ""
-        lines.append(f"{row.columns['row']:52}" + "".join(f"{cell:>10}" for cell in cells) + extremes)
-        if row.columns["row"].startswith("memory"):
-            lines += [f"    {name:46}{value:12.5g}" for name, value in values.items()]
-    return lines
+    def _result(
+        self, bench: Bench, files, columns: dict, metrics: dict, facts: dict, seconds: float
+    ) -> Result:
+        size, from_files = bench.size, columns["part"] in ("decode", "pipeline")
+        config = {"batch_size": size.batch_size, "rounds": size.rounds, "steps_a_round": size.steps, **facts}
+        config |= {"timm": timm.__version__, "torchvision": torchvision.__version__}
+        config |= {"precision": "bf16" if bench.cuda else "fp32", "cores": len(os.sched_getaffinity(0))}
+        return Result(
+            experiment="benchmark",
+            columns={"part": "", "model": "", "mode": "", "loader": "", "size": 0} | columns,
+            scale=size.scale,
+            dataset=(Path(self.data).name or "drawn JPEGs") if from_files else "noise",
+            dataset_sha256=files.fingerprint if from_files else fingerprint(torch.zeros(0)),
+            seed=0,
+            config=config,
+            metrics=metrics,
+            weights="raw",
+            seconds=round(seconds, 1),
+            device=torch.cuda.get_device_name() if bench.cuda else "cpu",
+            torch=torch.__version__,
+            cpvt_commit=commit(),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _line(columns: dict, metrics: dict) -> str:
+    """One row for a person: medians alone."""
+    spread = ("/min", "/max", "/low", "/high")
+    said = [f"{name} {value:.4g}" for name, value in metrics.items() if not name.endswith(spread)]
+    return f"{' '.join(str(value) for value in columns.values() if value):60} {'  '.join(said)}"
