@@ -53,6 +53,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "fashion-length": _FASHION,
     "costs": {**_MODEL, "again": False},
 }
+COLUMNS["benchmark"] = {"part": None, "model": "", "mode": "", "loader": "", "size": 0}
 NOT_YET = "not yet measured"
 _METRIC = re.compile(r"[a-z][a-z0-9_]*(@\d+(x\d+)?)?(/[a-z][a-z0-9_.-]*)*")
 

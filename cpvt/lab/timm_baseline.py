@@ -129,19 +129,24 @@ def _lone_world() -> Iterator[None]:
 # --------------------------------------------------------------------------- its batches in our loop
 
 
+def selected(images: ImageDataset, classes: int) -> ImageDataset:
+    """The images of the first `classes` classes alone, in the order of their names."""
+    chosen = images.select((images.labels < classes).nonzero().flatten())
+    return dataclasses.replace(chosen, classes=chosen.classes[:classes])
+
+
 def first_classes(data: DataConfig, *, classes: int, **options) -> ImageLoader:
-    """`make_loader` with the images of the first `classes` classes alone, in the order of their names."""
-
-    def opened(*which) -> ImageDataset:
-        images = open_split(*which)
-        chosen = images.select((images.labels < classes).nonzero().flatten())
-        return dataclasses.replace(chosen, classes=chosen.classes[:classes])
-
-    return make_loader(data, **options, open_split=opened)
+    """`make_loader` with the images of the first `classes` classes alone."""
+    return make_loader(data, **options, open_split=lambda *which: selected(open_split(*which), classes))
 
 
 def timm_batches(data: DataConfig, **options) -> TimmLoader:
     """The same with training batches through timm's loader; for `train(config, make_loader=timm_batches)`."""
+    if data.store != "files" or options.get("world_size", 1) > 1:
+        raise ConfigError(
+            f"data.store={data.store!r}, {options.get('world_size', 1)} processes: timm's loader is compared on "
+            "files in one process; use data.store='files' without torchrun"
+        )
     loader = first_classes(data, **options)
     return TimmLoader(**{field.name: getattr(loader, field.name) for field in dataclasses.fields(loader)})
 
@@ -153,14 +158,6 @@ class TimmLoader(ImageLoader):
     seed gives the same batches for the same number of workers, in a process that draws nothing besides. A run
     that goes on begins with a new epoch of the loader.
     """
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.data.store != "files" or self.world_size > 1:
-            raise ConfigError(
-                f"data.store={self.data.store!r}, {self.world_size} processes: timm's loader is compared on "
-                "files in one process; use data.store='files' without torchrun"
-            )
 
     def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
         parts, augment = self.micro_batches_per_step, self.transform.config
