@@ -100,10 +100,10 @@ def test_a_request_goes_to_another_process():
     [
         (dict(global_batch_size=100), "optim.global_batch_size=100 with augment.mix_group=16"),
         (dict(images=50, mix_group=1), "50 training images"),
-        (dict(mix_group=48), "2 groups"),
+        (dict(mix_group=48), "augment.repeated_aug=3"),
         (dict(world_size=5), "5 processes"),
         (dict(world_size=4), "4 processes"),
-        (dict(micro_batch_size=8), "optim.micro_batch_size=8 is smaller"),
+        (dict(micro_batch_size=8), "optim.micro_batch_size=8"),
     ],
 )
 def test_batches_that_cannot_be_cut_are_refused(arguments, words):

@@ -100,9 +100,9 @@ SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 def _server() -> multiprocessing.context.BaseContext:
     """Starts the process that workers are forked from; it has imported this module, which takes 2 s once.
 
-    A fork of the main process would copy locks that threads of NCCL, CUDA or the compiler hold. Signals to its
-    group, as a terminal and torchrun send them, and SIGUSR1, which SLURM may send to all processes, are the
-    main process's to answer, and it still needs its workers: these are born with such signals blocked.
+    A fork of the main process would copy locks that threads of NCCL, CUDA or the compiler hold. Signals to
+    its group, as a terminal and torchrun send them, and SIGUSR1, which SLURM may send to all, are the main
+    process's to answer, and it still needs its workers: these are born with such signals blocked.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

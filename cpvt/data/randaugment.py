@@ -42,8 +42,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def fused(function: Callable) -> Callable:
-    """The function of tensors, compiled where they lie on a GPU: one pass over memory, not one an
-    operation."""
+    """The same function, compiled where tensors lie on a GPU: one pass over memory, not one an operation."""
 
     @functools.wraps(function)
     def run(pixels: Tensor, *others: Tensor) -> Tensor:
@@ -328,8 +327,7 @@ OPERATIONS: dict[str, tuple[Callable, Callable]] = {  # what runs, and what prep
     "Equalize": (look_up, _equalise),
     "Invert": (look_up, _table(lambda old, level, sign: 255 - old)),
     "Rotate": (rotate, _motion(_turn, 30)),  # degrees
-    # Bits kept are 8 less the exponent; then the value from which on is inverted, what is added to the darker
-    # half.
+    # By the level: how many bits are kept, from which value on is inverted, what is added to dark ones.
     "PosterizeIncreasing": (
         look_up,
         _table(lambda old, level, sign: old & (256 - 2 ** (4 + (level * 4).floor().long()))),

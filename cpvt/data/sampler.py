@@ -51,9 +51,8 @@ class Sampler:
     images             in the data set
     global_batch_size  samples a step, over all processes
     mix_group          samples that are mixed among each other; they lie next to each other in the batch
-    repeated_aug       copies of an image that stand one behind the other in the stream (repeated
-    augmentation);
-                       they fall into different groups, as they fall on different processes in DeiT
+    repeated_aug       copies of an image, one behind the other in the stream; they fall into other groups, as
+                       they fall on other processes in DeiT
     micro_batch_size   images that the process handles at a time, at most; 0: all of its part of a batch
 
     Raises ConfigError where a batch cannot be cut so that no group is torn.
@@ -70,42 +69,31 @@ class Sampler:
 
     def __post_init__(self):
         batch, group, most = self.global_batch_size, self.mix_group, self.micro_batch_size
-        given = f"optim.global_batch_size={batch} with augment.mix_group={group}"
-        if batch % group:
-            raise ConfigError(f"{given}: a step holds whole groups; choose a divisor")
-        if group > 1 and batch // group < self.repeated_aug:
-            raise ConfigError(
-                f"{given} makes {batch // group} groups, fewer than augment.repeated_aug="
-                f"{self.repeated_aug}: an image would be mixed with its own copy; choose smaller groups"
-            )
-        if not self.steps_per_epoch:
-            raise ConfigError(
-                f"{self.images} training images, {self._offered} samples an epoch, "
-                f"optim.global_batch_size={batch}: choose a smaller batch"
-            )
+        copies, given = self.repeated_aug, f"optim.global_batch_size={batch} with augment.mix_group={group}"
         if batch % (self.world_size * group):
+            raise ConfigError(f"{given} for {self.world_size} processes: each needs as many whole groups")
+        if group > 1 and batch // group < copies:
             raise ConfigError(
-                f"{given} for {self.world_size} processes: each needs an equal number of whole groups; "
-                "change the batch or the group"
+                f"{given}, fewer groups than augment.repeated_aug={copies}: an image would be mixed with its "
+                "own copy; choose smaller groups"
             )
         if 0 < most < group:
             raise ConfigError(
-                f"optim.micro_batch_size={most} is smaller than augment.mix_group={group}: "
-                "a group is mixed in one piece; choose a smaller group"
+                f"optim.micro_batch_size={most}: augment.mix_group={group} is mixed in one piece"
+            )
+        if not self.steps_per_epoch:
+            raise ConfigError(
+                f"{self.images} training images are too few for optim.global_batch_size={batch}"
             )
 
     @property
-    def _offered(self) -> int:
-        whole = self.images // DEIT_MULTIPLE * DEIT_MULTIPLE
-        return whole if self.repeated_aug > 1 and whole else self.images
-
-    @property
     def steps_per_epoch(self) -> int:
-        return self._offered // self.global_batch_size
+        """Whole ones."""
+        deit = self.images // DEIT_MULTIPLE * DEIT_MULTIPLE if self.repeated_aug > 1 else 0
+        return (deit or self.images) // self.global_batch_size
 
     @property
     def samples_per_epoch(self) -> int:
-        """Those of whole steps."""
         return self.steps_per_epoch * self.global_batch_size
 
     @property

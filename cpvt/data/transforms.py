@@ -3,8 +3,8 @@
 Crop and resize, flip, RandAugment, normalise, erase, mix: in this order. Up to the RandAugment the pixels are
 uint8 between the steps, as in timm, then float32.
 
-Every draw is a function of (seed, epoch, position), or of (seed, epoch, group) where a group shares it, and made
-on the CPU. So an image meets the same fate in whatever micro-batch, process or worker it is.
+Every draw is a function of (seed, epoch, position), or of (seed, epoch, group) where a group shares it, and
+is made on the CPU: an image meets the same fate in whatever micro-batch, process or worker it is.
 
 Letters: B images, G groups of g images mixed among each other, S side of what the model sees, K classes.
 """
@@ -108,12 +108,10 @@ def noise_levels() -> Tensor:
 
 
 def erase(images: Tensor, boxes: Tensor, start: Tensor, levels: Tensor) -> None:
-    """Fills a box of each image (B, 3, H, W) float with N(0, 1) noise, in place. boxes (B, 4), start (B,):
-    CPU.
+    """Fills a box (B, 4) of each image (B, 3, H, W) float with N(0, 1) noise, in place.
 
-    A hash a pixel, counted from `start`, gives its three values: 16 bits each choose among the noise
-    `levels`, so the same noise comes on every device. How many pixels are erased is known on the CPU: no GPU
-    is asked.
+    A hash a pixel, counted from `start` (B,), gives its three values: 16 bits each choose among the noise
+    `levels`, the same on every device. How many pixels are erased is known on the CPU: no GPU is asked.
     """
     image = boxes[:, 2:].prod(dim=1).nonzero()[:, 0]
     top, left, high, wide = boxes[image].T
@@ -132,10 +130,9 @@ def erase(images: Tensor, boxes: Tensor, start: Tensor, levels: Tensor) -> None:
 
 # --------------------------------------------------------------------------- mix
 #
-# Mixup and CutMix with timm's semantics. A group is to us what a process's batch is to timm: all its images
-# share one draw, and each is mixed with its mirror in the group, the first with the last. As groups never
-# straddle a micro-batch, the same draws give the same images for any number of processes and accumulation
-# steps.
+# Mixup and CutMix as timm has them. A group is to us what a process's batch is to timm: its images share one
+# draw, and each is mixed with its mirror in the group, the first with the last. No group is cut in two, so
+# the same draws give the same images for any number of processes and micro-batches.
 
 
 class Mix(NamedTuple):
@@ -197,8 +194,7 @@ def mix_labels(labels: Tensor, classes: int, smoothing: float, share: Tensor) ->
 def beta(key: str, alpha: float, *counters: int | Tensor) -> Tensor:
     """From the symmetric Beta distribution with both parameters `alpha`, float64.
 
-    An even draw is sent through the inverse of the distribution function, read from a table (error below
-    1e-6).
+    An even draw is sent through the inverse of the distribution function, from a table (error below 1e-6).
     """
     even, power = uniform(key, *counters), min(alpha, 1.0)
     share = numpy.interp(torch.minimum(even, 1 - even).numpy(), *_distribution(alpha))
@@ -208,8 +204,7 @@ def beta(key: str, alpha: float, *counters: int | Tensor) -> Tensor:
 
 @functools.cache
 def _distribution(alpha: float) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """The share of the distribution below x and x^min(alpha, 1), for x from 0 to 1/2; beyond is the mirror
-    image.
+    """The share of the distribution below x, and x^min(alpha, 1), for x from 0 to 1/2.
 
     The density x^(alpha - 1) (1 - x)^(alpha - 1) may have a pole at 0; in steps of x^alpha there is none.
     """
@@ -226,8 +221,7 @@ def _distribution(alpha: float) -> tuple[numpy.ndarray, numpy.ndarray]:
 class TrainTransform:
     """Training images -> what the model sees, and its targets.
 
-    `label_smoothing` enters mixed labels only: where nothing is mixed, labels stay numbers and the loss
-    smooths. Raises ConfigError for a RandAugment text that cannot be read.
+    `label_smoothing` enters mixed labels only: where nothing is mixed, labels stay numbers, the loss smooths.
     """
 
     def __init__(
@@ -237,7 +231,7 @@ class TrainTransform:
         classes: int,
         label_smoothing: float,
         seed: int,
-        device: str = "cpu",
+        device="cpu",
     ):
         self.config, self.size, self.classes = config, (image_size, image_size), classes
         self.label_smoothing, self.seed, self.device = label_smoothing, seed, torch.device(device)
@@ -253,15 +247,12 @@ class TrainTransform:
         positions  (B,) int64, CPU: of the images in the stream of the epoch
         groups     (G,) int64, CPU: numbers of the groups in that stream; image i is in group i // g
         targets    labels (B,) int64 or, where anything is mixed, (B, K) float32
-
-        Raises ConfigError where B is not G whole groups.
         """
-        config, where, group = self.config, (self.seed, epoch, positions), self.config.mix_group
+        config, where = self.config, (self.seed, epoch, positions)
         mixes = bool(config.mixup or config.cutmix)
-        if mixes and len(images) != len(groups) * group:
+        if mixes and len(images) != len(groups) * config.mix_group:
             raise ConfigError(
-                f"{len(images)} images and {len(groups)} groups with augment.mix_group={group}: "
-                "choose a batch, a share of a process and a micro-batch of whole groups"
+                f"{len(images)} images are not {len(groups)} groups, mix_group={config.mix_group}"
             )
         pixels = self._resize(images, uniform("flip", *where) < config.hflip, where)
         if self.notation:
