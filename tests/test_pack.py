@@ -6,13 +6,13 @@ import os
 import resource
 import signal
 import tarfile
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from encoded import BROKEN, ODD, PLAIN, SIXTEEN, encoded, exif, picture, refusal
+from helpers import wait_until
 from PIL import Image
 from small_imagenet import (
     CLASSES,
@@ -258,7 +258,7 @@ def test_killed_in_the_middle_it_leaves_nothing_and_no_process(folder, tmp_path)
     process = multiprocessing.get_context("fork").Process(target=pack, args=task, kwargs=options)
     process.start()
     hidden = tmp_path / "out" / ".train.unfinished" / "000000.tar"
-    until(lambda: hidden.exists() and hidden.stat().st_size)
+    wait_until(lambda: hidden.exists() and hidden.stat().st_size)
     process.kill()
     process.join()
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".train.unfinished"]
@@ -270,7 +270,7 @@ def test_killed_in_the_middle_it_leaves_nothing_and_no_process(folder, tmp_path)
             run(folder, tmp_path / "out", "train")
             return True
 
-    until(again)  # the processes that decode hold the lock until they notice
+    wait_until(again)  # the processes that decode hold the lock until they notice
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["train"]
 
 
@@ -278,13 +278,6 @@ def test_a_process_that_dies_ends_the_packing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "decode_image", lambda data: os.kill(os.getpid(), signal.SIGKILL))
     assert "--workers" in refusal(run, folder, tmp_path / "out", "train", workers=2)
     assert not (tmp_path / "out").exists()
-
-
-def until(condition):
-    limit = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)
 
 
 # The command
