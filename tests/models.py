@@ -1,8 +1,11 @@
 """What the tests of the models share: every encoding, small models whose every weight matters, comparisons."""
 
+import pytest
 import torch
 
 from cpvt import ModelConfig
+from cpvt.errors import UserError
+from cpvt.model.encodings import PEG
 from cpvt.model.vit import VisionTransformer
 
 ENCODINGS = [
@@ -48,12 +51,16 @@ PAIRS += [
 CHANGE, SAME = 1e-10, 1e-12  # relative differences: what is claimed to exceed, what rounding stays below
 
 
-def random_model(encoding, grid, seed=0, std=0.25, **options) -> VisionTransformer:
-    """One pixel a token, in float64, every weight normal with deviation `std`."""
+def small_model(encoding, grid, seed=0, **options) -> VisionTransformer:
+    """One pixel a token."""
     torch.manual_seed(seed)
     sizes = {"image_size": grid, "patch_size": 1, "width": 16, "heads": 2, "depth": 4, "mlp_ratio": 2.0}
-    model = VisionTransformer(ModelConfig(**{**sizes, "num_classes": 7, "encoding": encoding, **options}))
-    model = model.double().eval()
+    return VisionTransformer(ModelConfig(**{**sizes, "num_classes": 7, "encoding": encoding, **options}))
+
+
+def random_model(encoding, grid, seed=0, std=0.25, **options) -> VisionTransformer:
+    """One pixel a token, in float64, every weight normal with deviation `std`."""
+    model = small_model(encoding, grid, seed, **options).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=std)
@@ -64,6 +71,13 @@ def random_images(n, grid, seed=1):
     return torch.randn(n, 3, *grid, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def set_fused(model, fused):
+    """Computes every PEG by one operator where it is faster (None), wherever there is one (True), or never."""
+    for module in model.modules():
+        if isinstance(module, PEG):
+            module.fused = fused
+
+
 @torch.no_grad()
 def logits(model, images):
     return model(images)
@@ -72,3 +86,16 @@ def logits(model, images):
 def difference(a, b) -> float:
     """The largest relative change among the pairs of outputs."""
     return ((a - b).norm(dim=-1) / b.norm(dim=-1)).max().item()
+
+
+def assert_refused(words, call, *args, error=UserError, **kwargs):
+    """In one line that has these words."""
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

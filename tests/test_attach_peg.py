@@ -6,13 +6,14 @@ import pickle
 import pytest
 import timm
 import torch
+from models import assert_refused
+from models import seeded as seeded
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 import cpvt
 from cpvt import attach_peg
-from cpvt.errors import ConfigError
 
 SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 FAMILIES = {
@@ -30,11 +31,6 @@ FAMILIES = {
     "eva, mixed rotary": (Eva, {"use_rot_pos_emb": True, "rope_type": "mixed", "use_abs_pos_emb": False}),
     "eva, DINOv3": (Eva, {"use_rot_pos_emb": True, "rope_type": "dinov3", "no_embed_class": True}),
 }
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 def build(family, **options):
@@ -122,49 +118,26 @@ def test_in_a_deit_it_is_the_cpvt_of_the_same_weights():
 @every
 @torch.no_grad()
 def test_without_the_table_any_size_runs(family):
-    """Built for one size, equal to the model built for the other with the same weights."""
+    """Built for one size, equal to the model built for the other with the same weights; at its own size equal to
+    the model with a table of zeros, so that nothing else is taken away."""
     cls, own = FAMILIES[family]
-    model = attach_peg(build(family), positions=(0, 1), drop_pos_embed=True)
+    model, zeros = build(family), build(family)
+    zeros.load_state_dict(model.state_dict())
+    if zeros.pos_embed is not None:
+        zeros.pos_embed.zero_()
+    attach_peg(model, positions=(0, 1), drop_pos_embed=True)
     assert "pos_embed" not in model.state_dict()
-    outputs = []
-    for size in ((96, 96), (48, 80), (80, 48), (64, 64)):
+    for size in ((96, 96), (48, 80)):
         x = torch.randn(2, 3, *size)
         native = cls(**{**SIZES, **own, "img_size": size}).eval()
         attach_peg(native, positions=(0, 1), drop_pos_embed=True)
         native.load_state_dict(model.state_dict())
-        outputs.append(model(x))
-        assert torch.equal(outputs[-1], native(x))
-        final, shown = model.forward_intermediates(x, indices=1)
+        assert torch.equal(model(x), native(x))
+        _, shown = model.forward_intermediates(x, indices=1)
         assert shown[0].shape == (2, 32, size[0] // 16, size[1] // 16)
-    assert all(out.shape == (2, 5) and out.isfinite().all() for out in outputs)
-    with pytest.raises(AssertionError, match="divisible by patch size"):
-        model(torch.randn(1, 3, 60, 64))
-
-
-@every
-@torch.no_grad()
-def test_dropping_the_table_takes_away_nothing_else(family):
-    """A table of zeros, at the size that the model was built for, is no table."""
-    with_zeros = build(family)
-    without = copy.deepcopy(with_zeros)
-    if with_zeros.pos_embed is not None:
-        with_zeros.pos_embed.zero_()
-    x = images_of(with_zeros)
-    for model in (with_zeros, without):
-        torch.manual_seed(0)
-        attach_peg(model, drop_pos_embed=model is without)
-    torch.testing.assert_close(without(x), with_zeros(x), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"]
-)
-@torch.no_grad()
-def test_models_of_timm_by_name(name):
-    model = timm.create_model(name, depth=2, img_size=(112, 112), num_classes=3).eval()
-    attach_peg(model, drop_pos_embed=True)
-    for size in ((112, 112), (112, 224)):
-        assert model(torch.randn(1, 3, *size)).shape == (1, 3)
+    attach_peg(zeros, positions=(0, 1)).load_state_dict(model.state_dict(), strict=False)
+    x = images_of(zeros)
+    torch.testing.assert_close(model(x), zeros(x), rtol=1e-5, atol=1e-6)
 
 
 # --------------------------------------------------------------------------- training, copies, compilation
@@ -229,44 +202,31 @@ def test_options_and_the_models_own_type_and_mode():
 # --------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    "name, family",
-    [
-        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
-        ("twins_pcpvt_small", "Twins"),
-        ("cpvt_tiny", "VisionTransformer from cpvt.model.vit"),
-        ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
-    ],
-)
-def test_other_families_are_refused_by_name(name, family):
+@pytest.mark.parametrize("name", ["twins_pcpvt_small", "cpvt_tiny", "vit_relpos_small_patch16_224"])
+def test_other_families_are_refused_by_name(name):
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(ConfigError, match=f"{family}.*VisionTransformer or Eva"):
-        attach_peg(model)
+    assert_refused([f"{type(model).__name__} from", "VisionTransformer or Eva"], attach_peg, model)
 
 
 @pytest.mark.parametrize(
-    "family, build_options, options, words",
+    "build_options, options, words",
     [
-        ("class token", {}, {"positions": (4,)}, ["positions=(4,)", "4 blocks", "3"]),
-        ("class token", {}, {"positions": ()}, ["positions=()"]),
-        ("class token", {}, {"kernel": 2}, ["kernel=2", "odd"]),
-        ("class token", {}, {"init": "zeros"}, ["init='zeros'", "'twins'"]),
-        ("class token", {}, {"padding": "none"}, ["padding='none'"]),
-        ("class token", {"patch_drop_rate": 0.25}, {}, ["patch_drop_rate=0"]),
-        ("eva, registers, rotary", {"patch_drop_rate": 0.25}, {}, ["patch_drop_rate=0"]),
+        ({}, {"positions": (4,)}, ["positions=(4,)", "3"]),
+        ({}, {"positions": ()}, ["positions=()"]),
+        ({}, {"kernel": 2}, ["kernel=2", "odd"]),
+        ({}, {"padding": "none"}, ["padding='none'"]),
+        ({"patch_drop_rate": 0.25}, {}, ["patch_drop_rate=0"]),
     ],
 )
+@pytest.mark.parametrize("family", ["class token", "eva, registers, rotary"])
 def test_refusals_change_nothing(family, build_options, options, words):
     model = build(family, **build_options)
     before = list(model.state_dict())
-    with pytest.raises(ConfigError) as caught:
-        attach_peg(model, **options, drop_pos_embed=True)
-    assert all(word in str(caught.value) for word in words), caught.value
+    assert_refused(words, attach_peg, model, **options, drop_pos_embed=True)
     assert list(model.state_dict()) == before and not model.patch_embed._forward_hooks
 
 
 def test_twice_is_refused():
     model = attach_peg(build("class token"), positions=(0, 2))
-    with pytest.raises(ConfigError, match=r"\['0', '2'\]"):
-        attach_peg(model, positions=(1,))
+    assert_refused(["['0', '2']"], attach_peg, model, positions=(1,))

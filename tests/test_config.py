@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from models import assert_refused
 
 from cpvt import ModelConfig
 from cpvt.config import (
@@ -22,7 +23,6 @@ from cpvt.config import (
     replace,
     to_json,
 )
-from cpvt.errors import ConfigError
 
 # Together they use every option of every kind.
 TEXTS = [
@@ -43,16 +43,9 @@ TEXTS = [
 ]
 
 
-def assert_says(caught, words):
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_encoding_text_round_trip(text):
-    parts = parse_encoding(text)
-    assert format_encoding(parts) == text
-    assert parse_encoding(format_encoding(parts)) == parts
+def test_encoding_text_round_trip():
+    for text in TEXTS:
+        assert format_encoding(parse_encoding(text)) == text
 
 
 def test_encoding_text_means_the_parts():
@@ -79,9 +72,7 @@ def test_the_texts_above_use_every_option_of_every_kind():
         ("learnd", ["'learnd'", "learned"]),
         ("peg(kernal=3)", ["'kernal'", "kernel"]),
         ("peg(kernel=4)", ["kernel=4", "odd"]),
-        ("peg(kernel='3')", ["kernel='3'", "int"]),
         ("peg(positions=(0, 0))", ["positions=(0, 0)"]),
-        ("peg(positions=())", ["positions=()"]),
         ("peg(positions=(-2,))", ["-2"]),
         ("peg(positions=3)", ["positions=3"]),
         ("peg(repeat=0)", ["repeat=0"]),
@@ -91,20 +82,16 @@ def test_the_texts_above_use_every_option_of_every_kind():
         ("peg(padding='zeros')", ["padding='zeros'", "'zero'"]),
         ("relative(clip=0)", ["clip=0"]),
         ("sine(temperature=0)", ["temperature=0"]),
-        ("rotary(theta=-1.0)", ["theta=-1.0"]),
         ("sine(resize=raw)", ["plain values"]),
         ("peg(3)", ["NAME(option=value, ...)"]),
         ("peg(**{'kernel': 3})", ["NAME(option=value, ...)"]),
-        ("peg * 2", ["NAME"]),
         ("peg +", ["cannot be read"]),
         ("peg(kernel=3, kernel=5)", ["NAME(option=value, ...)"]),
         ("__import__('os')", ["NAME(option=value, ...)"]),
     ],
 )
 def test_wrong_encodings_are_refused_in_one_line(text, words):
-    with pytest.raises(ConfigError) as caught:
-        parse_encoding(text)
-    assert_says(caught, words)
+    assert_refused(words, parse_encoding, text)
 
 
 CONFIG = TrainConfig(
@@ -118,10 +105,7 @@ CONFIG = TrainConfig(
 def test_json_round_trip_is_exact():
     text = to_json(CONFIG)
     assert from_json(TrainConfig, text) == CONFIG
-    assert to_json(from_json(TrainConfig, text)) == text
-    assert "\n" not in text
-    for part in (CONFIG.model, CONFIG.data, CONFIG.optim, CONFIG.run):
-        assert from_json(type(part), to_json(part)) == part
+    assert to_json(from_json(TrainConfig, text)) == text and "\n" not in text
     assert from_json(TrainConfig, "{}") == TrainConfig()
 
 
@@ -135,46 +119,37 @@ def test_configurations_are_values():
 def test_replace_checks_names_and_types():
     assert replace(ModelConfig(), width=384, drop_path=0) == ModelConfig(width=384, drop_path=0.0)
     assert replace(CONFIG, model=ModelConfig()).model == ModelConfig()
-    with pytest.raises(ConfigError, match="no option 'widht'; did you mean width"):
-        replace(ModelConfig(), widht=384)
-    with pytest.raises(ConfigError, match="width='384'; expected int"):
-        replace(ModelConfig(), width="384")
+    assert_refused(["no option 'widht'; did you mean width"], replace, ModelConfig(), widht=384)
+    assert_refused(["width='384'; expected int"], replace, ModelConfig(), width="384")
 
 
 def test_derived_sizes():
     config = ModelConfig(image_size=(160, 320))
     assert config.grid == (10, 20)
-    assert config.prefix_tokens == 1
-    assert replace(config, distilled=True).prefix_tokens == 2
-    assert replace(config, global_pool="avg").prefix_tokens == 0
+    changes = {}, {"distilled": True}, {"global_pool": "avg"}
+    assert [replace(config, **change).prefix_tokens for change in changes] == [1, 2, 0]
 
 
 @pytest.mark.parametrize(
     "values, words",
     [
         ({"image_size": (225, 224)}, ["(225, 224)", "multiples of the patch size"]),
-        ({"image_size": (0, 224)}, ["(0, 224)"]),
         ({"image_size": 224}, ["image_size=224"]),
         ({"image_size": (224, 224, 3)}, ["2 whole numbers"]),
         ({"patch_size": 0}, ["patch_size=0"]),
         ({"width": 100}, ["width=100", "heads=3"]),
         ({"depth": 2.0}, ["depth=2.0", "int"]),
-        ({"num_classes": -1}, ["num_classes=-1"]),
         ({"drop_path": 1.0}, ["drop_path=1.0"]),
         ({"mlp_only_blocks": 13}, ["mlp_only_blocks=13"]),
         ({"global_pool": "mean"}, ["global_pool='mean'", "'token', 'avg'"]),
         ({"distilled": True, "global_pool": "avg"}, ["distilled=True", "global_pool='avg'"]),
         ({"distilled": 1}, ["distilled=1", "bool"]),
-        ({"encoding": "pge"}, ["'pge'", "peg"]),
         ({"encoding": None}, ["encoding=None", "str"]),
     ],
 )
 def test_wrong_models_are_refused_in_one_line(values, words):
-    with pytest.raises(ConfigError) as caught:
-        ModelConfig(**values)
-    assert_says(caught, words)
-    with pytest.raises(ConfigError):
-        from_json(ModelConfig, json.dumps(values))
+    assert_refused(words, ModelConfig, **values)
+    assert_refused([], from_json, ModelConfig, json.dumps(values))
 
 
 @pytest.mark.parametrize(
@@ -190,6 +165,4 @@ def test_wrong_models_are_refused_in_one_line(values, words):
     ],
 )
 def test_wrong_json_is_refused_in_one_line(text, words):
-    with pytest.raises(ConfigError) as caught:
-        from_json(TrainConfig, text)
-    assert_says(caught, words)
+    assert_refused(words, from_json, TrainConfig, text)

@@ -27,7 +27,7 @@ def test_a_constant_peg_is_a_table_of_the_border_alone():
     image = added.unflatten(1, (6, 8))[0]
     inner = image[1:-1, 1:-1].flatten(0, 1)
     torch.testing.assert_close(inner, inner[:1].expand_as(inner))  # one value inside, others on the border
-    assert (image[0, 0] - image[1, 1]).abs().max() > 0.01 and (image[0, 0] - image[0, -1]).abs().max() > 0.01
+    assert (image[0, 0] - image[1, 1]).abs().max() > 0.01
     reference = PEG(16).double()
     reference.load_state_dict(peg.state_dict())
     ones = torch.ones_like(one)

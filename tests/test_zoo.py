@@ -9,7 +9,8 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from models import ENCODINGS, random_model
+from models import assert_refused, random_model
+from models import seeded as seeded
 from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
@@ -19,14 +20,8 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import cpvt
 from cpvt import ModelConfig, create_model, model_names
-from cpvt.errors import ConfigError, UserError
 from cpvt.model.encodings import PEG, resample_table
 from cpvt.model.zoo import load_weights, model_config
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 @torch.no_grad()
@@ -41,7 +36,7 @@ def relative_difference(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-SMALL = {"image_size": (32, 48), "patch_size": 16, "width": 16, "depth": 2, "heads": 2, "num_classes": 5}
+SMALL = {"image_size": (32, 48), "width": 16, "heads": 2, "depth": 2, "num_classes": 5}
 
 
 def small_pair(distilled=False, **timm_options):
@@ -58,18 +53,14 @@ def small_pair(distilled=False, **timm_options):
 # --------------------------------------------------------------------------- parity
 
 
-@pytest.mark.parametrize("name, images", [("deit_tiny", 2), ("deit_small_distilled", 1)])
 @torch.no_grad()
-def test_logits_are_timms(name, images):
+def test_logits_are_timms():
     """The same weights, loaded strictly, give timm's logits within 1e-5 in fp32."""
-    theirs = scattered(timm.create_model(f"{name}_patch16_224"))
-    with torch.device("meta"):  # no time for weights that are replaced
-        ours = create_model(name).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    x = torch.randn(images, 3, 224, 224)
-    tokens, expected = ours.forward_features(x), theirs.forward_features(x)
-    assert relative_difference(tokens, expected) < 1e-5
-    assert relative_difference(ours.forward_head(tokens), theirs.forward_head(expected)) < 1e-5
+    theirs = scattered(timm.create_model("deit_tiny_distilled_patch16_224"))
+    ours = create_model("deit_tiny_distilled").eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(1, 3, 224, 224)
+    assert relative_difference(ours(x), theirs(x)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -167,17 +158,13 @@ def test_counts_of_one_encoding_and_overrides():
     "name, overrides, words",
     [
         ("cpvt_tny", {}, ["'cpvt_tny'", "cpvt_tiny"]),
-        ("resnet50", {}, ["'resnet50'", "deit_base"]),
         ("cpvt_tiny_gap_distilled", {}, ["cpvt_tiny_distilled"]),
-        ("deit_tiny_5peg", {}, ["cpvt_tiny_5peg"]),
         ("cpvt_tiny", {"classes": 3}, ["'classes'", "num_classes"]),
         ("cpvt_tiny", {"image_size": 100}, ["100", "multiples"]),
     ],
 )
 def test_unknown_names_and_options(name, overrides, words):
-    with pytest.raises(ConfigError) as caught:
-        create_model(name, **overrides)
-    assert all(word in str(caught.value) for word in words), caught.value
+    assert_refused(words, create_model, name, **overrides)
 
 
 # --------------------------------------------------------------------------- timm
@@ -197,7 +184,7 @@ def test_timm_knows_our_models_whichever_is_imported_first(first, second):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["cpvt_tiny_5peg", "cpvt_small_gap", "deit_base_distilled"])
+@pytest.mark.parametrize("name", ["cpvt_tiny_5peg", "deit_base_distilled"])
 def test_timm_creates_a_model_and_its_feature_extractor(name):
     options = {"img_size": (32, 64), "in_chans": 1, **TINY}
     model = timm.create_model(name, num_classes=10, drop_path_rate=0.1, **options).eval()
@@ -230,9 +217,7 @@ def test_timm_creates_a_model_and_its_feature_extractor(name):
     ],
 )
 def test_timm_arguments_that_cannot_be_honoured(options, words):
-    with pytest.raises(ConfigError) as caught:
-        timm.create_model("cpvt_tiny", **options)
-    assert all(word in str(caught.value) for word in words), caught.value
+    assert_refused(words, timm.create_model, "cpvt_tiny", **options)
     timm.create_model("cpvt_tiny_gap", global_pool="avg", drop_rate=0.0, drop_path_rate=None, **TINY)
 
 
@@ -247,7 +232,9 @@ def test_timm_loads_weights_of_ones_own(tmp_path):
     assert torch.equal(ten.pos_embed, model.pos_embed) and ten.head.out_features == 10
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    "encoding", ["learned + sine", "relative", "peg(positions=(-1, 0, 1), repeat=2) + peg"]
+)
 def test_groups_of_timms_optimisers(encoding):
     """A PEG is decayed and belongs to its block, before block 0 to the stem; a table is never decayed."""
     model = random_model(encoding, (4, 5), depth=2)
@@ -269,16 +256,16 @@ def test_groups_of_timms_optimisers(encoding):
 
 # --------------------------------------------------------------------------- weights
 
-SIZES = {"width": 16, "heads": 2, "depth": 2, "num_classes": 5, "image_size": (64, 64)}
+SQUARE = {**SMALL, "image_size": (64, 64)}
 
 
-def snapshot(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
+def square(**changes):
+    return create_model("deit_tiny", **{**SQUARE, **changes}).eval()
 
 
 @pytest.mark.parametrize("form", ["safetensors", "plain", "model", "state_dict", "dict"])
 def test_weights_load_from_every_form(tmp_path, form):
-    state, model = create_model("deit_tiny", **SIZES).state_dict(), create_model("deit_tiny", **SIZES)
+    state, model = square().state_dict(), square()
     path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
     if form == "safetensors":
         safetensors.torch.save_file(state, path)
@@ -288,28 +275,17 @@ def test_weights_load_from_every_form(tmp_path, form):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-def other(**changes):
-    return create_model("deit_tiny", **{**SIZES, **changes}).state_dict()
-
-
-WRONG = {
-    "another head": (lambda s: other(num_classes=7), ["head.weight has 7x16, expected 5x16", "head.bias has 7"]),
-    "another grid": (lambda s: other(image_size=(32, 32)), ["pos_embed has 1x5x16", "1x17x16", "resample="]),
-    "unexpected": (lambda s: {**s, "ema.rate": torch.zeros(1)}, ["ema.rate"]),
-    "not a tensor": (lambda s: {**s, "norm.bias": "zero"}, ["norm.bias has str, expected 16"]),
-    "another model": (lambda s: {"conv1.weight": torch.zeros(3)}, ["more"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_weights_that_do_not_fit_change_nothing(case):
-    make, words = WRONG[case]
-    model = create_model("deit_tiny", **SIZES)
-    before = snapshot(model)
-    with pytest.raises(UserError) as caught:
-        load_weights(model, make(snapshot(create_model("deit_tiny", **SIZES))))
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
+def test_weights_that_do_not_fit_change_nothing():
+    model, state = square(), square().state_dict()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for wrong, words in (
+        (square(num_classes=7).state_dict(), ["head.weight has 7x16, expected 5x16", "head.bias has 7"]),
+        (square(image_size=(32, 32)).state_dict(), ["pos_embed has 1x5x16", "1x17x16", "resample="]),
+        ({**state, "ema.rate": torch.zeros(1)}, ["ema.rate"]),
+        ({**state, "norm.bias": "zero"}, ["norm.bias has str, expected 16"]),
+        ({"conv1.weight": torch.zeros(3)}, ["more"]),
+    ):
+        assert_refused(words, load_weights, model, wrong)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -319,26 +295,21 @@ class Harmful:
 
 
 def test_files_that_are_no_weights(tmp_path):
-    model, path = create_model("deit_tiny", **SIZES), tmp_path / "w.pth"
-    with pytest.raises(UserError, match="w.pth"):
-        load_weights(model, path)
+    model, path = square(), tmp_path / "w.pth"
+    assert_refused(["w.pth"], load_weights, model, path)
     for content in ([1, 2], {"model": Harmful()}):
         torch.save(content, path)
-        with pytest.raises(UserError, match="w.pth"):
-            load_weights(model, path)
+        assert_refused(["w.pth"], load_weights, model, path)
     for name, content in (("w.pth", b"\x80\x02]q\x00."), ("w.safetensors", b"not weights")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=name) as caught:
-            load_weights(model, tmp_path / name)
-        assert "\n" not in str(caught.value)
+        assert_refused([name], load_weights, model, tmp_path / name)
 
 
 @pytest.mark.parametrize("distilled, antialias", [(False, True), (True, False)])
 def test_a_table_of_another_grid_is_resampled_when_asked(distilled, antialias):
     """As the model itself would at that size; the prefix tokens' entries stay."""
-    sizes = {**SIZES, "distilled": distilled, "encoding": f"learned(antialias={antialias})"}
-    trained = create_model("deit_tiny", **sizes).eval()
-    model = create_model("deit_tiny", **{**sizes, "image_size": (48, 96)}).eval()
+    options = {"distilled": distilled, "encoding": f"learned(antialias={antialias})"}
+    trained, model = square(**options), square(**options, image_size=(48, 96))
     load_weights(model, trained.state_dict(), resample=True)
     x = torch.randn(2, 3, 48, 96)
     torch.testing.assert_close(model(x), trained(x))
@@ -347,11 +318,10 @@ def test_a_table_of_another_grid_is_resampled_when_asked(distilled, antialias):
 
 
 def test_the_grid_of_a_table_is_never_guessed_from_a_length_that_is_no_square():
-    trained = create_model("deit_tiny", **{**SIZES, "image_size": (32, 96)}).eval()
-    model = create_model("deit_tiny", **SIZES).eval()
+    trained, model = square(image_size=(32, 96)), square()
     for resample in (True, (3, 3)):
-        with pytest.raises(UserError, match=r"12 patches.*resample=\(H, W\)"):
-            load_weights(model, trained.state_dict(), resample=resample)
+        words = ["12 patches", "resample=(H, W)"]
+        assert_refused(words, load_weights, model, trained.state_dict(), resample=resample)
     load_weights(model, trained.state_dict(), resample=(2, 6))
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model(x), trained(x))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cpvt.config import Grid, Peg, replace
 from cpvt.errors import ConfigError
-from cpvt.model.encodings import PEG, on_patches
+from cpvt.model.encodings import PEG, check_positions, on_patches
 
 
 class AttachedPegs(nn.ModuleDict):
@@ -25,15 +25,9 @@ class AttachedPegs(nn.ModuleDict):
         pixels = images[0].shape[-2:]
         self.grid = tuple(tokens.shape[1:3] if tokens.ndim == 4 else patch_embed.dynamic_feat_size(pixels))
 
-    def encode(self, position: int, tokens: Tensor) -> Tensor:
-        """(B, P + N, D) -> the same."""
+    def encode(self, position: int, block: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
+        """Behind a block, whose tokens are (B, P + N, D)."""
         return on_patches(self[str(position)], tokens, self.grid, self.prefix_tokens)
-
-    def before(self, block: nn.Module, args: tuple) -> tuple:
-        return (self.encode(-1, args[0]), *args[1:])
-
-    def after(self, position: int, block: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
-        return self.encode(position, tokens)
 
 
 def attach_peg(
@@ -51,46 +45,29 @@ def attach_peg(
     one size of image that the model could read; rotary angles stay, computed for each size.
 
     With gradient checkpointing, finish the backward pass of one image size before running another.
-    Raises ConfigError for other families, for token dropping, and for a model that has PEGs already.
     """
-    from timm.models.eva import (
-        Eva,
-    )  # here: timm takes seconds to import, and whoever has a model of it has it
+    from timm.models.eva import Eva  # here: timm takes seconds to import
     from timm.models.vision_transformer import VisionTransformer
 
     # Hooks, and not wrapped blocks: a wrapper would rename every key below `blocks`; a subclass would have
     # to copy the loops over blocks of forward_features and forward_intermediates, in two families. The hooks
     # are methods of a submodule: a deep copy (averaged weights) or a pickle then has hooks of its own.
-    name = type(model).__name__
+    name = f"attach_peg: {type(model).__name__} from {type(model).__module__}"
     if not isinstance(model, VisionTransformer | Eva):
-        raise ConfigError(
-            f"attach_peg: {name} from {type(model).__module__}; expected timm's VisionTransformer or Eva, "
-            "whose blocks all see one grid of tokens (a cpvt model takes encoding='peg' instead)"
-        )
+        raise ConfigError(f"{name}; expected timm's VisionTransformer or Eva, whose blocks share one grid")
     if getattr(model, "pegs", None) is not None:
-        raise ConfigError(
-            f"attach_peg: this {name} has PEGs at {list(model.pegs)}; attach all positions at once"
-        )
+        raise ConfigError(f"{name} has PEGs at {list(model.pegs)}; attach all positions at once")
     if not isinstance(model.patch_drop, nn.Identity | None):
-        raise ConfigError(
-            f"attach_peg: this {name} drops patches (patch_drop_rate > 0), and a PEG needs the whole grid; "
-            "create the model with patch_drop_rate=0"
-        )
+        raise ConfigError(f"{name} drops patches, a PEG needs them all; create it with patch_drop_rate=0")
     config = replace(Peg(), positions=tuple(positions), kernel=kernel, padding=padding, init=init)
-    if max(config.positions) >= len(model.blocks):
-        raise ConfigError(
-            f"attach_peg: positions={config.positions} in a model of {len(model.blocks)} blocks; "
-            f"the last is {len(model.blocks) - 1}"
-        )
+    check_positions(config.positions, len(model.blocks) - 1)
     pegs = AttachedPegs(config, model.embed_dim, model.num_prefix_tokens)
     like = next(model.blocks.parameters())
     model.pegs = pegs.to(like.device, like.dtype).train(model.training)
     model.patch_embed.register_forward_hook(pegs.see)
+    modules = [model.norm_pre, *model.blocks]  # all tokens pass through each, also where it is an Identity
     for position in config.positions:
-        if position == -1:
-            model.blocks[0].register_forward_pre_hook(pegs.before)
-        else:
-            model.blocks[position].register_forward_hook(functools.partial(pegs.after, position))
+        modules[position + 1].register_forward_hook(functools.partial(pegs.encode, position))
     if drop_pos_embed:
         _drop_pos_embed(model)
     return model

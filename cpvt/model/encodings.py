@@ -1,10 +1,10 @@
 """How tokens learn where they are: every encoding of the book. The paper's idea is `PEG`; start there.
 
-Letters: B batch, N = H*W patches, P prefix tokens (class, distillation), T = P + N tokens,
-D width, h heads, d = D/h head width, (H, W) grid of tokens, k the width of a kernel.
-
 A model calls its encoding at the hooks of `Encoding`, and names none: at each position in the stack of
 blocks (-1 before block 0, i after block i), and where a block forms its attention.
+
+Letters: B batch, N = H*W patches, P prefix tokens (class, distillation), T = P + N tokens,
+D width, h heads, d = D/h head width, (H, W) grid of tokens, k the width of a kernel.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpvt.config import Grid, Learned, ModelConfig, Peg, Relative, Rotary, Sine, parse_encoding
+from cpvt.config import EncodingPart, Grid, Learned, ModelConfig, Peg, Relative, Rotary, Sine, parse_encoding
 from cpvt.errors import ConfigError, DataError
 from cpvt.model import fused_peg
+from cpvt.model.fused_peg import exporting
 
 # --------------------------------------------------------------------------- the PEG
 
@@ -26,19 +27,19 @@ class PEG(nn.Module):
     The positional encoding generator of CPVT (Chu et al., arXiv 2102.10882): by default a depthwise 3x3
     with zero padding, bias and skip. Without padding the output has (H-k+1)(W-k+1) tokens.
 
-    Raises ValueError where the grid is missing or does not hold N tokens.
+    Raises ValueError where the grid does not hold N tokens.
     """
 
     def __init__(self, width: int, kernel: int = 3, *, config: Peg | None = None):
         super().__init__()
         self.config = config = config or Peg(kernel=kernel)
-        self.fused: bool | None = None  # see `set_fused`
-        border = 0 if config.padding == "none" else config.kernel // 2
-        mode = {"zero": "zeros", "none": "zeros"}.get(config.padding, config.padding)
-        groups = 1 if config.convolution == "dense" else width
-        self.proj = nn.Conv2d(
-            width, width, config.kernel, padding=border, padding_mode=mode, groups=groups, bias=config.bias
+        self.fused: bool | None = (
+            None  # by one operator: where it is faster, on a GPU; True, False: always, never
         )
+        padding = {"padding": 0 if config.padding == "none" else config.kernel // 2}
+        padding["padding_mode"] = "zeros" if config.padding in ("zero", "none") else config.padding
+        groups = 1 if config.convolution == "dense" else width
+        self.proj = nn.Conv2d(width, width, config.kernel, groups=groups, bias=config.bias, **padding)
         if config.convolution == "separable":
             self.mix = nn.Conv2d(width, width, 1, bias=config.bias)
         for layer in self.children():
@@ -57,8 +58,7 @@ class PEG(nn.Module):
         if self.covers(grid):
             out = convolve_as_matrix(x, self.proj, grid)
         else:
-            # Behind a class token the slice strides over it; a convolution would copy it in any case. Contiguous
-            # tokens seen as (B, D, H, W) already are channels-last, the layout of the fast depthwise kernels.
+            # Contiguous tokens, seen as (B, D, H, W), are channels-last: the fast layout of depthwise kernels.
             x = x.contiguous()
             source = torch.ones_like(x[:1]) if self.config.on == "constant" else x
             out = self.proj(source.transpose(1, 2).unflatten(2, grid))
@@ -69,8 +69,10 @@ class PEG(nn.Module):
 
     def grid_after(self, grid: Grid) -> Grid:
         """The grid that comes out: smaller without padding, else the same."""
-        lost = self.config.kernel - 1 if self.config.padding == "none" else 0
-        if lost and min(grid) <= lost:
+        if self.config.padding != "none":
+            return grid
+        lost = self.config.kernel - 1
+        if min(grid) <= lost:
             raise DataError(
                 f"PEG: grid {grid[0]}x{grid[1]} is too small for kernel {lost + 1} without padding"
             )
@@ -79,7 +81,7 @@ class PEG(nn.Module):
     def covers(self, grid: Grid) -> bool:
         """Whether to compute the convolution as a matrix: asked for, and every pair of tokens within reach."""
         asked = self.config.compute == "matrix" and self.config.on != "constant"
-        return asked and not torch.compiler.is_exporting() and self.config.kernel >= 2 * max(grid) - 1
+        return asked and not exporting() and self.config.kernel >= 2 * max(grid) - 1
 
     def fuses(self, x: Tensor) -> bool:
         """Whether one operator (`fused_peg.peg`) computes this PEG of tensors like `x`."""
@@ -88,14 +90,6 @@ class PEG(nn.Module):
         plain = plain and c.on != "constant" and c.kernel <= fused_peg.LARGEST_KERNEL
         wanted = x.is_cuda if self.fused is None else self.fused
         return plain and wanted and fused_peg.available(x)
-
-
-def set_fused(model: nn.Module, fused: bool | None) -> None:
-    """How the PEGs of a model are computed, which changes time and not what comes out: by one operator where it
-    is faster, on a GPU (None); wherever there is one, a CPU included (True); by the convolution (False)."""
-    for module in model.modules():
-        if isinstance(module, PEG):
-            module.fused = fused
 
 
 def on_patches(peg: PEG, x: Tensor, grid: Grid, prefix_tokens: int) -> Tensor:
@@ -111,23 +105,19 @@ def offsets(n: int, clip: int, wrap: bool = False, device=None) -> Tensor:
     offset = i[None, :] - i[:, None]
     if wrap:
         offset = (offset + n // 2) % torch.full_like(offset, n) - n // 2  # a tensor, as ONNX asks for
-    return offset.clamp(-clip, clip) + clip
+    # Not clamp: torch.compile makes a clamped index a Max of symbols, which its code for GPUs cannot order.
+    return torch.where(offset < -clip, -clip, torch.where(offset > clip, clip, offset)) + clip
 
 
 def convolve_as_matrix(x: Tensor, proj: nn.Conv2d, grid: Grid) -> Tensor:
     """(B, N, D) -> (B, N, D): a depthwise convolution as one N x N matrix a channel; for k >= 2 max(H, W) - 1.
 
-    The matrices are gathered once a call (D*N*N numbers: 7.4 million for DeiT-Ti, a fifth of the tokens of a
-    batch of 1024), then multiply the whole batch: 15 GFLOP there, in autocast's precision with float32 sums.
+    The matrices are gathered once a call (D*N*N numbers: 7.4 million for DeiT-Ti) and multiply the whole batch.
     """
     rows, columns = (offsets(n, proj.kernel_size[0] // 2, device=x.device) for n in grid)
     # (D, k, k) -> (D, N, N); entry [m, n] is the weight from token n to token m
     matrix = proj.weight[:, 0][:, rows[:, None, :, None], columns[None, :, None, :]]
     matrix = matrix.flatten(3, 4).flatten(1, 2)
-    # On "meta" (shapes alone) there is no autocast to ask about: PyTorch refuses the question.
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, matrix = x.to(dtype), matrix.to(dtype)
     # Turned once, (D, N, B), and kept so for the backward pass; einsum would turn it anew for each product.
     out = torch.bmm(matrix, x.permute(2, 1, 0).contiguous()).permute(2, 1, 0)
     return out if proj.bias is None else out + proj.bias.to(out.dtype)
@@ -142,13 +132,11 @@ class Encoding(nn.Module):
     in_attention = False  # whether it has a part in what a block's attention computes
     needs_weights = False  # whether `attn_values` needs the attention weights
 
-    def __init__(self, config=None, model: ModelConfig = ModelConfig()):  # noqa: B008
+    def __init__(self, config: EncodingPart | None, model: ModelConfig):
         super().__init__()
         self.config, self.grid, self.prefix_tokens = config, model.grid, model.prefix_tokens
 
-    def encode(
-        self, position: int, x: Tensor, grid: Grid, table: Tensor | None = None
-    ) -> tuple[Tensor, Grid]:
+    def encode(self, position: int, x: Tensor, grid: Grid, table=None) -> tuple[Tensor, Grid]:
         """(B, T, D), grid -> the same, encoded. `table` (1, T, D): the model's learned one, where it has one."""
         return x, grid
 
@@ -174,32 +162,23 @@ class Encoding(nn.Module):
 
 
 class PegEncoding(Encoding):
-    """PEGs at the configured positions, or on the queries and keys of the block that follows.
-
-    The PEG after block i is the submodule "i" (before block 0: "-1"); one behind another, "i_1", "i_2", ...
-    """
+    """PEGs at the configured positions, or on the queries and keys of the block that follows. The one at position
+    i is the submodule "i"; those behind it are "i_1", "i_2", ..."""
 
     def __init__(self, config: Peg, model: ModelConfig):
         super().__init__(config, model)
         self.in_attention = config.on == "queries_keys"
-        last = model.depth - (2 if self.in_attention else 1)
-        if max(config.positions) > last:
-            raise ConfigError(
-                f"peg: positions={config.positions} in a model of {model.depth} blocks; the last is {last}"
-            )
+        check_positions(config.positions, model.depth - 1 - self.in_attention)
         for position in sorted(config.positions)[: 1 if config.shared else None]:
-            for name in self._names(position):
-                self.add_module(name, PEG(model.width, config=config))
-
-    def _names(self, position: int) -> list[str]:
-        return [f"{position}_{i}" if i else f"{position}" for i in range(self.config.repeat)]
+            for i in range(config.repeat):
+                self.add_module(f"{position}_{i}" if i else f"{position}", PEG(model.width, config=config))
 
     def generators(self, position: int) -> list[PEG]:
         """The PEGs of a position, in order; none where it is not configured."""
         if position not in self.config.positions:
             return []
         own = min(self.config.positions) if self.config.shared else position
-        return [self.get_submodule(name) for name in self._names(own)]
+        return [peg for name, peg in self.named_children() if name.split("_")[0] == str(own)]
 
     def _run(self, position: int, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         for peg in self.generators(position):
@@ -219,12 +198,17 @@ class PegEncoding(Encoding):
         return self._run(block - 1, x, grid)[0] if self.in_attention else x
 
 
+def check_positions(positions: tuple[int, ...], last: int) -> None:
+    if max(positions) > last:
+        raise ConfigError(f"peg: positions={positions} in a model whose last is {last}")
+
+
 # --------------------------------------------------------------------------- tables
 
 
 def resample_table(table: Tensor, old: Grid, new: Grid, antialias: bool = False) -> Tensor:
     """(..., old H*W, D) -> (..., new H*W, D), bicubic, to any height and width; the same grid changes nothing."""
-    if not torch.compiler.is_exporting() and old == new:  # an exported graph must not ask: its grid is open
+    if not exporting() and old == new:  # an exported graph must not ask: its grid is open
         return table
     image = table.reshape(-1, *old, table.shape[-1]).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new, mode="bicubic", antialias=antialias)
@@ -232,19 +216,15 @@ def resample_table(table: Tensor, old: Grid, new: Grid, antialias: bool = False)
 
 
 def axial_angles(grid: Grid, n: int, base: float, step: tuple[float, float] = (1.0, 1.0), **kw) -> Tensor:
-    """-> (H*W, 2, n): row and column times n frequencies, from 1 down towards 1 / base.
-
-    `step` is the distance between neighbouring tokens, down and across; `kw`: dtype and device.
-    """
+    """-> (H*W, 2, n): row and column times n frequencies, from 1 down towards 1 / base. `step` is the distance
+    between neighbouring tokens, down and across; `kw`: dtype and device."""
     frequency = base ** -(torch.arange(n, **kw) / n)
     rows, columns = (torch.arange(m, **kw)[:, None] * s * frequency for m, s in zip(grid, step, strict=True))
     rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
     return torch.stack([rows, columns], 2).flatten(0, 1)
 
 
-def sine_table(
-    grid: Grid, width: int, temperature: float = 10000.0, step: tuple[float, float] = (1.0, 1.0), **kw
-) -> Tensor:
+def sine_table(grid: Grid, width: int, temperature: float = 10000.0, step=(1.0, 1.0), **kw) -> Tensor:
     """-> (H*W, width): [sin row, cos row, sin column, cos column], a quarter of the width each."""
     if width % 4:
         raise ConfigError(f"sine: width={width}; a row and a column, sine and cosine, need a multiple of 4")
@@ -263,22 +243,18 @@ def _step(resize: str, trained: Grid, grid: Grid) -> tuple[float, float]:
 
 
 class LearnedEncoding(Encoding):
-    """One learned vector a token, the prefix tokens' included, added before block 0 (DeiT).
-
-    The table is the parameter `pos_embed` of the model itself, as in timm and DeiT, and is handed in.
-    """
+    """One learned vector a token, prefix tokens included, added before block 0 (DeiT). The table is handed in: it
+    is the model's own parameter `pos_embed`, as in timm and DeiT."""
 
     def encode(self, position, x, grid, table=None):
         if position != -1:
             return x, grid
         if self.config.resize == "refuse" and grid != self.grid:
-            raise DataError(
-                f"grid {grid[0]}x{grid[1]}: this learned table has {self.grid[0]}x{self.grid[1]} rows and "
-                "resize='refuse'; give images of the trained size, or choose learned(resize='resample')"
-            )
-        prefix, patches = table[:, : self.prefix_tokens], table[:, self.prefix_tokens :]
-        patches = resample_table(patches, self.grid, grid, self.config.antialias)
-        return x + torch.cat([prefix, patches], 1), grid
+            new, own = "x".join(map(str, grid)), "x".join(map(str, self.grid))
+            raise DataError(f"grid {new}: the learned table is {own}, and resize='refuse' keeps it so")
+        P = self.prefix_tokens
+        patches = resample_table(table[:, P:], self.grid, grid, self.config.antialias)
+        return x + torch.cat([table[:, :P], patches], 1), grid
 
 
 class SineEncoding(Encoding):
@@ -291,12 +267,11 @@ class SineEncoding(Encoding):
     def encode(self, position, x, grid, table=None):
         if position != -1:
             return x, grid
-        config, width, like = self.config, x.shape[-1], _like(x)
-        if config.resize == "resample":
-            table = resample_table(sine_table(self.grid, width, config.temperature, **like), self.grid, grid)
-        else:
-            step = _step(config.resize, self.grid, grid)
-            table = sine_table(grid, width, config.temperature, step, **like)
+        resize, temperature = self.config.resize, self.config.temperature
+        drawn, step = self.grid if resize == "resample" else grid, _step(resize, self.grid, grid)
+        table = sine_table(drawn, x.shape[-1], temperature, step, **_like(x))
+        if resize == "resample":
+            table = resample_table(table, drawn, grid)
         return x + F.pad(table.to(x.dtype), (0, 0, self.prefix_tokens, 0)), grid
 
 
@@ -322,29 +297,24 @@ class RelativeEncoding(Encoding):
                 if axis != "prefix" or self.prefix_tokens:
                     table = nn.Parameter(torch.empty(model.depth, rows, shape))
                     self.register_parameter(f"{name}_{axis}", nn.init.trunc_normal_(table, std=0.02))
-        # Kept, and not computed at each call: the clamp becomes part of an index otherwise, and torch.compile
-        # cannot generate that for a GPU.
-        for axis, n in zip(("rows", "columns"), self.grid, strict=True):
-            self.register_buffer(f"{axis}_index", offsets(n, config.clip, config.wrap), persistent=False)
 
-    def _entries(self, name: str, block: int, grid: Grid) -> tuple[Tensor, Tensor]:
+    def _entries(self, name: str, block: int, grid: Grid) -> list[Tensor]:
         """-> (H, H, ...) and (W, W, ...): the table entry of each pair of rows, and of columns."""
-        rows, columns = self.rows_index, self.columns_index
-        if torch.compiler.is_exporting() or grid != self.grid:  # an exported graph has an open grid
-            clip, wrap = self.config.clip, self.config.wrap
-            rows, columns = (offsets(n, clip, wrap, rows.device) for n in grid)
-        return getattr(self, f"{name}_rows")[block][rows], getattr(self, f"{name}_columns")[block][columns]
+        tables = [getattr(self, f"{name}_{axis}")[block] for axis in ("rows", "columns")]
+        clip, wrap = self.config.clip, self.config.wrap
+        return [table[offsets(n, clip, wrap, table.device)] for table, n in zip(tables, grid, strict=True)]
 
     def attn_bias(self, block, q, grid):
         P, T, scale = self.prefix_tokens, q.shape[2], q.shape[-1] ** -0.5
         rows, columns = self._entries("keys", block, grid)
-        if self.config.on == "bias":
+        alike = self.config.on == "bias"  # one number a head, the same for all queries
+        if alike:
             by_row = rows.permute(2, 0, 1)[None, :, :, None]  # (1, h, H, 1, H)
             by_column = columns.permute(2, 0, 1)[None, :, None]  # (1, h, 1, W, W)
             pairs = by_row[..., :, None] + by_column[..., None, :]  # (1, h, H, W, H, W)
         else:
             image = q[:, :, P:].unflatten(2, grid)
-            # Contiguous (they are small), so that torch.export need not reason about the order of strides.
+            # Contiguous, or torch.export would have to reason about the order of strides.
             by_row = torch.einsum("bhxyd,xjd->bhxyj", image, rows.to(q.dtype)).contiguous()
             by_column = torch.einsum("bhxyd,yjd->bhxyj", image, columns.to(q.dtype)).contiguous()
             pairs = (by_row[..., :, None] + by_column[..., None, :]) * scale
@@ -352,13 +322,9 @@ class RelativeEncoding(Encoding):
         if not P:
             return pairs.to(q.dtype)
         entry = self.keys_prefix[block, 0]
-        if self.config.on == "bias":
-            own = entry[None, :, None].expand(1, -1, T)
-        else:
-            own = (q @ entry.to(q.dtype)) * scale  # (B, h, T)
-        top = own[:, :, :P, None].expand(-1, -1, -1, T)
-        below = torch.cat([own[:, :, P:, None].expand(-1, -1, -1, P), pairs], -1)
-        return torch.cat([top, below], 2).to(q.dtype)
+        own = entry[None, :, None].expand(1, -1, T) if alike else (q @ entry.to(q.dtype)) * scale
+        own = own[..., None].expand(-1, -1, -1, T)  # (B or 1, h, T, T)
+        return torch.cat([own[:, :, :P], torch.cat([own[:, :, P:, :P], pairs], -1)], 2).to(q.dtype)
 
     def attn_values(self, block, weights, grid):
         if not self.needs_weights:
@@ -384,9 +350,8 @@ class RotaryEncoding(Encoding):
     def __init__(self, config: Rotary, model: ModelConfig):
         super().__init__(config, model)
         if model.width // model.heads % 4:
-            raise ConfigError(
-                f"rotary: head width {model.width // model.heads}; two axes of pairs need a multiple of 4"
-            )
+            width = model.width // model.heads
+            raise ConfigError(f"rotary: head width {width}; two axes of pairs need a multiple of 4")
 
     def rotate(self, block, q, k, grid):
         step = _step(self.config.resize, self.grid, grid)
@@ -400,28 +365,21 @@ class RotaryEncoding(Encoding):
         return turn(q), turn(k)
 
 
-# --------------------------------------------------------------------------- from a configuration
-
-KINDS: dict[type, type[Encoding]] = {
-    Learned: LearnedEncoding,
-    Sine: SineEncoding,
-    Relative: RelativeEncoding,
-    Rotary: RotaryEncoding,
-    Peg: PegEncoding,
-}
+CLASSES = [LearnedEncoding, SineEncoding, RelativeEncoding, RotaryEncoding, PegEncoding]
+KINDS = dict(zip([Learned, Sine, Relative, Rotary, Peg], CLASSES, strict=True))
 
 
 class EncodingSum(Encoding):
     """The encodings of a model, none or more, each acting in the order written; submodules by their kind."""
 
     def __init__(self, model: ModelConfig):
-        super().__init__(model=model)
+        super().__init__(None, model)
         for config in parse_encoding(model.encoding):
             name = type(config).__name__.lower()
-            if isinstance(config, Learned) and hasattr(self, name):
-                raise ConfigError(f"encoding {model.encoding!r}: one learned table at most")
             count = sum(type(part.config) is type(config) for part in self.children())
-            self.add_module(name + (f"_{count + 1}" if count else ""), KINDS[type(config)](config, model))
+            if count and isinstance(config, Learned):
+                raise ConfigError(f"encoding {model.encoding!r}: one learned table at most")
+            self.add_module(f"{name}_{count + 1}" if count else name, KINDS[type(config)](config, model))
         self.in_attention = any(part.in_attention for part in self.children())
         self.needs_weights = any(part.needs_weights for part in self.children())
 

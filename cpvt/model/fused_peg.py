@@ -1,10 +1,9 @@
 """The PEG as one operator, `peg`: in Triton on a GPU, one pass over the tokens with their prefix.
 
-Letters: B batch, P prefix tokens (class, distillation), T = P + H*W tokens, D width, (H, W) grid of tokens,
-k the width of a kernel.
+What it computes is said by `by_convolution`, which also is the operator's form on a CPU, and what a GPU gets
+where the kernels do not prove right at their first use.
 
-What it computes is said by `encodings.PEG` and, in short, by `by_convolution` here, which also is the operator's
-form on a CPU, and what a GPU gets where the kernels do not prove right at their first use.
+Letters: B batch, P prefix tokens, T = P + H*W tokens, D width, (H, W) grid of tokens, k the width of a kernel.
 """
 
 from __future__ import annotations
@@ -21,29 +20,25 @@ try:
     import triton.language as tl
 except ImportError:  # PyTorch for CPUs, or for a Mac, comes without it
     triton = tl = None
+_jit = triton.jit if triton else lambda function: function
 
 LARGEST_KERNEL = 5  # the backward pass keeps k * k sums in registers: 25 fit, 49 do not
+BEFORE_2_14 = torch.__version__ < (2, 14) and hasattr(torch.compiler, "_is_exporting_flag")
+
+
+def exporting() -> bool:
+    """Whether torch.export is tracing. Before PyTorch 2.14 `is_exporting` says so inside torch.compile, too."""
+    return torch.compiler._is_exporting_flag if BEFORE_2_14 else torch.compiler.is_exporting()
 
 
 def available(x: Tensor) -> bool:
     """Whether `peg` computes tensors like `x` to their own precision; Triton's sums are float32."""
-    if torch.compiler.is_exporting():  # ONNX has no such operator
-        return False
     low = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return (triton is not None and low) if x.is_cuda else True
+    return not exporting() and (not x.is_cuda or (triton is not None and low))  # ONNX has no such operator
 
 
-# --------------------------------------------------------------------------- the kernels
-
-
-def _jit(function):
-    return function if triton is None else triton.jit(function)
-
-
-# Bytes that have to move, S for the stream (B*T*D numbers in its own precision: 155 MB of float32 for DeiT-Ti
-# at batch 1024, autocast or not): forward 2 S (x in, out out), backward 3 S (g and x in, dx out); neighbours
-# are read again from the cache. Step by step a convolution under autocast moves 7 S forward: x rounded, the
-# convolution of that in bfloat16, its sum with x, and the class token put in front again.
+# Memory traffic, S being the bytes of x: forward 2 S (x in, out out), backward 3 S (g and x in, dx out);
+# neighbours come from the cache. Step by step, rounding, convolution, sum and concatenation move 7 S forward.
 @_jit
 def _peg_forward(
     x, weight, bias, out, T, P, H, W, D, x_batch, x_token, blocks,
@@ -67,15 +62,14 @@ def _peg_forward(
             factor = tl.load(weight + channel * (K * K) + (i * K + j), here, 0).to(tl.float32)
             total += value.to(tl.float32) * factor[None, :]
     if HAS_BIAS:
-        shift = tl.load(bias + channel, here, 0).to(tl.float32)
-        total += tl.where(patch[:, None], shift[None, :], 0.0)
+        total += tl.where(patch[:, None], tl.load(bias + channel, here, 0).to(tl.float32)[None, :], 0.0)
     place = (image * T + token[:, None]) * D + channel[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), (token < T)[:, None] & here[None, :])
 
 
-# dx[m] = g[m] + sum of w[o] g[m - o] and dw[o] = sum over m of x[m] g[m - o] read the same neighbours of g, so
-# one pass gives both. Each program writes its own sums; they are added afterwards in a fixed order, so that
-# the same batch gives the same gradient, which atomic additions would not.
+# dx[m] = g[m] + sum of w[o] g[m - o] and dw[o] = sum over m of x[m] g[m - o] read the same neighbours of g: one
+# pass gives both. Each program writes its own sums, added afterwards in a fixed order: atomic additions would
+# give another gradient each time.
 @_jit
 def _peg_backward(
     g, x, weight, dx, sums, T, P, H, W, D, g_batch, g_token, x_batch, x_token, blocks, units, each,
@@ -106,8 +100,8 @@ def _peg_backward(
                 y, z = row - (i - K // 2), column - (j - K // 2)
                 inside = patch & (y >= 0) & (y < H) & (z >= 0) & (z < W)
                 other = token - ((i - K // 2) * W + (j - K // 2))
-                value = tl.load(g_here + other[:, None] * g_token, inside[:, None] & here[None, :], 0)
-                value = value.to(tl.float32)
+                mask = inside[:, None] & here[None, :]
+                value = tl.load(g_here + other[:, None] * g_token, mask, 0).to(tl.float32)
                 total += value * factors[i * K + j][None, :]
                 added = added + (dw[i * K + j] + own * value,)
         dw = added
@@ -119,8 +113,7 @@ def _peg_backward(
     tl.store(sums + K * K * D, tl.sum(db, 0), here)
 
 
-# A program has 128 threads. 64 channels of float32 are two cache lines a token. Backward, each thread keeps
-# k * k + 1 sums for each of its numbers: with 4 numbers 152 registers for a 3x3 kernel, with 8 all 255 but 17.
+# A program has 128 threads. Backward, each keeps k * k + 1 sums for each of its 4 numbers: 152 registers for 3x3.
 FORWARD = {"BLOCK_T": 32, "BLOCK_D": 64}
 BACKWARD = {"BLOCK_T": 8, "BLOCK_D": 64}
 PROGRAMS = 512  # rows of partial sums: a hundredth of the bytes of g and x, and enough to fill any card
@@ -131,41 +124,33 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, H: int, W: in
     x, weight = _channels_last(x), weight.contiguous()
     (B, T, D), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     blocks = -(-T // FORWARD["BLOCK_T"])
-    grid = (B * blocks, -(-D // FORWARD["BLOCK_D"]))
     sizes = (T, T - H * W, H, W, D, x.stride(0), x.stride(1), blocks)
+    constants = {"HAS_BIAS": bias is not None, "K": weight.shape[-1], **FORWARD}
     with torch.cuda.device_of(x):
-        _peg_forward[grid](
-            x, weight, weight if bias is None else bias, out, *sizes,
-            HAS_BIAS=bias is not None, K=weight.shape[-1], **FORWARD,
-        )  # fmt: skip
+        run = _peg_forward[B * blocks, -(-D // FORWARD["BLOCK_D"])]
+        run(x, weight, weight if bias is None else bias, out, *sizes, **constants)
     return out
 
 
 def launch_backward(g: Tensor, x: Tensor, weight: Tensor, H: int, W: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient (B, T, D), x (B, T, D), (D, 1, k, k) -> those of x, weight and bias."""
     g, x, weight = _channels_last(g), _channels_last(x), weight.contiguous()
-    (B, T, D), K = x.shape, weight.shape[-1]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (B, T, D), K, dx = x.shape, weight.shape[-1], torch.empty(x.shape, dtype=x.dtype, device=x.device)
     blocks = -(-T // BACKWARD["BLOCK_T"])
     units = B * blocks
     each = max(1, -(-units // PROGRAMS))
     programs = -(-units // each)
     sums = torch.empty(programs, K * K + 1, D, dtype=torch.float32, device=x.device)
-    strides = (g.stride(0), g.stride(1), x.stride(0), x.stride(1))
+    sizes = (T, T - H * W, H, W, D, g.stride(0), g.stride(1), x.stride(0), x.stride(1), blocks, units, each)
     with torch.cuda.device_of(x):
-        _peg_backward[(programs, -(-D // BACKWARD["BLOCK_D"]))](
-            g, x, weight, dx, sums, T, T - H * W, H, W, D, *strides, blocks, units, each,
-            K=K, **BACKWARD,
-        )  # fmt: skip
+        run = _peg_backward[programs, -(-D // BACKWARD["BLOCK_D"])]
+        run(g, x, weight, dx, sums, *sizes, K=K, **BACKWARD)
     total = sums.sum(0).to(weight.dtype)
     return dx, total[:-1].t().reshape(weight.shape).contiguous(), total[-1].clone()
 
 
 def _channels_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-# --------------------------------------------------------------------------- the same by the convolution
 
 
 def by_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, H: int, W: int) -> Tensor:
@@ -206,8 +191,8 @@ def proven(device: torch.device, dtype: torch.dtype, width: int, kernel: int) ->
         exact = by_convolution(x, weight, bias, 5, 6), *backward_by_convolution(g, x, weight, 5, 6)
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
         reason = "" if max(errors) < bound else f"relative errors {errors}, expected below {bound:.1g}"
-    except Exception as error:  # whatever compilers and drivers raise: there is another way to compute it
-        reason = f"{type(error).__name__}: {error}"
+    except Exception as error:  # whatever compilers and drivers raise
+        reason = repr(error)
     if reason:
         warnings.warn(f"the Triton PEG is not used on {device} ({dtype}): {reason}", stacklevel=2)
     return not reason
@@ -217,54 +202,44 @@ def proven(device: torch.device, dtype: torch.dtype, width: int, kernel: int) ->
 
 
 # An opaque operator, whose kernel reads the strides when it runs: whatever layout the compiler chooses, the
-# numbers are right. (torch.library.triton_op would fix them as constants while tracing.) It is one node of the
-# graph, and the CPU form goes through the same tracing and compiling, so that tests reach all but the
-# two kernels without a GPU.
+# numbers are right. (torch.library.triton_op would fix them as constants while tracing.)
 @torch.library.custom_op("cpvt::peg", mutates_args=())
-def peg(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
+def peg(x: Tensor, weight: Tensor, bias: Tensor | None, H: int, W: int) -> Tensor:
     """(B, P + H*W, D), (D, 1, k, k), (D,) or None -> (B, P + H*W, D): x + depthwise convolution + bias.
 
-    Zero padding; the P prefix tokens pass unchanged. x keeps its precision (the stream is float32 under
-    autocast, which therefore rounds nothing here), weights have theirs, sums are float32. Not for double
-    backward.
+    Zero padding; prefix tokens pass unchanged; the output has x's precision, sums are float32. Autocast rounds
+    nothing here. Not for double backward.
     """
     run = launch_forward if _kernels_serve(x, weight) else by_convolution
-    return run(x, weight, bias, height, width).contiguous()
+    return run(x, weight, bias, H, W).contiguous()
 
 
 @torch.library.custom_op("cpvt::peg_backward", mutates_args=())
-def peg_backward(
-    g: Tensor, x: Tensor, weight: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def peg_backward(g: Tensor, x: Tensor, weight: Tensor, H: int, W: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of `peg`'s output -> those of x, weight and bias."""
     run = launch_backward if _kernels_serve(x, weight) else backward_by_convolution
-    return run(g, x, weight, height, width)
+    return run(g, x, weight, H, W)
 
 
 def _kernels_serve(x: Tensor, weight: Tensor) -> bool:
     return x.is_cuda and proven(x.device, x.dtype, x.shape[-1], weight.shape[-1])
 
 
-@peg.register_fake
-def _(x, weight, bias, height, width):
-    return x.new_empty(x.shape)
-
-
-@peg_backward.register_fake
-def _(g, x, weight, height, width):
+def _shapes(g, x, weight, H, W):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
 def _remember(ctx, inputs, output):
-    x, weight, bias, ctx.height, ctx.width = inputs
+    x, weight, bias, *ctx.grid = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight)
 
 
 def _differentiate(ctx, g):
-    x, weight = ctx.saved_tensors
-    dx, dw, db = peg_backward(g, x, weight, ctx.height, ctx.width)
+    dx, dw, db = peg_backward(g, *ctx.saved_tensors, *ctx.grid)
     return dx, dw, db if ctx.has_bias else None, None, None
 
 
+peg.register_fake(lambda x, weight, bias, H, W: x.new_empty(x.shape))
+peg_backward.register_fake(_shapes)
 peg.register_autograd(_differentiate, setup_context=_remember)

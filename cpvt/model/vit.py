@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -36,17 +37,15 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(hidden, width, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
-        p, channels = self.patch_size, self.in_channels
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise DataError(f"images of shape {tuple(images.shape)}; expected (B, {channels}, height, width)")
-        height, width = images.shape[-2:]
-        if height % p or width % p:
+        p, C, shape = self.patch_size, self.in_channels, tuple(images.shape)
+        if len(shape) != 4 or shape[1] != C:
+            raise DataError(f"images of shape {shape}; expected (B, {C}, height, width)")
+        if shape[2] % p or shape[3] % p:
             raise DataError(
-                f"images of {height}x{width} pixels with patch size {p}: resize or crop them to multiples of {p}"
+                f"images of {shape[2]}x{shape[3]} pixels; expected multiples of the patch size {p}"
             )
         image = self.proj(self.stem(images))  # (B, D, H, W)
-        # Under autocast the convolution gives bfloat16. The stream of tokens that blocks add to keeps the
-        # parameters' precision, whatever the encoding adds first (a learned table would have widened it).
+        # Under autocast the convolution gives bfloat16; the stream of tokens keeps the parameters' precision.
         return image.flatten(2).transpose(1, 2).to(self.proj.weight.dtype), tuple(image.shape[2:])
 
 
@@ -54,8 +53,8 @@ class Attention(nn.Module):
     """(B, T, D) -> (B, T, D): every token reads from all tokens."""
 
     def __init__(self, width: int, heads: int, trained_grid: Grid | None = None):
-        """`trained_grid`: logits grow as log N does, and have the factor 1 there; None: they do not grow."""
         super().__init__()
+        # Logits grow as log N does, relative to this grid; None: they do not grow.
         self.heads, self.trained_grid = heads, trained_grid
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -95,18 +94,6 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     return (logits if bias is None else logits + bias).softmax(-1)
 
 
-class Mlp(nn.Module):
-    """(B, T, D) -> (B, T, D): the same two layers for each token."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """(B, T, D) -> (B, T, D): attention, then MLP, each on normed tokens and added to the stream."""
 
@@ -116,17 +103,12 @@ class Block(nn.Module):
             self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = attention
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        hidden = int(width * mlp_ratio)
+        layers = {"fc1": nn.Linear(width, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))  # the same for each token
 
-    def forward(
-        self,
-        x: Tensor,
-        encoding: Encoding,
-        block: int,
-        grid: Grid,
-        drop_path_scale: Tensor | None = None,
-    ) -> Tensor:
-        """`drop_path_scale` (2, B): what the two branches are multiplied by, 0 where one is dropped."""
+    def forward(self, x: Tensor, encoding: Encoding, block: int, grid: Grid, drop_path_scale=None) -> Tensor:
+        """`drop_path_scale` (2, B) or None: what the two branches are multiplied by, 0 where one is dropped."""
         attn_scale, mlp_scale = (None, None) if drop_path_scale is None else drop_path_scale
         if self.attn is not None:
             normed, qk_x = self.norm1(x), encoding.qk_input(block, x, grid)
@@ -139,7 +121,7 @@ def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
     return branch if scale is None else scale[:, None, None] * branch
 
 
-_NO_ENCODING = Encoding()
+_NO_ENCODING = Encoding(None, ModelConfig())
 
 
 class VisionTransformer(nn.Module):
@@ -154,7 +136,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         D, P = config.width, config.prefix_tokens
         self.num_classes, self.num_prefix_tokens = config.num_classes, P
-        self.num_features = self.embed_dim = self.head_hidden_size = D
+        self.num_features = self.embed_dim = D
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(config.in_channels, D, config.patch_size, config.stem)
         self.prefix_names = ("cls_token", "dist_token")[:P]
@@ -170,15 +152,12 @@ class VisionTransformer(nn.Module):
                 attention = Attention(D, config.heads, grid if config.logn_scale else None)
             self.blocks.append(Block(D, config.mlp_ratio, attention))
         self.norm = nn.LayerNorm(D, eps=1e-6)
-        self.head = self.head_dist = nn.Identity()
         for name in self.prefix_names:
             nn.init.trunc_normal_(getattr(self, name), std=0.02)
         self._initialise(self)
         self.reset_classifier(config.num_classes)
-        self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": D, "reduction": config.patch_size}
-            for i in range(config.depth)
-        ]
+        info = {"num_chs": D, "reduction": config.patch_size}  # read by timm's feature extractor
+        self.feature_info = [{"module": f"blocks.{i}", **info} for i in range(config.depth)]
 
     def _initialise(self, module: nn.Module) -> None:
         """DeiT's: normal, cut at 2 (absolute), zero biases; convolutions keep PyTorch's default."""
@@ -195,13 +174,12 @@ class VisionTransformer(nn.Module):
     def forward_features(self, images: Tensor, drop_path_scale: Tensor | None = None) -> Tensor:
         """(B, C, height, width) -> (B, T, D): all tokens after the last block, normed.
 
-        `drop_path_scale` (depth, 2, B): factors of the blocks' branches, from `drop_path_scale`. None: drawn here
-        while training, so that a caller who wants the same draw again passes it in.
+        `drop_path_scale` (depth, 2, B): from the method of this name; None: drawn here while training.
         """
         x, grid = self.embed(images)  # (B, T, D)
         drop_path_scale = self._drawn(images) if drop_path_scale is None else drop_path_scale
         for i in range(len(self.blocks)):
-            x, grid = self.run_block(i, x, grid, drop_path_scale)  # (B, T, D)
+            x, grid = self.run_block(i, x, grid, drop_path_scale)
         return self.norm(x)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
@@ -211,9 +189,7 @@ class VisionTransformer(nn.Module):
         prefix = [token.expand(patches.shape[0], -1, -1) for token in prefix]
         return self.encoding.encode(-1, torch.cat([*prefix, patches], 1), grid, self.pos_embed)
 
-    def run_block(
-        self, i: int, x: Tensor, grid: Grid, drop_path_scale: Tensor | None = None
-    ) -> tuple[Tensor, Grid]:
+    def run_block(self, i: int, x: Tensor, grid: Grid, drop_path_scale=None) -> tuple[Tensor, Grid]:
         """(B, T, D) and the grid -> the same: block i and what the encoding does behind it."""
         # An encoding without a part in attention is not shown to the block: one compiled block then serves all.
         encoding, index = (self.encoding, i) if self.encoding.in_attention else (_NO_ENCODING, 0)
@@ -238,8 +214,8 @@ class VisionTransformer(nn.Module):
     def drop_path_scale(self, draws: Tensor) -> Tensor:
         """(depth, 2, B), even in [0, 1) -> the factors of the branches: 0 with a block's probability (from 0 at
         the first block to `drop_path` at the last), else 1 / (1 - it)."""
-        like = {"dtype": draws.dtype, "device": draws.device}
-        rates = torch.linspace(0, self.config.drop_path, self.config.depth, **like)
+        last, depth = self.config.drop_path, self.config.depth
+        rates = torch.linspace(0, last, depth, dtype=draws.dtype, device=draws.device)
         rates = rates[: len(self.blocks), None, None]
         return (draws >= rates) / (1 - rates)
 
@@ -250,14 +226,10 @@ class VisionTransformer(nn.Module):
 
     # ----------------------------------------------------------------- timm's conventions
 
-    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        return (self.head, self.head_dist) if self.config.distilled else self.head
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, or none for 0 classes. The pooling is part of the configuration and stays."""
         if global_pool not in (None, self.config.global_pool):
-            own = self.config.global_pool
-            raise ConfigError(f"global_pool={global_pool!r} in a model of global_pool={own!r}: build another")
+            raise ConfigError(f"global_pool={global_pool!r} of a model with {self.config.global_pool!r}")
         self.num_classes = num_classes
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         for name in ("head", "head_dist")[: 1 + self.config.distilled]:
@@ -280,11 +252,8 @@ class VisionTransformer(nn.Module):
         `indices`: which blocks (negative from the end), or how many of the last ones; None is all.
         Gives (B, D, H, W) or, for output_fmt="NLC", (B, N, D); with prefixes, pairs (that, (B, P, D)).
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r}; expected 'NCHW' or 'NLC'")
         take, P, found = self._indices(indices), self.num_prefix_tokens, []
-        tokens, grid = self.embed(x)
-        drop_path_scale = self._drawn(x)
+        (tokens, grid), drop_path_scale = self.embed(x), self._drawn(x)
         for i in range(max(take) + 1 if stop_early and take else len(self.blocks)):
             tokens, grid = self.run_block(i, tokens, grid, drop_path_scale)
             if i in take:
@@ -295,9 +264,7 @@ class VisionTransformer(nn.Module):
                 found.append((patches, prefix) if return_prefix_tokens and P else patches)
         return found if intermediates_only else (self.norm(tokens), found)
 
-    def prune_intermediate_layers(
-        self, indices=1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
+    def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True) -> list[int]:
         """Drops the blocks behind the last one asked for; gives the indices kept. For feature extraction."""
         take = self._indices(indices)
         self.blocks = self.blocks[: max(take) + 1]
@@ -308,35 +275,21 @@ class VisionTransformer(nn.Module):
         return take
 
     def _indices(self, indices: int | list[int] | None) -> list[int]:
-        """Block numbers in rising order, from what timm takes for them."""
-        depth = len(self.blocks)
+        """Block numbers in rising order, from what timm takes for them; IndexError for others."""
+        blocks = range(len(self.blocks))
         if indices is None or isinstance(indices, int):
-            indices = range(depth - (depth if indices is None else indices), depth)
-        if any(not -depth <= i < depth for i in indices):
-            raise ValueError(
-                f"indices={list(indices)}; expected -{depth} to {depth - 1}, one of {depth} blocks"
-            )
-        return sorted(i % depth for i in indices)
+            indices = range(-(len(blocks) if indices is None else indices), 0)
+        return sorted(blocks[i] for i in indices)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are a token or a table: those that no layer of torch.nn holds."""
-        return {
-            f"{path}.{name}".lstrip(".")
-            for path, module in self.named_modules()
-            if isinstance(module, VisionTransformer | Encoding)
-            for name, _ in module.named_parameters(recurse=False)
-        }
+        """Names of the parameters that are a token or a table, and no layer's weight or bias."""
+        return {name for name, _ in self.named_parameters() if not name.endswith((".weight", ".bias"))}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """A part of the encoding that stands after block i, "i" in its name, belongs to that block."""
-        return {
-            "stem": r"^cls_token|^dist_token|^pos_embed|^patch_embed|^encoding\.\w+\.(?!\d)",
-            "blocks": [
-                (r"^blocks\.(\d+)", None),
-                (r"^encoding\.\w+\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        }
+        stem = r"^cls_token|^dist_token|^pos_embed|^patch_embed|^encoding\.\w+\.(?!\d)"
+        blocks = [(r"^blocks\.(\d+)", None), (r"^encoding\.\w+\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": stem, "blocks": blocks}

@@ -46,11 +46,8 @@ def model_names() -> list[str]:
 
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:
-    """A name, and fields of `ModelConfig` to change -> the configuration.
-
-    `drop_path` is 0 unless overridden: the paper's 0.1 belongs to its recipe, not to the model.
-    Raises ConfigError, with the nearest names or fields, for what does not exist.
-    """
+    """A name, and fields of `ModelConfig` to change -> the configuration. `drop_path` is 0 unless overridden: the
+    paper's 0.1 belongs to its recipe, not to the model."""
     if name not in MODELS:
         raise ConfigError(f"no model {name!r}; {nearest(name, MODELS)}")
     if isinstance(overrides.get("image_size"), int):
@@ -75,23 +72,18 @@ def load_weights(model: nn.Module, weights: str | Path | dict, resample: bool | 
 
     timm's and DeiT's checkpoints load as they are, also wrapped as {"model": ...} or {"state_dict": ...}.
     A learned table of another grid is refused, unless `resample` says what its grid was: True for a square
-    one (all of timm's and DeiT's), or (H, W), which cannot be told from its length. Everything is checked
-    before anything is loaded. Raises UserError with one line.
+    one (all of timm's and DeiT's), or (H, W). Everything is checked before anything is loaded. Raises UserError.
     """
     state = weights if isinstance(weights, dict) else _read(Path(weights))
     for wrapper in ("model", "state_dict"):
-        if isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     own = model.state_dict()
     if resample and "pos_embed" in state and "pos_embed" in own:
         state = {**state, "pos_embed": _resampled(model, state["pos_embed"], resample)}
     if wrong := _mismatches(own, state):
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"weights do not fit the model: {'; '.join(wrong[:3])}{more}; nothing was loaded. "
-            "Build the model that the weights were saved from, then change it"
-            + (" (a learned table of another grid: resample=True)" if "pos_embed" in wrong[0] else "")
-        )
+        more += "; resample=True resamples a table" if "pos_embed" in wrong[0] else ""
+        raise UserError(f"weights do not fit the model, nothing was loaded: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict(state, strict=True)
     return model
 
@@ -105,9 +97,7 @@ def _read(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every reader has errors of its own, and some run over many lines
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(
-            f"{path} cannot be read as weights ({reason}); expected safetensors or tensors only"
-        ) from None
+        raise UserError(f"{path}: no weights can be read; expected tensors only ({reason})") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}; expected a dictionary of tensors")
     return state
@@ -129,18 +119,13 @@ def _shape(value: Any) -> str:
 def _resampled(model: nn.Module, table: Tensor, old: bool | Grid) -> Tensor:
     """(1, P + old N, D) -> (1, P + N, D), the prefix tokens' entries kept as they are."""
     if not isinstance(model, VisionTransformer):
-        raise UserError(
-            f"resample: {type(model).__name__} is not a cpvt model; use timm's resample_abs_pos_embed"
-        )
+        raise UserError(f"resample: {type(model).__name__} is not a cpvt model")
     if not isinstance(table, Tensor) or table.ndim != 3:
         return table  # refused with the rest
     P, patches = model.num_prefix_tokens, table.shape[1] - model.num_prefix_tokens
     old = (math.isqrt(max(patches, 0)),) * 2 if old is True else old
     if patches != old[0] * old[1] or not patches:
-        raise UserError(
-            f"pos_embed has {_shape(table)}: {patches} patches beside {P} prefix tokens are not a grid of "
-            f"{old[0]}x{old[1]}; pass resample=(H, W), the grid it was trained at"
-        )
+        raise UserError(f"pos_embed: {patches} patches are no grid of {old}; pass resample=(H, W), its grid")
     (config,) = (part for part in parse_encoding(model.config.encoding) if isinstance(part, Learned))
     resampled = resample_table(table[:, P:], tuple(old), model.config.grid, config.antialias)
     return torch.cat([table[:, :P], resampled], 1)
