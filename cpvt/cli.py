@@ -17,62 +17,7 @@ import tyro
 
 from cpvt.errors import ConfigError, TrainingError, UserError, nearest
 
-COMMANDS = {
-    "train": "Train a model: --model NAME --data NAME_OR_FOLDER --recipe NAME; everything else has a default.",
-    "evaluate": "Evaluate a trained model on held-out images, at any number of sizes.",
-    "pack": "Prepare images for training: check every one, write shards.",
-    "experiments": "Measure what is missing of an experiment, a row at a time.",
-    "benchmark": "Measure training step, data pipeline and inference beside timm's.",
-}
 INTERRUPTED = 75  # exit status of a run that was stopped and can go on: the sysexits' "try again"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command. Exit status 0; 2 for wrong input, after a line on stderr that says what was wrong."""
-    # Threads of OpenMP that spin while they wait cost a factor of 2 to 10 wherever anything else runs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: cpvt COMMAND [options]   (cpvt COMMAND --help says more)\n")
-        return print(*(f"  {command:12} {about}" for command, about in COMMANDS.items()), sep="\n")
-    try:
-        if name not in COMMANDS:
-            raise ConfigError(f"no command {name!r}; {nearest(name, COMMANDS)}")
-        if name == "train":
-            _train(rest)
-        elif name == "benchmark":
-            from cpvt.lab.benchmark import Benchmark
-
-            _parse(Benchmark, rest, name)()
-        else:
-            _parse({"evaluate": Evaluate, "pack": Pack, "experiments": Experiments}[name], rest, name)()
-    except UserError as error:
-        raise _refused(name, str(error)) from None
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        reason = f"{error.filename or 'writing'}: {error.strerror}; see to the disk or give another path"
-        raise _refused(name, reason) from None
-
-
-def _refused(name: str, reason: str) -> SystemExit:
-    """One line on stderr, by one process of many, and exit status 2."""
-    if _is_main():
-        print(f"cpvt {name}: {' '.join(reason.split())}", file=sys.stderr)
-    return SystemExit(2)
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # set by torchrun
-
-
-def _parse(cls: type, arguments: list[str], name: str, **options) -> Any:
-    """The arguments as a `cls`; tyro itself says what is wrong with them, and leaves with status 2."""
-    return tyro.cli(cls, args=arguments, prog=f"cpvt {name}", console_outputs=_is_main(), **options)
-
-
-# --------------------------------------------------------------------------- train
-
 ABOUT_TRAINING = """Train a model.
 
 --model NAME    deit_ or cpvt_, then tiny, small or base, then _5peg, _gap or _distilled if wanted
@@ -95,6 +40,7 @@ class Start:
 
 
 def _train(arguments: list[str]) -> None:
+    """Train a model: --model NAME --data NAME_OR_FOLDER --recipe NAME; everything else has a default."""
     import torch
 
     from cpvt.config import TrainConfig, replace
@@ -134,9 +80,6 @@ def _say(text: str) -> None:
 
 def _print_entry(entry: dict) -> None:
     _say("  ".join(f"{k} {v:.5g}" if type(v) is float else f"{k} {v}" for k, v in entry.items()))
-
-
-# --------------------------------------------------------------------------- the other commands
 
 
 @dataclass(frozen=True)
@@ -245,3 +188,59 @@ class Experiments:
 def _print_row(row, left: int) -> None:
     minutes = left * row.seconds / 60
     print(f"{row.label}: {row.seconds} s, {left} to go, about {minutes:.0f} minutes", flush=True)
+
+
+def _benchmark(arguments: list[str]) -> None:
+    """Measure training step, data pipeline and inference beside timm's."""
+    from cpvt.lab.benchmark import Benchmark
+
+    _parse(Benchmark, arguments, "benchmark")()
+
+
+COMMANDS = {
+    "train": _train,
+    "evaluate": Evaluate,
+    "pack": Pack,
+    "experiments": Experiments,
+    "benchmark": _benchmark,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command. Exit status 0; 2 for wrong input, after a line on stderr that says what was wrong."""
+    # Threads of OpenMP that spin while they wait cost a factor of 2 to 10 wherever anything else runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: cpvt COMMAND [options]   (cpvt COMMAND --help says more)\n")
+        return print(
+            *(f"  {name:12} {run.__doc__.splitlines()[0]}" for name, run in COMMANDS.items()), sep="\n"
+        )
+    try:
+        if name not in COMMANDS:
+            raise ConfigError(f"no command {name!r}; {nearest(name, COMMANDS)}")
+        run = COMMANDS[name]
+        _parse(run, rest, name)() if isinstance(run, type) else run(rest)
+    except UserError as error:
+        raise _refused(name, str(error)) from None
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        reason = f"{error.filename or 'writing'}: {error.strerror}; see to the disk or give another path"
+        raise _refused(name, reason) from None
+
+
+def _refused(name: str, reason: str) -> SystemExit:
+    """One line on stderr, by one process of many, and exit status 2."""
+    if _is_main():
+        print(f"cpvt {name}: {' '.join(reason.split())}", file=sys.stderr)
+    return SystemExit(2)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # set by torchrun
+
+
+def _parse(cls: type, arguments: list[str], name: str, **options) -> Any:
+    """The arguments as a `cls`; tyro itself says what is wrong with them, and leaves with status 2."""
+    return tyro.cli(cls, args=arguments, prog=f"cpvt {name}", console_outputs=_is_main(), **options)

@@ -1,4 +1,4 @@
-"""Two processes under torchrun do what one does: the same batches, the same training, the same evaluation.
+"""Two processes under torchrun do what one does: the same training, the same evaluation.
 
 On the CPU with gloo. NCCL and several GPUs are not tested here.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_run import batches, trained
+from distributed_run import trained
 from helpers import small_run, wait_until
 
 from cpvt.config import to_json
@@ -47,23 +47,14 @@ def two(image_folder, tmp_path_factory) -> list[dict]:
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("micro", [0, 4])
-def test_the_batches_are_those_of_one_process_bit_for_bit(image_folder, two, micro):
-    alone = batches(small_run(image_folder), 0, 1, 0)
-    together = torch.cat([found[f"batches micro {micro}"] for found in two], dim=1)
-    assert alone.shape == (4, 8, 3 * 16 * 16 + 3) and torch.equal(alone, together)
-    assert alone.unique(dim=0).shape[0] == 4  # and no two steps are alike
-
-
-@pytest.mark.parametrize("micro", [8, 4])
-def test_training_in_float64_ends_at_the_same_weights(image_folder, two, micro):
-    """Accumulation 1 and 2; the evaluation set has 21 images, which no two processes can share evenly."""
+def test_training_in_float64_ends_at_the_same_weights(image_folder, two):
+    """The evaluation set has 21 images, which no two processes can share evenly."""
     alone = trained(image_folder)
-    for found in (here[f"trained micro {micro}"] for here in two):
+    for found in two:
         assert (found["weights"] - alone["weights"]).abs().max() < 1e-10
         assert torch.equal(found["losses"], alone["losses"])
         assert found["images"] == 21 and found["top1"] == alone["top1"]
-    assert torch.equal(*(here[f"trained micro {micro}"]["weights"] for here in two))
+    assert torch.equal(*(found["weights"] for found in two))
 
 
 def test_gradients_are_sent_once_a_step_and_not_once_a_micro_batch(two):

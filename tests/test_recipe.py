@@ -1,21 +1,18 @@
 """The training side of the recipe: learning rate, groups, average, skips, losses, teachers, whole runs."""
 
 import math
-import shutil
 from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from helpers import draw_images, small_run
-from PIL import Image
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 from cpvt.config import DistillConfig, ModelConfig, OptimConfig, TrainConfig
 from cpvt.data.loader import make_loader
-from cpvt.data.pack import pack
-from cpvt.errors import ConfigError, DataError, TrainingError, UserError
+from cpvt.errors import ConfigError, TrainingError, UserError
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import load_model
 from cpvt.training.distributed import World
@@ -244,24 +241,17 @@ def test_every_precision_trains(image_folder, precision):
     assert kinds == {torch.float64 if precision == "fp64" else torch.float32}
 
 
-def test_reading_processes_change_nothing(image_folder):
-    config = small_run(image_folder)
-    alone = train(config)
-    helped = train(replace(config, data=replace(config.data, workers=2)))
-    assert helped.history == alone.history and helped.metrics == alone.metrics
-
-
 def test_what_a_run_says_beforehand_and_how_long_it_takes(image_folder):
     said, entries = [], []
     train(small_run(image_folder, steps=24), entries.append, said.append)
     for words in (
-        "image_size=(16, 16), grid=(4, 4)",
-        "3 classes, 36 images an epoch",
-        "8 = 1 processes x 2 micro-batches x 4 images, 9 steps an epoch",
+        "4 x 4 tokens, 3 classes",
+        "36 images in 9 steps",
+        "1 processes takes 2 micro-batches",
         "augment.randaugment=rand-m9-mstd0.5-inc1",
         "optim.steps=24",
     ):
-        assert words in said[0], said[0]
+        assert words in said[0].replace("\n", " "), said[0]
     timed = [entry["hours_left"] for entry in entries if "hours_left" in entry]
     assert len(timed) == 12 and timed[-1] == 0
 
@@ -289,47 +279,17 @@ def test_weights_to_start_from(image_folder, tmp_path):
 
 
 def test_bad_images_are_named_counted_and_never_fatal(tmp_path):
-    root = draw_images(tmp_path / "data", train=24)
-    folder = root / "train" / "n00000000"
-    whole = (folder / "0000.jpg").read_bytes()
-    (folder / "0000.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "0001.jpg").write_bytes(b"")
-    (folder / "0002.jpg").write_bytes(b"no image at all")
-    Image.new("CMYK", (30, 30)).save(folder / "0003.jpg")  # unusual, and fine
-    config = small_run(root, str(tmp_path / "out"), steps=18)
-    config = replace(config, augment=replace(config.augment, repeated_aug=1))
-    run = train(config)
-    assert run.faults == 3 and run.steps == 18
-    said = (tmp_path / "out" / "faults.jsonl").read_text()
-    assert all(f"000{i}.jpg" in said for i in range(3)) and "0003.jpg" not in said
-    for path in (root / "train").rglob("*.jpg"):
-        path.write_bytes(b"")
-    with pytest.raises(DataError, match="cannot be used .*see to the disk"):
-        train(small_run(root, global_batch_size=32, micro_batch_size=32))
-
-
-def test_held_out_images_that_cannot_be_read_count_as_wrong(tmp_path):
     root = draw_images(tmp_path / "data")
-    fine = train(small_run(root, steps=2))
+    for i, content in enumerate((b"", b"no image at all")):
+        (root / "train" / "n00000000" / f"000{i}.jpg").write_bytes(content)
     for path in (root / "val").rglob("*.jpg"):
         path.write_bytes(b"")
-    run = train(small_run(root, str(tmp_path / "out"), steps=2))
-    assert run.metrics["images"] == fine.metrics["images"] == 21
-    assert run.metrics["top1"] == 0 < fine.metrics["top1"] and run.faults == 21
-    assert (tmp_path / "out" / "faults.jsonl").read_text().count("/val/") == 21
-
-
-def test_splits_with_other_classes_are_refused(tmp_path):
-    root = draw_images(tmp_path / "data", train=8, val=2)
-    packed = tmp_path / "packed"
-    for split in ("train", "val"):
-        source = tmp_path / split
-        shutil.copytree(root / split, source / split)
-        if split == "val":
-            (source / "val" / "n00000002").rename(source / "val" / "n00000009")
-        pack(source, packed, (split,), report=lambda text: None)
-    with pytest.raises(DataError, match="3 classes to train on, 3 held out, or other ones"):
-        train(small_run(packed, steps=2))
+    config = small_run(root, str(tmp_path / "out"), steps=18)
+    run = train(replace(config, augment=replace(config.augment, repeated_aug=1)))
+    assert run.faults == 2 + 21 and run.steps == 18
+    said = (tmp_path / "out" / "faults.jsonl").read_text()
+    assert all(f"n00000000/000{i}.jpg" in said for i in range(2)) and said.count("/val/") == 21
+    assert run.metrics["images"] == 21 and run.metrics["top1"] == 0  # what cannot be read counts as wrong
 
 
 def test_a_full_disk_costs_the_log_and_not_the_run(image_folder, tmp_path, capsys):

@@ -9,7 +9,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import pytest
 import torch
 from helpers import small_run
 
-from cpvt.config import replace
 from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError
 from cpvt.training.checkpoint import Checkpoints, load_model, only_run
@@ -99,24 +97,6 @@ def test_a_signal_ends_the_step_saves_and_the_same_call_goes_on(image_folder, wh
     assert stops == [(5, signal.Signals(number).name), (9, signal.Signals(number).name)]  # the step in hand
     assert run.metrics == reference.metrics and run.history == reference.history
     assert_same(config.run.out, reference.config.run.out)
-
-
-def test_a_signal_to_the_whole_group_spares_the_reading_processes(image_folder, whole, tmp_path):
-    """torchrun, SLURM and systemd signal every process; the readers must live until the main one has saved."""
-    config = small_run(image_folder, str(tmp_path), save_every=100)
-    config = replace(config, data=replace(config.data, workers=2))
-    assert in_a_process(in_a_group, config, signal.SIGTERM) == 0
-    assert newest(tmp_path)["step"] == 5
-    assert train(config).metrics == whole.metrics
-    assert_same(tmp_path, whole.config.run.out)
-
-
-def in_a_group(config, number) -> None:
-    """Trains at the head of a process group of its own, which is signalled after the fourth step."""
-    torch.set_num_threads(1)
-    os.setpgrp()
-    run = train(config, report=lambda entry: entry["step"] == 4 and os.killpg(0, number))
-    assert run.interrupted == signal.Signals(number).name and run.steps == 5
 
 
 def test_a_signal_during_an_evaluation_cuts_it_short_and_it_is_made_again(image_folder, tmp_path):
@@ -339,21 +319,3 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_but_itself(image_fold
     assert [entry["step"] for entry in notes if "no checkpoint" in entry.get("note", "")] == [6, 8]
     assert not list((tmp_path / "out" / "checkpoints").glob(".*"))
     assert_same(tmp_path / "out", whole.config.run.out)
-
-
-def test_on_a_full_file_system_the_older_checkpoint_stays(tmp_path):
-    """A real small file system; needs the right to mount one."""
-    room = tmp_path / "room"
-    room.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", room], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no right to mount: {mounted.stderr.decode().strip()}")
-    try:
-        checkpoints = Checkpoints(room, keep=3)
-        first = {"x": torch.arange(60_000, dtype=torch.float32)}
-        checkpoints.save(1, first)
-        with pytest.raises(OSError, match="No space left"):
-            checkpoints.save(2, {"x": torch.zeros(100_000)})
-        assert torch.equal(checkpoints.read(checkpoints.latest()[0])["x"], first["x"])
-    finally:
-        subprocess.run(["umount", room], check=True)

@@ -23,17 +23,15 @@ CLOCK = {"images_per_s", "hours_left", "gpu_refused"}  # in a log entry: what an
 
 
 def describe(config: TrainConfig, model: nn.Module, loader, world: World) -> str:
-    """What a run is going to do: model, data, batch, and the options that are not as they are by default."""
-    sampler, parts = loader.sampler, loader.micro_batches_per_step
-    text = (
-        f"model: {config.model.encoding}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"image_size={config.model.image_size}, grid={config.model.grid}\n"
-        f"data: {config.data.name}, {loader.num_classes} classes, {sampler.distinct_images:,} images an epoch\n"
-        f"batch: {sampler.global_batch_size} = {world.size} processes x {parts} micro-batches x "
-        f"{sampler.global_batch_size // world.size // parts} images, {sampler.steps_per_epoch:,} steps an epoch\n"
-    )
+    """What a run is going to do: its sizes, and the options that are not as they are by default."""
+    sampler, parameters = loader.sampler, sum(p.numel() for p in model.parameters())
     options = [f"{name}={value}" for name, (value, _) in changed(config, TrainConfig()).items()]
-    return text + textwrap.fill(f"options: {', '.join(options)}", 110, break_long_words=False)
+    text = (
+        f"{parameters:,} parameters, {config.model.grid[0]} x {config.model.grid[1]} tokens, {loader.num_classes} "
+        f"classes; an epoch has {sampler.distinct_images:,} images in {sampler.steps_per_epoch:,} steps, each of "
+        f"{world.size} processes takes {loader.micro_batches_per_step} micro-batches a step; {', '.join(options)}"
+    )
+    return textwrap.fill(text, 110, break_long_words=False)
 
 
 class Logger:
