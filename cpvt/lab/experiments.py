@@ -266,8 +266,10 @@ def tables(root: str = "", table: str = "") -> Iterator[Job]:
 
 
 def tuning(root: str = "") -> Iterator[Job]:
-    """What the learning rate of `tables` is chosen from: the encodings behind claims at each rate, for a third of
-    the length, evaluated on a held-out tenth of the training images."""
+    """What the learning rate of `tables` is chosen from, on a held-out tenth of the training images.
+
+    The encodings behind claims at each rate, for a third of the length.
+    """
     for lr, row in product(TABLE_RATES, _rows(*_MAIN, "relative(wrap=True)")):
         config = _with(table_config(epochs=20, **row), root, lr=lr, warmup_epochs=2)
         yield Job("tuning", row | {"lr": lr}, "minutes", config, metrics.score_tuning)

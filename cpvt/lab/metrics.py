@@ -169,7 +169,10 @@ def _score_images(
     """Shifts on `count` held-out images, position on 256, maps and attention on 64 (see `held_out_images`)."""
     few, some = (held_out_images(loader, number, spread)[0] for number in (64, 256))
     metrics = score_shifts(model, *held_out_images(loader, count, spread)) | score_position(model, some)
-    return metrics | score_maps(model, few, scenes) | score_attention(model, few)
+    metrics |= score_maps(model, few, scenes) | score_attention(model, few)
+    return {
+        name: value for name, value in metrics.items() if math.isfinite(value)
+    }  # some maps have no interior
 
 
 def fine_tune(run: TrainingRun, size: int, cache: Cache = None) -> TrainingRun:
@@ -246,15 +249,15 @@ def last_grid(model: VisionTransformer) -> tuple[int, int]:
 def score_position(model: VisionTransformer, images: Tensor) -> dict[str, float]:
     """How well a linear probe reads a token's row and column off the last block: R2, 1 at best.
 
-    position_r2/images, and on images that say nothing of place (see `probes.control_images`):
+    position_r2/images, and on images that say nothing of position (see `probes.control_images`):
     position_r2/constant, /noise, /shuffled; each also as .../interior, away from the border.
     """
     metrics, grid = {}, last_grid(model)
-    for name, pictures in probes.control_images(images, model.config.patch_size).items():
-        probe = probes.position_probe(probes.patch_tokens(model, pictures.to(images.device)), grid)
+    for name, control in probes.control_images(images, model.config.patch_size).items():
+        probe = probes.position_probe(probes.patch_tokens(model, control), grid)
         metrics[f"position_r2/{name}"] = (probe.row + probe.column) / 2
         metrics[f"position_r2/{name}/interior"] = (probe.row_interior + probe.column_interior) / 2
-    return _finite(metrics)
+    return metrics
 
 
 def score_maps(
@@ -275,22 +278,22 @@ def score_maps(
         return {}
     black = _black(images)
 
-    def error(kind: str, pictures: Tensor, block: int | None = None) -> probes.Equivariance:
+    def error(kind: str, scene: Tensor, block: int | None = None) -> probes.Equivariance:
         def maps(moved: Tensor) -> Tensor:
             found = probes.patch_tokens(model, moved + black, block)
             return found.transpose(1, 2).unflatten(2, (-1, model.config.grid[1]))
 
         shift = {"shift": (0, tokens), "border": 3, "stride": model.config.patch_size}
-        return probes.equivariance_error(maps, pictures - black, kind=kind, **shift)
+        return probes.equivariance_error(maps, scene - black, kind=kind, **shift)
 
-    given = {"circular": images, "zero": images} | ({} if scenes is None else {"window": scenes})
+    kinds = {"circular": images, "zero": images} | ({} if scenes is None else {"window": scenes})
     metrics = {}
-    for kind, pictures in given.items():
-        found = error(kind, pictures)
+    for kind, scene in kinds.items():
+        found = error(kind, scene)
         metrics |= {f"shift_error/{kind}": found.interior, f"shift_error/{kind}/border": found.border}
     for i in range(model.config.depth):
         metrics[f"shift_error/circular/block{i}"] = error("circular", images, i).interior
-    return _finite(metrics)
+    return metrics
 
 
 @torch.no_grad()
@@ -331,8 +334,8 @@ def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float
     a PEG without padding, which see a smaller grid, are left out as well.
     """
     (H, W), P = model.config.grid, model.num_prefix_tokens
-    places = torch.cartesian_prod(torch.arange(H), torch.arange(W)).to(images)
-    distances = torch.cdist(places, places)
+    positions = torch.cartesian_prod(torch.arange(H), torch.arange(W)).to(images)
+    distances = torch.cdist(positions, positions)
     metrics = {}
     for block, weights in probes.attention_maps(model, images).items():
         patches = weights[:, :, P:, P:]
@@ -358,8 +361,3 @@ def score_oblong(model: VisionTransformer, loader: ImageLoader) -> dict[str, flo
         right.append(correct(model, normalise(wide.float() / 255), labels))
     H, W = model.config.grid
     return {f"top1@{H}x{2 * W}": 100 * torch.cat(right).double().mean().item()}
-
-
-def _finite(metrics: dict[str, float]) -> dict[str, float]:
-    """Without what does not exist, such as the interior of a map that has none."""
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -201,8 +201,8 @@ def equivariance_error(
 
 def _depth(grid: Grid) -> Tensor:
     """-> (N,): how many tokens lie between each and the nearest border."""
-    place = torch.cartesian_prod(*map(torch.arange, grid))
-    return torch.minimum(place, torch.tensor(grid) - 1 - place).amin(1)
+    position = torch.cartesian_prod(*map(torch.arange, grid))
+    return torch.minimum(position, torch.tensor(grid) - 1 - position).amin(1)
 
 
 def _shift(x: Tensor, shift, wrap: bool) -> Tensor:
@@ -252,8 +252,8 @@ def position_probe(
     order, dtype = torch.randperm(n, generator=torch.Generator().manual_seed(seed)), features.dtype
     features = features.detach().cpu().double()[order]
     half = n // 2
-    place = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))  # (N, 2)
-    x, y = features[:half].flatten(0, 1), place.repeat(half, 1)
+    position = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))  # (N, 2)
+    x, y = features[:half].flatten(0, 1), position.repeat(half, 1)
     mean, target = x.mean(0), y.mean(0)
     x, y = x - mean, y - target
     gram = x.T @ x
@@ -267,7 +267,7 @@ def position_probe(
     def score(mask: Tensor) -> list[float]:
         if not mask.any():
             return [float("nan")] * 2
-        wanted = place[mask]
+        wanted = position[mask]
         wrong = (found[:, mask] - wanted).square().mean((0, 1))
         return (1 - wrong / wanted.var(0, correction=0)).tolist()
 
