@@ -17,6 +17,7 @@ import torch
 from scipy import stats as scipy_stats
 
 from cpvt.errors import ResultsError
+from cpvt.lab.experiments import DENSE, FIVE, POOLED, TAUGHT
 from cpvt.lab.probes import theory
 from cpvt.lab.results import COLUMNS, NOT_YET, describe, read_arrays, select, unpack
 
@@ -137,11 +138,10 @@ def p_value(found: Spread) -> float:
     """
     if found.n < 3:
         return 1.0
-    half = found.high - found.mean
-    if half == 0:
+    if found.high == found.mean:  # no spread at all
         return 0.0 if found.mean else 1.0
-    t = abs(found.mean) / half * scipy_stats.t.ppf(0.975, found.n - 1)
-    return float(2 * scipy_stats.t.sf(t, found.n - 1))
+    error = (found.high - found.mean) / scipy_stats.t.ppf(0.975, found.n - 1)
+    return float(2 * scipy_stats.t.sf(abs(found.mean) / error, found.n - 1))
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
@@ -187,14 +187,9 @@ def ahead(better: dict, worse: dict, metric: str = "top1@14", weight: float = 1)
     return (weight, better, metric), (-weight, worse, metric)
 
 
-_NONE, _LEARNED, _PEG = ({"encoding": text} for text in ("none", "learned", "peg"))
-_FIVE = {"encoding": "peg(positions=(0, 1, 2, 3, 4))"}
-_CIRCULAR = {"encoding": "peg(padding='circular')"}
-_BORDER = {"encoding": "peg(on='constant')"}
-_FROZEN = {"encoding": "peg(frozen=True)"}
-_DENSE = {"encoding": "peg(positions=(0, 1, 2, 3, 4, 5), kernel=1, convolution='dense')"}
-_POOLED, _TAUGHT = {"global_pool": "avg"}, {"distilled": True, "teacher": "resnet10t"}
-_LONG = {"max_steps": 900}
+_NONE, _LEARNED, _PEG, _FIVE, _DENSE = ({"encoding": e} for e in ("none", "learned", "peg", FIVE, DENSE))
+_CIRCULAR, _LONG = {"encoding": "peg(padding='circular')"}, {"max_steps": 900}
+_BORDER, _FROZEN = {"encoding": "peg(on='constant')"}, {"encoding": "peg(frozen=True)"}
 
 CLAIMS: dict[str, dict[str, Terms]] = {
     # Before any row of `fashion` or of `fashion-tuning`.
@@ -208,8 +203,8 @@ CLAIMS: dict[str, dict[str, Terms]] = {
         "border without mixing > none": ahead(_BORDER, _NONE),
         "random and frozen > none": ahead(_FROZEN, _NONE),
         "one PEG > dense 1x1 in every block": ahead(_PEG, _DENSE),
-        "one PEG, pooled > one PEG": ahead(_PEG | _POOLED, _PEG),
-        "one PEG, distilled > one PEG": ahead(_PEG | _TAUGHT, _PEG),
+        "one PEG, pooled > one PEG": ahead(_PEG | POOLED, _PEG),
+        "one PEG, distilled > one PEG": ahead(_PEG | TAUGHT, _PEG),
         # Who tells no position does not mind a shifted image.
         "circular padding keeps more answers than learned": ahead(_CIRCULAR, _LEARNED, "same_class/shift4"),
     },
