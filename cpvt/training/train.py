@@ -67,19 +67,11 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
             torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(run.deterministic)
-        self.loader = world.main_first(
-            lambda: make_loader(
-                config.data,
-                global_batch_size=config.optim.global_batch_size,
-                seed=run.seed,
-                device=world.device,
-                rank=world.rank,
-                world_size=world.size,
-                micro_batch_size=config.optim.micro_batch_size,
-                augment=config.augment,
-                label_smoothing=config.optim.label_smoothing,
-            )
-        )
+        names = ("global_batch_size", "micro_batch_size", "label_smoothing")
+        options = {name: getattr(config.optim, name) for name in names}
+        options |= {"seed": run.seed, "augment": config.augment, "device": world.device}
+        options |= {"rank": world.rank, "world_size": world.size}
+        self.loader = world.main_first(lambda: make_loader(config.data, **options))
         found = {"num_classes": self.loader.num_classes, "image_size": self.loader.image_size}
         settled = replace(config, model=replace(config.model, **found))
         self.config = config = resolve(settled, self.loader.sampler.steps_per_epoch)
@@ -118,8 +110,9 @@ class Trainer:
         self.forward = world.wrap(self.model)
         if announce and world.is_main:
             announce(describe(config, self.model, self.loader, world))
-        logging = config, self.step, self.log, world, report, bool(announce)
-        self.logger = world.main_first(lambda: Logger(*logging))
+        self.logger = world.main_first(
+            lambda: Logger(config, self.step, self.log, world, report, bool(announce))
+        )
         for note in notes:
             self.logger.note(self.step, note)
 
@@ -243,10 +236,8 @@ def take_steps(t: Trainer) -> dict[str, float]:
             lr = learning_rate(t.step, optim)
             for group in t.optimizer.param_groups:
                 group["lr"] = lr
-            t.optimizer.grad_scale, t.optimizer.found_inf = (
-                None,
-                1 - taken,
-            )  # fused AdamW leaves all as it is at 1
+            t.optimizer.grad_scale = None
+            t.optimizer.found_inf = 1 - taken  # where it is 1, fused AdamW leaves everything as it is
             t.optimizer.step()
             t.scaler.update()
             t.optimizer.zero_grad(set_to_none=True)
@@ -303,9 +294,7 @@ def train(
             try:
                 run.metrics = take_steps(trainer)
             except Exception as error:
-                if (
-                    not world.is_main
-                ):  # what the main process raises is seen; of another, only this line tells
+                if not world.is_main:  # of whose errors the command line says nothing
                     print(f"process {world.rank}: {error}", file=sys.stderr)
                 raise
             run.model.eval()
