@@ -383,7 +383,8 @@ def make_loader(
 ) -> SyntheticLoader | ImageLoader:
     """The batches that `data` names: a synthetic task, a known set of images, or a folder of files or shards.
 
-    `Sampler` says how batches are shared out. Without `train`, held-out images alone are opened.
+    `Sampler` says how batches are shared out. Without `train`, held-out images alone are opened. A script whose
+    images come from worker processes needs the guard `if __name__ == "__main__":`, for these import it too.
     """
     shared = rank, world_size, micro_batch_size
     if data.name in CLASSES:
