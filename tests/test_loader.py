@@ -16,6 +16,7 @@ from helpers import draw_images, small_run, wait_until
 from PIL import Image
 
 from cpvt.config import DataConfig, replace
+from cpvt.data.decode import find_jpeg_decoder
 from cpvt.data.loader import AHEAD, Batch, ImageLoader, make_ahead, make_loader, open_split
 from cpvt.errors import ConfigError, DataError
 from cpvt.training.train import train
@@ -243,6 +244,8 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for():
 @pytest.mark.parametrize("decode", ["gpu", "cpu"])
 def test_a_gpu_gives_the_batches_of_the_cpu(image_folder, decode):
     """Labels to the bit; pixels up to decoding and resampling, which later steps may amplify in some."""
+    if decode == "gpu" and not find_jpeg_decoder():
+        pytest.skip("torchcodec cannot be loaded")
     config = small_run(image_folder)
     calm = replace(config, augment=replace(config.augment, randaugment=""))
     own, its = opened(calm), opened(with_data(calm, decode=decode, workers=2), device="cuda")
