@@ -26,8 +26,6 @@ class PEG(nn.Module):
 
     The positional encoding generator of CPVT (Chu et al., arXiv 2102.10882): by default a depthwise 3x3
     with zero padding, bias and skip. Without padding the output has (H-k+1)(W-k+1) tokens.
-
-    Raises ValueError where the grid does not hold N tokens.
     """
 
     def __init__(self, width: int, kernel: int = 3, *, config: Peg | None = None):
@@ -110,10 +108,7 @@ def offsets(n: int, clip: int, wrap: bool = False, device=None) -> Tensor:
 
 
 def convolve_as_matrix(x: Tensor, proj: nn.Conv2d, grid: Grid) -> Tensor:
-    """(B, N, D) -> (B, N, D): a depthwise convolution as one N x N matrix a channel; for k >= 2 max(H, W) - 1.
-
-    The matrices are gathered once a call (D*N*N numbers: 7.4 million for DeiT-Ti) and multiply the whole batch.
-    """
+    """(B, N, D) -> (B, N, D): a depthwise convolution as one N x N matrix a channel; for k >= 2 max(H, W) - 1."""
     rows, columns = (offsets(n, proj.kernel_size[0] // 2, device=x.device) for n in grid)
     # (D, k, k) -> (D, N, N); entry [m, n] is the weight from token n to token m
     matrix = proj.weight[:, 0][:, rows[:, None, :, None], columns[None, :, None, :]]

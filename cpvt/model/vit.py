@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cpvt.config import Grid, ModelConfig
-from cpvt.errors import ConfigError, DataError
+from cpvt.errors import DataError
 from cpvt.model.encodings import Encoding, EncodingSum, learned_table
 
 Logits = Tensor | tuple[Tensor, Tensor]  # a pair while a distilled model trains
@@ -172,10 +172,8 @@ class VisionTransformer(nn.Module):
         return self.forward_head(self.forward_features(images, drop_path_scale))
 
     def forward_features(self, images: Tensor, drop_path_scale: Tensor | None = None) -> Tensor:
-        """(B, C, height, width) -> (B, T, D): all tokens after the last block, normed.
-
-        `drop_path_scale` (depth, 2, B): from the method of this name; None: drawn here while training.
-        """
+        """(B, C, height, width) -> (B, T, D): all tokens after the last block, normed. `drop_path_scale`
+        (depth, 2, B) comes from the method of this name; None: it is drawn here while training."""
         x, grid = self.embed(images)  # (B, T, D)
         drop_path_scale = self._drawn(images) if drop_path_scale is None else drop_path_scale
         for i in range(len(self.blocks)):
@@ -226,10 +224,8 @@ class VisionTransformer(nn.Module):
 
     # ----------------------------------------------------------------- timm's conventions
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, or none for 0 classes. The pooling is part of the configuration and stays."""
-        if global_pool not in (None, self.config.global_pool):
-            raise ConfigError(f"global_pool={global_pool!r} of a model with {self.config.global_pool!r}")
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new head, or none for 0 classes."""
         self.num_classes = num_classes
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         for name in ("head", "head_dist")[: 1 + self.config.distilled]:
