@@ -129,14 +129,8 @@ class Pack:
     out: Annotated[Path, tyro.conf.Positional]  # gets OUT/train and OUT/val; then: cpvt train --data OUT
     split: Literal["both", "train", "val"] = "both"  # both: first val, then train
     short_side: int = 0  # shrink larger training images to this short side in pixels; 0: keep the originals
-    quality: int = 92  # of the JPEG of a shrunk image, 1 to 95
-    shard_mb: int = 1000  # size of a shard in millions of bytes
-    # imagenet: exactly its images and classes, or nothing is kept
-    expect: Literal["auto", "imagenet", "any"] = "auto"
+    partial: bool = False  # accept a part of ImageNet; else its thousand classes must have all their images
     workers: int = 0  # processes that decode; 0: one a core
-    # where ILSVRC2012's archives are unpacked (default: beside OUT), into a folder that is deleted at the end;
-    # they need their own size (train 138 GB, val 6.7 GB) once more on this disk
-    unpack: str = ""
 
     def __call__(self) -> None:
         from cpvt.data.pack import pack

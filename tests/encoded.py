@@ -108,6 +108,11 @@ class Folder:
         return self.images[i]
 
 
+def put(path, content=PLAIN["4:4:4"]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
 def plain_images(count):
     return [encoded(picture(40 + i, 50 - i, seed=i)) for i in range(count)]
 

@@ -5,7 +5,7 @@ import io
 import tarfile
 
 import numpy
-from encoded import encoded, picture
+from encoded import encoded, picture, put
 from scipy.io import savemat
 from torchvision.datasets import imagenet
 
@@ -15,7 +15,6 @@ from cpvt.data.pack import ARCHIVES, DEVKIT, KAGGLE, MAPPING, SOLUTION, pack
 NUMBERS = {1: "n00000003", 2: "n00000001", 3: "n00000002"}
 CLASSES = tuple(sorted(NUMBERS.values()))
 TRUTH = [2, 1, 1, 3]  # numbers of validation images 1 to 4
-TRAIN_IMAGES, VAL_IMAGES = 18, 4
 
 TRAIN = {
     (wnid, f"{wnid}_{i}.JPEG"): encoded(picture(30, 40, seed=6 * c + i))
@@ -27,11 +26,6 @@ VAL = {
     for i, number in enumerate(TRUTH, start=1)
 }
 SPLITS = {"train": TRAIN, "val": VAL}
-
-
-def put(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
 
 
 def tar(members, mode="w"):

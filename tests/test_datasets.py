@@ -2,16 +2,14 @@
 
 import gzip
 import hashlib
-import os
 import pickle
 import struct
-import unicodedata
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from encoded import BROKEN, ODD, PLAIN, encoded, picture, refusal
+from encoded import BROKEN, encoded, picture, put, refusal
 from PIL import Image
 from torchvision import datasets as published
 from torchvision.transforms.v2 import functional as transforms
@@ -19,11 +17,6 @@ from torchvision.transforms.v2 import functional as transforms
 from cpvt.data import datasets
 from cpvt.data.datasets import load_tensors, open_dataset
 from cpvt.data.decode import decode_image
-
-
-def put(path, content=PLAIN["4:4:4"]):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
 
 
 @pytest.fixture
@@ -41,9 +34,8 @@ def folder(tmp_path):
 # Folders
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_folder_is_read_in_the_order_of_its_wordnet_ids(folder, split):
-    data = open_dataset(folder, split)
+def test_a_folder_is_read_in_the_order_of_its_wordnet_ids(folder):
+    data, split = open_dataset(folder, "val"), "val"
     assert data.classes == ("n01", "n02", "n03") and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
     names = [str(data.path(i).relative_to(folder / split)) for i in range(len(data))]
     assert names == [f"n0{n}/{name}" for n in (1, 2, 3) for name in ("b.png", "images/a.JPEG")]
@@ -51,7 +43,7 @@ def test_a_folder_is_read_in_the_order_of_its_wordnet_ids(folder, split):
         image, label = data[i]
         assert label == data.labels[i] and torch.equal(image, decode_image(data.read(i)))
     assert [data.select([5, 0])[i][1] for i in range(2)] == [2, 0]
-    assert data.sizes.tolist() == [[8, 10]] * 6 and data.others == {".txt": 3}
+    assert data.sizes.tolist() == [[8, 10]] * 6 and data.others == 3
 
 
 def test_the_fingerprint_of_a_folder_is_of_its_names_wherever_it_lies(folder, tmp_path):
@@ -59,10 +51,7 @@ def test_the_fingerprint_of_a_folder_is_of_its_names_wherever_it_lies(folder, tm
     assert first == "8da89da7e0ffcba290d10ed4506cc44897342ec5784da1780b0d9ec4091ecac2"
     moved = open_dataset(folder.rename(tmp_path / "moved"))
     assert moved.fingerprint == first
-    assert (
-        len({first, moved.select([1, 0]).fingerprint, open_dataset(tmp_path / "moved", "val").fingerprint})
-        == 2
-    )
+    assert moved.select([1, 0]).fingerprint != first
 
 
 def test_which_files_of_a_class_count(folder, tmp_path):
@@ -71,23 +60,13 @@ def test_which_files_of_a_class_count(folder, tmp_path):
         put(here / name)
     put(tmp_path / "elsewhere" / "linked.jpg")
     (here / "part2").symlink_to(tmp_path / "elsewhere")
-    (here / "images" / "up").symlink_to(here)  # in a circle
     data = open_dataset(folder)
     found = [data.path(i).name for i in range(len(data)) if data.labels[i] == 0]
     assert found == ["b.png", "c.jfif", "d.JPE", "e.gif", "a.JPEG", "linked.jpg"]
-    assert data.others == {".txt": 3, ".avif": 1}
+    assert data.others == 4, "three texts and an AVIF"
 
 
-def test_a_mac_may_spell_a_class_in_other_characters(tmp_path):
-    for split, form in (("train", "NFC"), ("val", "NFD")):
-        put(tmp_path / split / unicodedata.normalize(form, "café") / "0.jpg")
-        put(tmp_path / split / os.fsdecode(b"\xff") / "\udcfe.jpg")
-    data = open_dataset(tmp_path, "val")
-    assert data.classes == open_dataset(tmp_path).classes and len(data) == 2
-    assert all(data[i][0].shape == (3, 45, 61) for i in range(2)) and data.fingerprint
-
-
-def test_folders_that_cannot_be_used_are_named(folder, monkeypatch):
+def test_folders_that_cannot_be_used_are_named(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert len(open_dataset("~/tiny")) == 6
     assert "'no-such'" in refusal(open_dataset, "no-such")
@@ -98,19 +77,13 @@ def test_folders_that_cannot_be_used_are_named(folder, monkeypatch):
     (folder / "val" / "n04").mkdir()
     assert "n04" in refusal(open_dataset, folder, "val")
     (folder / "val" / "n04").rmdir()
-    for image in (folder / "val" / "n02" / "b.png", folder / "val" / "n02" / "images" / "a.JPEG"):
-        image.rename(folder / "val" / image.name)  # as Kaggle's flat folder
-    message = refusal(open_dataset, folder, "val")
-    assert f"{folder / 'val'}: 2 images lie in no folder" in message
-    for image in (folder / "val" / "b.png", folder / "val" / "a.JPEG"):
-        image.unlink()
+    (folder / "val" / "n02").rename(tmp_path / "elsewhere")
     assert refusal(open_dataset, folder, "val").startswith(str(folder / "val" / "n02"))
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "PNG cut off", "floating point"])
-def test_a_file_that_is_not_an_image_is_named(folder, kind):
+def test_a_file_that_is_not_an_image_is_named(folder):
     file = folder / "train" / "n02" / "b.png"
-    file.write_bytes(BROKEN[kind])
+    file.write_bytes(BROKEN["PNG cut off"])
     data = open_dataset(folder)
     assert refusal(load_tensors, data, 8).startswith(str(file))
     assert data[0][0].shape == (3, 8, 10)  # the others still load
@@ -127,25 +100,14 @@ def test_tensors_hold_the_pixels_and_their_fingerprint(folder):
     exact = load_tensors(data.select([2]), 8)
     assert exact.images.shape == (1, 3, 8, 8) and exact.images.dtype == torch.uint8
     assert torch.equal(exact.images[0], data[2][0][:, :, 1:9]), "only the centre is cut out"
-    for size in (7, 20, 45, 50):
-        expected = transforms.center_crop(
-            transforms.resize(Image.open(data.path(0)), size, transforms.InterpolationMode.BICUBIC),
-            [size, size],
-        )
-        assert torch.equal(load_tensors(data.select([0]), size).images[0], transforms.pil_to_tensor(expected))
+    for size in (7, 50):
+        large = transforms.resize(Image.open(data.path(0)), size, transforms.InterpolationMode.BICUBIC)
+        expected = transforms.pil_to_tensor(transforms.center_crop(large, [size, size]))
+        assert torch.equal(load_tensors(data.select([0]), size).images[0], expected)
     assert exact.labels.tolist() == [1] and exact.classes == data.classes
     assert exact.fingerprint == load_tensors(data.select([2]), 8).fingerprint
     others = [load_tensors(data.select([4]), 8), load_tensors(data.select([2]), 4)]
     assert len({exact.fingerprint, *(o.fingerprint for o in others)}) == 3
-
-
-def test_all_readers_give_equal_pixels_of_every_kind(tmp_path):
-    for name, content in (PLAIN | ODD).items():
-        put(tmp_path / "train" / "a" / f"{name}.jpg", content)
-    data = open_dataset(tmp_path)
-    tensors = load_tensors(data, 45).images
-    for i in range(len(data)):
-        assert torch.equal(data[i][0][:, :, 8:53], tensors[i]) and data[i][0].shape == (3, *data.sizes[i])
 
 
 # By name
@@ -228,17 +190,15 @@ def test_cifar10_is_read_by_name(tmp_path, monkeypatch):
     assert str(folder) in refusal(open_dataset, "cifar10", "train", root=tmp_path)
 
 
-@pytest.mark.parametrize("name", datasets.FOLDERS)
-def test_missing_data_name_the_folder_to_fill(tmp_path, monkeypatch, name):
+def test_missing_data_name_the_folder_to_fill(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no route to host")
 
     monkeypatch.setattr(datasets, "FASHION_MNIST_DEBIAN", tmp_path / "not-installed")
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
     monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", fail)
-    for download in (True, False):
-        message = refusal(open_dataset, name, root=tmp_path / "images", download=download)
-        assert str(tmp_path / "images" / datasets.FOLDERS[name]) in message
+    for name, folder in datasets.FOLDERS.items():
+        assert str(tmp_path / folder) in refusal(open_dataset, name, root=tmp_path)
 
 
 def test_a_download_is_moved_in_whole(tmp_path, monkeypatch, folder):

@@ -14,26 +14,20 @@ from encoded import encoded, picture, refusal
 
 from cpvt.data.datasets import load_tensors, open_dataset
 from cpvt.data.decode import decode_image
-from cpvt.data.shards import (
-    Shards,
-    ShardWriter,
-    check_resolution,
-    stored_side_needed,
-    written_aside,
-)
+from cpvt.data.shards import Shards, ShardWriter, check_resolution, stored_side_needed, written_aside
 from cpvt.errors import DataError
 
 CLASSES = ("n00000001", "n00000002", "n00000003")
 IMAGES = [encoded(picture(18, 24 + i, seed=i), "PNG" if i == 4 else "JPEG") for i in range(10)]
 
 
-def write(target, images=10, shard_bytes=6000, short_side=0):
+def write(target, images=10, short_side=0):
     with written_aside(target) as folder:
-        writer = ShardWriter(folder, shard_bytes)
+        writer = ShardWriter(folder, shard_bytes=6000)
         for i in range(images):
             ending = "png" if i == 4 else "jpg"
             writer.add(f"{CLASSES[i % 3]}/image_{i}", ending, IMAGES[i], i % 3, 18, 24 + i)
-        writer.close(name="tiny", split=target.name, classes=CLASSES, short_side=short_side)
+        writer.close(classes=CLASSES, short_side=short_side)
     return target
 
 
@@ -44,7 +38,6 @@ def folder(tmp_path):
 
 def test_a_shard_is_a_plain_tar_of_image_and_class(folder):
     data, i = Shards(folder), 0
-    assert len(data) == 10 and data.classes == CLASSES and (data.name, data.split) == ("tiny", "train")
     names = sorted(path.name for path in folder.glob("*.tar"))
     assert names == [f"{n:06}.tar" for n in range(len(names))] and len(names) > 2
     for name in names:
@@ -52,14 +45,13 @@ def test_a_shard_is_a_plain_tar_of_image_and_class(folder):
         with tarfile.open(folder / name, "r:") as archive:
             members = archive.getmembers()
             for image, label in zip(members[::2], members[1::2], strict=True):
-                key, ending = image.name.split(".")
-                assert label.name == f"{key}.cls" and key == data.key(i)
+                assert image.name == data.key(i) + (".png" if i == 4 else ".jpg")
+                assert label.name == data.key(i) + ".cls"
                 assert archive.extractfile(image).read() == data.read(i) == IMAGES[i]
                 assert archive.extractfile(label).read() == str(data.labels[i].item()).encode()
-                assert ending == ("png" if i == 4 else "jpg")
                 assert (image.mtime, image.uid, image.uname) == (0, 0, "") and image.isreg()
                 i += 1
-    assert i == 10
+    assert i == len(data) == 10
 
 
 def test_an_image_is_the_one_that_was_written(folder):
@@ -68,26 +60,20 @@ def test_an_image_is_the_one_that_was_written(folder):
         image, label = data[i]
         assert torch.equal(image, decode_image(IMAGES[i])) and label == data.labels[i] == i % 3
         assert image.shape[1:] == tuple(data.sizes[i].tolist()) == (18, 24 + i)
-    assert data.labels.dtype == data.sizes.dtype == torch.int64
     about = json.loads((folder / "index.json").read_text())
-    assert about["images"] == 10 == sum(shard["images"] for shard in about["shards"])
-    assert about["min_side"] == 18 and about["classes"] == list(CLASSES)
+    assert (about["images"], about["min_side"], about["classes"]) == (10, 18, list(CLASSES))
 
 
 def test_a_selection_keeps_classes_and_files(folder):
-    data = Shards(folder)
-    chosen = data.select(torch.tensor([7, 2]))
+    chosen = Shards(folder).select(torch.tensor([7, 2]))
     assert len(chosen) == 2 and chosen.classes == CLASSES and chosen.labels.tolist() == [1, 2]
     assert [chosen.read(0), chosen.read(1)] == [IMAGES[7], IMAGES[2]]
     assert chosen.key(0) == "n00000002/image_7" and chosen.sizes[1].tolist() == [18, 26]
-    assert chosen.select([1]).read(0) == IMAGES[2]
 
 
 def test_the_fingerprint_tells_packs_apart(folder, tmp_path):
     data = Shards(folder)
-    assert (
-        data.fingerprint == Shards(write(tmp_path / "again")).fingerprint
-    )  # the same images, another folder
+    assert data.fingerprint == Shards(write(tmp_path / "again")).fingerprint
     others = [data.select([1, 0]), data.select([0, 1]), Shards(write(tmp_path / "fewer", images=9))]
     assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 4
 
@@ -99,33 +85,42 @@ def read_all(data):
 
 
 def test_threads_forks_and_pickled_copies_read_the_same(folder):
-    data, before = Shards(folder), len(os.listdir("/proc/self/fd"))
+    data = Shards(folder)
     with ThreadPoolExecutor(8) as threads:  # all start with no file open
         assert list(threads.map(data.read, list(range(10)) * 20)) == IMAGES * 20
-    assert len(os.listdir("/proc/self/fd")) == before + len(data.about["shards"])
     assert read_all(pickle.loads(pickle.dumps(data)))
     forked = multiprocessing.get_context("fork").Process(target=read_all, args=(data,))
     forked.start()
     assert read_all(data)  # at the same time, on the same descriptors
     forked.join()
     assert forked.exitcode == 0
-    forked.close()
-    del data, forked
-    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_data_set_of_shards_opens_like_any_other(folder):
+    data = open_dataset(folder.parent, "train")
+    assert isinstance(data, Shards)
+    tensors = load_tensors(data, 18)
+    assert tensors.images.shape == (10, 3, 18, 18) and torch.equal(tensors.labels, data.labels)
+    assert "no folder 'val'" in refusal(open_dataset, folder.parent, "val")
 
 
 # What is not whole
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "long"])
-def test_a_shard_of_another_size_is_named_when_the_folder_is_opened(folder, damage):
-    shard = folder / "000001.tar"
-    content = shard.read_bytes()
-    shard.unlink()
-    if damage != "missing":
-        shard.write_bytes(content[:-1] if damage == "short" else content + b"\0")
-    message = refusal(Shards, folder)
-    assert message.startswith(str(shard)) and str(len(content)) in message
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("000001.tar", None),
+        ("000001.tar", b"cut"),
+        ("index.json", None),
+        ("index.json", b"[]"),
+        ("index.json", b'{"format": "cpvt shards", "version": 99}'),
+        ("index.npz", b""),
+    ],
+)
+def test_a_damaged_file_is_named_when_the_folder_is_opened(folder, name, content):
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    assert refusal(Shards, folder).startswith(str(folder / name))
 
 
 def test_a_shard_damaged_after_opening_is_an_error_with_a_name(folder):
@@ -135,41 +130,20 @@ def test_a_shard_damaged_after_opening_is_an_error_with_a_name(folder):
     assert data.key(0) == "000000.tar, byte 512"
     os.truncate(folder / "000000.tar", 600)
     assert "000000.tar ends before byte" in refusal(data.read, 0)
-    last = data.about["shards"][-1]["name"]
-    (folder / last).unlink()
-    assert last in refusal(data.read, 9)
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("index.json", b"{"),
-        ("index.json", b"[]"),
-        ("index.json", b'{"format": "cpvt shards", "version": 99}'),
-        ("index.npz", b""),
-    ],
-)
-def test_an_index_that_is_none_is_named(folder, name, content):
-    (folder / name).write_bytes(content)
-    assert refusal(Shards, folder).startswith(str(folder / name))
-
-
-# Written whole or not at all
 
 
 @pytest.mark.parametrize("why", ["interrupted", "full disk"])
 def test_an_error_leaves_nothing(tmp_path, why):
-    target, limits = tmp_path / "new" / "train", resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if why == "interrupted" else 4000, limits[1]))
     try:
         with pytest.raises((KeyboardInterrupt, DataError)) as error:
-            with written_aside(target) as folder:
+            with written_aside(tmp_path / "train") as folder:
                 (folder / "half").write_bytes(bytes(5000))
-                assert not target.exists()
                 raise KeyboardInterrupt
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.iterdir())
     assert why == "interrupted" or "File too large" in str(error.value)
 
 
@@ -177,34 +151,15 @@ def test_two_cannot_write_the_same(tmp_path):
     target = tmp_path / "train"
     with written_aside(target) as folder:
         (folder / "mine").write_text("")
-        assert "another process" in refusal(written_aside(target).__enter__)
+        assert ".train.unfinished exists" in refusal(written_aside(target).__enter__)
     assert [p.name for p in target.iterdir()] == ["mine"]
-    assert "exists" in refusal(written_aside(target).__enter__)
+    assert f"{target} exists" in refusal(written_aside(target).__enter__)
 
 
-def test_what_a_killed_process_left_is_deleted_but_not_behind_a_link(tmp_path):
-    left = tmp_path / ".train.unfinished"
-    left.mkdir()
-    (left / "000009.tar").write_text("half")
-    write(tmp_path / "train")
-    assert not left.exists() and not (tmp_path / "train" / "000009.tar").exists()
-    (tmp_path / ".val.unfinished").symlink_to(tmp_path / "train")
-    assert "links" in refusal(write, tmp_path / "val") and Shards(tmp_path / "train").read(0) == IMAGES[0]
+# Resolution
 
 
-# As a data set
-
-
-def test_a_data_set_of_shards_opens_like_any_other(folder):
-    data = open_dataset(folder.parent, "train")
-    assert isinstance(data, Shards)
-    tensors = load_tensors(data, 18)
-    assert tensors.images.shape == (10, 3, 18, 18) and torch.equal(tensors.labels, data.labels)
-    assert tensors.classes == CLASSES
-    assert "no folder 'val'" in refusal(open_dataset, folder.parent, "val")
-
-
-@pytest.mark.parametrize("size, needed", [(224, 256), (384, 438), (448, 512), (512, 585), ((224, 384), 438)])
+@pytest.mark.parametrize("size, needed", [(224, 256), (384, 438), (448, 512), (512, 585)])
 def test_the_side_needed_is_the_crop_s_by_its_share(size, needed):
     assert stored_side_needed(size) == needed
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from unicodedata import normalize
 
 import numpy
 import torch
@@ -22,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cpvt.data.decode import ENDINGS, decode_image, open_image, read_file, reason
+from cpvt.data.decode import ENDINGS, decode_image, open_image, reason, regular
 from cpvt.data.shards import Shards
 from cpvt.errors import DataError
 
@@ -44,7 +42,7 @@ class ImageDataset(Dataset):
              process that reads; or the images themselves, (n, H, W) or (n, H, W, 3) uint8
     labels   (n,) int64, an index into `classes`
     classes  WordNet ids in sorted order, or the names that the publisher gives
-    others   files that are left out because their names are not an image's, counted by ending
+    others   number of files that are left out because their names are not an image's
     """
 
     name: str
@@ -52,7 +50,7 @@ class ImageDataset(Dataset):
     classes: tuple[str, ...] = field(repr=False)
     items: numpy.ndarray = field(repr=False)
     labels: Tensor = field(repr=False)
-    others: Counter = field(default_factory=Counter)
+    others: int = 0
 
     def __len__(self) -> int:
         return len(self.items)
@@ -71,12 +69,12 @@ class ImageDataset(Dataset):
         return Path(os.fsdecode(self.items[i]))
 
     def key(self, i: int) -> str:
-        """The path of image i, to report."""
+        """What image i is called in a report."""
         return str(self.path(i))
 
     def read(self, i: int) -> bytes:
         """The bytes of image i as its file holds them; OSError or DataError where that is impossible."""
-        return read_file(self.path(i))
+        return regular(self.path(i)).read_bytes()
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -92,12 +90,12 @@ class ImageDataset(Dataset):
         """SHA-256, in hexadecimal, over classes, labels and the names of the files, wherever their folder lies."""
         digest = hashlib.sha256(repr(self.classes).encode())
         for i, label in enumerate(self.labels.tolist()):
-            digest.update(os.fsencode("{}\t{}\n".format("/".join(self.key(i).split("/")[-2:]), label)))
+            digest.update(os.fsencode("/".join(self.path(i).parts[-2:]) + f"\t{label}\n"))
         return digest.hexdigest()
 
     def select(self, index: Iterable[int]) -> ImageDataset:
         """The images at these indices, in this order, with all classes."""
-        index = torch.as_tensor([int(i) for i in index], dtype=torch.int64)
+        index = torch.as_tensor(index)
         return replace(self, items=self.items[index.numpy()], labels=self.labels[index])
 
 
@@ -148,21 +146,20 @@ def _naming(dataset: ImageDataset | Shards, i: int) -> Iterator[None]:
 
 
 def open_dataset(
-    name_or_path: str | Path, split: str = "train", root: str | Path = "data/images", download: bool = True
+    name_or_path: str | Path, split: str = "train", root: str | Path = "data/images"
 ) -> ImageDataset | Shards:
     """Open one split of a data set.
 
     name_or_path  "tiny-imagenet", "cifar10" or "fashion-mnist", or a folder: what `cpvt pack` wrote,
                   <split>/<class>/*.JPEG as ImageNet, or Tiny-ImageNet as published
     split         "train", "val" (CIFAR-10's and Fashion-MNIST's test images), or another that the folder has
-    root          the folder that holds, or will hold, the data sets known by name
-    download      fetch a data set known by name where `root` does not hold it
+    root          the folder that holds the data sets known by name; what it lacks is downloaded
 
     Raises DataError where something is missing, with the folder to fill.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if name in FOLDERS:
-        return _open_named(name, split, Path(root).expanduser(), download)
+        return _open_named(name, split, Path(root).expanduser())
     if not path.is_dir():
         raise DataError(f"no folder and no data set {name!r}; those known by name: {', '.join(FOLDERS)}")
     packed = (path / split / "index.json").is_file()
@@ -178,98 +175,82 @@ def _read_folder(path: Path, split: str, name: str) -> ImageDataset:
     if not here.is_dir():
         raise DataError(f"{path} has no folder {split!r} (folders: {', '.join(_folders(path)) or 'none'})")
     # The classes are those of train/, whatever the split, or labels would mean different things.
-    classes, folders = _folders(path / "train" if (path / "train").is_dir() else here), _folders(here)
+    classes = _folders(path / "train" if (path / "train").is_dir() else here)
     annotations = here / "val_annotations.txt"
     if annotations.is_file():
-        rows = [row.split("\t") for row in annotations.read_text("utf-8-sig").splitlines()]
+        rows = [row.split("\t") for row in annotations.read_text().splitlines()]
         return listed_dataset(name, split, classes, [(here / "images" / row[0], row[1]) for row in rows])
-    odd = sorted(folders.keys() - classes.keys())
+    odd = sorted(set(_folders(here)) - set(classes))
     if odd or not classes:
         found = f"{len(odd)} classes that train lacks (the first: {odd[0]})" if odd else "no class folders"
         raise DataError(f"{here} has {found}: expected {here}/<class>/*.JPEG, the same in every split")
-    items, labels, others = [], [], Counter()
+    items, labels, others = [], [], 0
     for label, wnid in enumerate(classes):
-        images = _image_files(here / folders.get(wnid, wnid), others)
+        files = _files(here / wnid)
+        images = [os.fsencode(file) for file in files if file.lower().endswith(ENDINGS)]
         if not images:
-            loose = sum(file.suffix.lower() in ENDINGS for file in here.iterdir())
-            flat = f"{here}: {loose:,} images lie in no folder of a class: sort them"
-            empty = f"{here / wnid} holds no images ({' '.join(ENDINGS)}): fill it, or delete the class"
-            raise DataError(flat if loose else empty)
+            raise DataError(f"{here / wnid} holds no images ({' '.join(ENDINGS)}): every class needs some")
         items += images
         labels += [label] * len(images)
+        others += len(files) - len(images)
     return ImageDataset(name, split, tuple(classes), numpy.array(items), torch.tensor(labels), others)
 
 
 def listed_dataset(
-    name: str, split: str, classes: Iterable[str], rows: list[tuple[Path, str]]
+    name: str, split: str, classes: Iterable[str], rows: list[tuple[Path, str]], others: int = 0
 ) -> ImageDataset:
     """A data set of which a list says what is of which class."""
     number = {wnid: label for label, wnid in enumerate(classes)}
     for path, wnid in rows:
         if wnid not in number or not path.is_file():
             raise DataError(f"{path} of class {wnid!r} is listed, but not there: unpack all of it again")
-    items = numpy.array([os.fsencode(path) for path, _ in rows])
-    return ImageDataset(name, split, tuple(number), items, torch.tensor([number[wnid] for _, wnid in rows]))
+    items, labels = [os.fsencode(path) for path, _ in rows], [number[wnid] for _, wnid in rows]
+    return ImageDataset(name, split, tuple(number), numpy.array(items), torch.tensor(labels), others)
 
 
-def _image_files(folder: Path, others: Counter) -> list[bytes]:
-    """The paths of all images below a class folder, sorted; what else is there is counted by ending.
-
-    Links are followed, each folder is entered once, and what is hidden is passed over.
-    """
-    found, entered = [], set()
+def _files(folder: Path) -> list[str]:
+    """The paths of all files below a class folder, sorted part by part, without what is hidden."""
+    found = []
     for here, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        folders[:] = [name for name in folders if not name.startswith(".") and real not in entered]
-        for name in names if real not in entered else ():
-            if name.lower().endswith(ENDINGS) and not name.startswith("."):
-                found.append(os.path.join(here, name))
-            elif not name.startswith("."):
-                others[os.path.splitext(name)[1]] += 1
-        entered.add(real)
-    return [os.fsencode(path) for path in sorted(found, key=lambda path: path.split(os.sep))]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(here, name) for name in names if not name.startswith(".")]
+    return sorted(found, key=lambda path: path.split(os.sep))
 
 
-def _folders(path: Path) -> dict[str, str]:
-    """Name of a class -> name of its folder, which an archive from a Mac may spell with other characters."""
-    names = sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
-    return {normalize("NFC", name): name for name in names}
+def _folders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
 
 
 # --------------------------------------------------------------------------- data sets known by name
 
 
-def _open_named(name: str, split: str, root: Path, download: bool) -> ImageDataset:
+def _open_named(name: str, split: str, root: Path) -> ImageDataset:
     from torchvision.datasets import CIFAR10, FashionMNIST  # takes a second
     from torchvision.datasets.utils import download_and_extract_archive, extract_archive
 
     if split not in ("train", "val"):
         raise DataError(f"split={split!r} was given for {name}: use 'train' or 'val'")
     folder = root / FOLDERS[name]
-    if name == "tiny-imagenet" and (root / name).is_dir():
-        folder = root / name
     debian = name == "fashion-mnist" and not folder.is_dir() and FASHION_MNIST_DEBIAN.is_dir()
     fetch = not folder.is_dir() and not debian
-    if fetch and not download:
-        raise DataError(f"{name} is not in {root}: fill {folder}, or pass download=True")
-    kind = {"cifar10": CIFAR10, "fashion-mnist": FashionMNIST}.get(name)
+    published = {"cifar10": CIFAR10, "fashion-mnist": FashionMNIST}.get(name)
     try:
         if fetch:
             root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=root if fetch else None) as aside:
-            if debian:
+            if debian:  # torchvision wants its files unpacked
                 root, raw = Path(aside), Path(aside, FOLDERS[name], "raw")
                 raw.mkdir(parents=True)
                 for file in FASHION_MNIST_DEBIAN.glob("*.gz"):
                     extract_archive(file, raw)
-            elif fetch and kind:
-                kind(aside, download=True)
             elif fetch:
-                download_and_extract_archive(TINY_IMAGENET, aside, md5=TINY_IMAGENET_MD5)
-            if fetch:
+                if published:
+                    published(aside, download=True)
+                else:
+                    download_and_extract_archive(TINY_IMAGENET, aside, md5=TINY_IMAGENET_MD5)
                 Path(aside, FOLDERS[name]).rename(folder)  # whole
-            if kind:
-                data = kind(root, split == "train")
+            if published:
+                data = published(root, split == "train")
                 items, labels = numpy.asarray(data.data), torch.as_tensor(data.targets)
                 return ImageDataset(name, split, tuple(data.classes), items, labels)
     except (RuntimeError, OSError, ValueError, AssertionError, TypeError, EOFError) as error:

@@ -1,8 +1,8 @@
 """Bytes -> pixels: the one decoder of the package. What counts as an image is decided here, for every reader.
 
-A worker process reads files and looks at their headers (`ChunkReader`): plain JPEGs stay bytes where a GPU will
-decode them, everything else is decoded on the spot. The main process decodes the rest, a chunk at a time
-(`Decoder`). What cannot be decoded is replaced by another image, a fixed function of its index, and named.
+A worker process reads files (`ChunkReader`): plain JPEGs stay bytes where a GPU will decode them, everything else
+is decoded on the spot. The main process decodes the rest, a chunk at a time (`Decoder`). What cannot be decoded
+is replaced by another image, a fixed function of its index, and named.
 
 Letters: B images of a chunk, h w height and width of one image in pixels.
 """
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import os
 import stat
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -35,14 +34,10 @@ ENDINGS = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .ppm .pgm .tif .tiff
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: a quarter of a GB in RGB
 MAX_BYTES = 1 << 28  # of one file: an image of so many pixels, not compressed
 MAX_GPU_SIDE = 16_384  # of an image for the GPU's decoder
-LUMA_FACTORS = (
-    (1, 1),
-    (2, 1),
-    (2, 2),
-    (1, 2),
-)  # across, down; over a chroma of (1, 1): 4:4:4, 4:2:2, 4:2:0, 4:4:0
+# Sampling of luma (across, down) over a chroma of (1, 1): 4:4:4, 4:2:2, 4:2:0, 4:4:0.
+LUMA_FACTORS = ((1, 1), (2, 1), (2, 2), (1, 2))
 ATTEMPTS = 8  # replacements tried for one unreadable image
-GREY, GREY_SIDE = 128, 16  # the image that stands in where every replacement failed too
+GREY = b"P5 16 16 255\n" + bytes([128]) * 256  # the image (PGM) where every replacement failed too
 
 
 class DecodeError(DataError):
@@ -62,7 +57,7 @@ def open_image(source: bytes | Path) -> Iterator[Image.Image]:
     try:
         if not source:
             raise DecodeError("empty")
-        file = BytesIO(source) if isinstance(source, bytes) else _regular(source)
+        file = BytesIO(source) if isinstance(source, bytes) else regular(source)
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DecodeError(f"{image.width} x {image.height}, more than {MAX_PIXELS:,} pixels")
@@ -95,12 +90,8 @@ def decode_image(data: bytes) -> Tensor:
         return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a regular file, at most MAX_BYTES; else DecodeError, or OSError."""
-    return _regular(path).read_bytes()
-
-
-def _regular(path: Path) -> Path:
+def regular(path: Path) -> Path:
+    """The same path, or DecodeError where there is no regular file of at most MAX_BYTES."""
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for, a device might never end
         raise DecodeError("not a regular file")
@@ -182,9 +173,7 @@ class Fault:
 
 def replacement(index: int, attempt: int, n: int) -> int:
     """Which of n images stands in for `index` at this attempt: a fixed function, never the image itself."""
-    if n == 1:
-        return index
-    return (index + 1 + int(integers("replacement", n - 1, index, attempt))) % n
+    return (index + 1 + int(integers("replacement", max(n - 1, 1), index, attempt))) % n
 
 
 def first_good(source: Dataset, index: int, take: Callable[[bytes], object], faults: list[Fault]):
@@ -201,42 +190,49 @@ def first_good(source: Dataset, index: int, take: Callable[[bytes], object], fau
         except (OSError, ValueError, MemoryError) as error:  # DataError and DecodeError among them
             failed.append((i, reason(error)))
     else:
-        i, file = -1, BytesIO()
-        Image.new("RGB", (GREY_SIDE, GREY_SIDE), (GREY,) * 3).save(file, "PNG")
-        item = take(file.getvalue())
+        i, item = -1, take(GREY)
     faults.extend(Fault(j, source.key(j), reason, i) for j, reason in failed)
     return i, item
 
 
-# --------------------------------------------------------------------------- worker processes
+# --------------------------------------------------------------------------- a chunk, in two processes
 
 
-class Request(Protocol):
-    indices: Tensor | numpy.ndarray  # (B,) of the images asked for; whatever else must travel with them, may
-
-
-@dataclass
-class ReadChunk:
-    """A chunk as a worker hands it on.
+class ReadChunk(NamedTuple):
+    """A chunk as a worker hands it on: one tensor, since each one that is sent takes a file descriptor.
 
     request  what was asked for, as it was given
     data     uint8, 1-D: the images end to end
-    spans    for each image (start, length, height, width, encoded): its JPEG bytes, or its (h, w, 3) pixels
-    taken    the images that came, other than asked for where one was replaced; -1 for plain grey
-    labels   (B,) int64, of the images that came; of the one asked for where that is plain grey
+    spans    for each image (length, height, width, encoded): its JPEG bytes, or its (h, w, 3) pixels
+    taken    which images these are; another than asked for where one was replaced, -1 for plain grey
     faults   what could not be had, in the order of reading
     """
 
-    request: Request
+    request: Any
     data: Tensor
-    spans: list[tuple[int, int, int, int, bool]]
+    spans: list[tuple[int, int, int, bool]]
     taken: list[int]
-    labels: Tensor
     faults: list[Fault]
+
+
+@dataclass
+class DecodedChunk:
+    """images (3, h, w) uint8 each, on the device; labels (B,) int64 on the CPU, of the images that came.
+
+    `refused` counts the images that the GPU would not decode and the CPU did.
+    """
+
+    request: Any
+    images: list[Tensor]
+    labels: Tensor
+    faults: list[Fault] = field(default_factory=list)
+    refused: int = 0
 
 
 class ChunkReader(Dataset):
     """The worker's side: a request -> ReadChunk. For DataLoader(batch_size=None, sampler=requests).
+
+    A request has `indices` (B,) of images; whatever else must travel with them, may.
 
     source      ImageDataset or Shards, or what has their `labels`, read(i), key(i) and length
     keep_jpegs  plain JPEGs are handed on encoded; everything else is decoded here
@@ -245,21 +241,12 @@ class ChunkReader(Dataset):
     def __init__(self, source: Dataset, keep_jpegs: bool):
         self.source, self.keep_jpegs = source, keep_jpegs
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, request: Request) -> ReadChunk:
-        indices = request.indices.tolist()
-        pieces, spans, taken, faults, start = [], [], [], [], 0
-        for index in indices:
-            i, (piece, height, width, encoded) = first_good(self.source, index, self._take, faults)
-            spans.append((start, len(piece), height, width, encoded))
-            start += len(piece)
-            pieces.append(piece)
-            taken.append(i)
-        data = torch.from_numpy(numpy.concatenate(pieces) if pieces else numpy.empty(0, numpy.uint8))
-        labels = self.source.labels[[i if i >= 0 else j for i, j in zip(taken, indices, strict=True)]]
-        return ReadChunk(request, data, spans, taken, labels, faults)
+    def __getitem__(self, request) -> ReadChunk:
+        faults = []
+        found = [first_good(self.source, i, self._take, faults) for i in request.indices.tolist()]
+        data = torch.from_numpy(numpy.concatenate([piece for _, (piece, *_) in found]))
+        spans = [(len(piece), *about) for _, (piece, *about) in found]
+        return ReadChunk(request, data, spans, [i for i, _ in found], faults)
 
     def _take(self, data: bytes) -> tuple[numpy.ndarray, int, int, bool]:
         if self.keep_jpegs:
@@ -270,33 +257,13 @@ class ChunkReader(Dataset):
         return image.permute(1, 2, 0).reshape(-1).numpy(), image.shape[1], image.shape[2], False
 
 
-# --------------------------------------------------------------------------- main process
-
-
-@dataclass
-class DecodedChunk:
-    """images (3, h, w) uint8 each, on the device; labels (B,) int64 on the CPU; faults of worker and decoder.
-
-    `refused` counts the images that the GPU would not decode and the CPU did.
-    """
-
-    request: Request
-    images: list[Tensor]
-    labels: Tensor
-    faults: list[Fault] = field(default_factory=list)
-    refused: int = 0
-
-
 def bisect(decode: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor]) -> list[Tensor | Exception]:
     """Decode a batch; where that fails, its halves, and so on: for each item its image or its error.
 
-    One bad item of n costs about 2 log2(n) more calls. An exhausted or broken device is not the items' fault
-    and is raised.
+    An exhausted or broken device is not the items' fault and is raised.
     """
-    if not batch:
-        return []
     try:
-        return list(decode(batch))
+        return list(decode(batch)) if batch else []
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (RuntimeError, ValueError) as error:
@@ -309,14 +276,13 @@ def bisect(decode: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor]) 
 class Decoder:
     """The main process' side: ReadChunk -> DecodedChunk, in the thread that calls; `reader` is the workers' side.
 
-    decode        as in `find_gpu_decoder`, which gives
-    decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; or another that is given
+    decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; else `find_gpu_decoder`'s
 
-    On CUDA, everything happens on a stream of its own, `stream`, and the images are ready for the stream that
-    is current at the call. nvJPEG's hardware path does not wait for the stream it is given (torchvision's pull
-    request 9606): it may write into a freed block that a queued kernel still reads. So blocks come from the own
-    stream's pool, which gets them back only after the consumer's kernels (`record_stream`), and the own stream
-    is idle before each decode.
+    On CUDA, everything happens on a stream of its own, and the images are ready for the stream that is current
+    at the call. nvJPEG's hardware path does not wait for the stream it is given (torchvision's pull request
+    9606): it may write into a freed block that a queued kernel still reads. So blocks come from the own stream's
+    pool, which gets them back only after the consumer's kernels (`record_stream`), and the own stream is idle
+    before each decode.
     """
 
     def __init__(
@@ -325,49 +291,42 @@ class Decoder:
         self.source, self.device = source, torch.device(device)
         self.decode_jpegs = decode_jpegs or find_gpu_decoder(device, decode)
         self.reader = ChunkReader(source, keep_jpegs=self.decode_jpegs is not None)
-        self.warned = False
-
-    @cached_property
-    def stream(self) -> torch.cuda.Stream:
-        """Made when it is first used, so that workers may be forked before CUDA starts."""
-        return torch.cuda.Stream(self.device)
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, chunk: ReadChunk) -> DecodedChunk:
-        if self.device.type != "cuda":
+        if not self.stream:
             return self._decode(chunk)
         consumer = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.stream):
             self.stream.synchronize()
             decoded = self._decode(chunk)
-        if consumer != self.stream:
-            consumer.wait_stream(self.stream)
-            for image in decoded.images:
-                image.record_stream(consumer)
+        consumer.wait_stream(self.stream)
+        for image in decoded.images:
+            image.record_stream(consumer)
         return decoded
 
     def _decode(self, chunk: ReadChunk) -> DecodedChunk:
-        jpegs = {i: chunk.data[s : s + n] for i, (s, n, *_, encoded) in enumerate(chunk.spans) if encoded}
-        # What the workers decoded goes to the device in one copy.
-        data = chunk.data.to(self.device) if len(jpegs) < len(chunk.spans) else chunk.data
-        images = [
-            None if encoded else data[s : s + n].view(h, w, 3).permute(2, 0, 1)
-            for s, n, h, w, encoded in chunk.spans
-        ]
-        decoded = DecodedChunk(chunk.request, images, chunk.labels.clone(), list(chunk.faults))
+        lengths, taken, faults, refused = (
+            [span[0] for span in chunk.spans],
+            [*chunk.taken],
+            [*chunk.faults],
+            0,
+        )
+        images = [*chunk.data.split(lengths)]
+        jpegs = {i: images[i] for i, (*_, encoded) in enumerate(chunk.spans) if encoded}
+        if len(jpegs) < len(images):  # what the worker decoded goes to the device in one copy
+            images = [*chunk.data.to(self.device).split(lengths)]
+        for i, (_, height, width, encoded) in enumerate(chunk.spans):
+            if not encoded:
+                images[i] = images[i].view(height, width, 3).permute(2, 0, 1)
         results = bisect(self.decode_jpegs, [*jpegs.values()])
         for i, result in zip(jpegs, results, strict=True):
-            if isinstance(result, Tensor) and result.shape == (3, *chunk.spans[i][2:4]):
+            if isinstance(result, Tensor) and result.shape == (3, *chunk.spans[i][1:3]):
                 images[i] = result
                 continue
-            index = chunk.taken[i]
-            came, image = first_good(self.source, index, decode_image, decoded.faults)
-            decoded.refused += came == index
-            decoded.labels[i] = self.source.labels[came if came >= 0 else index]
+            taken[i], image = first_good(self.source, chunk.taken[i], decode_image, faults)
+            refused += taken[i] == chunk.taken[i]
             images[i] = image.to(self.device)
-        if decoded.refused == len(jpegs) > 1 and not self.warned:
-            self.warned = True
-            found = f"the GPU refused all {len(jpegs)} JPEGs of a chunk (the first: {results[0]})"
-            warnings.warn(
-                f"{found}: the main process decodes them, slowly; use data.decode='cpu'", stacklevel=2
-            )
-        return decoded
+        # Plain grey has the label of the image that was asked for.
+        named = [i if i >= 0 else j for i, j in zip(taken, chunk.request.indices.tolist(), strict=True)]
+        return DecodedChunk(chunk.request, images, self.source.labels[named], faults, refused)

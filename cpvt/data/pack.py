@@ -18,11 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
-from unicodedata import normalize
 from urllib.parse import quote
 
-import PIL
 import torch
 from PIL import Image
 from torch import Tensor
@@ -32,7 +29,7 @@ from tqdm import tqdm
 from cpvt.data.datasets import ImageDataset, listed_dataset, open_dataset, resize_short_side
 from cpvt.data.decode import decode_image, open_image, reason
 from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, written_aside
-from cpvt.errors import ConfigError, DataError
+from cpvt.errors import DataError
 from cpvt.rng import permutation
 
 IMAGENET = {"train": 1_281_167, "val": 50_000}  # images of ILSVRC2012 (Russakovsky et al. 2015, table 2)
@@ -43,8 +40,8 @@ KAGGLE = "ILSVRC/Data/CLS-LOC"
 MAPPING = "LOC_synset_mapping.txt"  # Kaggle's classes: WordNet id, then words
 SOLUTION = "LOC_val_solution.csv"  # ImageId, then "WordNet-id x y x y ..."
 ORDER = "pack/order"  # the key of the order of training images; another key, another order
+QUALITY = 92  # of the JPEG of a shrunk image
 SHOWN = 20  # refused images that a report names
-Expected = Literal["auto", "imagenet", "any"]
 
 
 def pack(
@@ -53,127 +50,86 @@ def pack(
     splits: Iterable[str] = ("val", "train"),
     *,
     short_side: int = 0,
-    quality: int = 92,
-    shard_mb: int = 1000,
-    expect: Expected = "auto",
+    partial: bool = False,
     workers: int = 0,
-    unpack: str | Path = "",
     report: Callable[[str], None] = print,
 ) -> None:
     """Packs the splits of `source` into shards below `out`, one split after the other.
 
     splits      in this order; each is whole in out/<split> or not there at all, whatever happens
-    short_side  pixels: training images whose short side is larger are shrunk to it and stored as JPEG again, of
-                this `quality`, 1 to 95; all others keep their bytes. 0: never
-    expect      "imagenet": exactly the images and classes of ILSVRC2012, or DataError and nothing kept; "any";
-                "auto": "imagenet" for its archives, Kaggle's layout and any 1000 classes named by WordNet ids
+    short_side  pixels: training images whose short side is larger are shrunk to it and stored as JPEG again;
+                all others keep their bytes. 0: never
+    partial     accept a part of ImageNet; else a thousand classes named by WordNet ids must have all its images
     workers     processes that decode; 0: one for each core, 1: none but this one
-    unpack      where archives are unpacked, in a folder that is deleted at the end; by default beside `out`
 
     What cannot be decoded is left out, named and counted. A class without an image is an error always: a model
     would have an output that nothing teaches and nothing tests.
     """
     source, out, splits = Path(source).expanduser(), Path(out).expanduser(), list(splits)
-    if expect not in get_args(Expected):
-        raise ConfigError(f"pack: {expect=}; expected one of {', '.join(get_args(Expected))}")
-    if short_side < 0 or not 1 <= quality <= 95 or shard_mb < 1 or workers < 0:
-        raise ConfigError(f"pack: {short_side=}, {quality=} (1 to 95), {shard_mb=}, {workers=}: out of range")
     for split in splits:
         if (out / split).exists():
             raise DataError(f"{out / split} exists: delete it, or choose another folder")
-    scratch = Path(unpack or out.parent).expanduser()
-    with _open_source(source, splits, scratch, report) as (layout, root, found):
+    with _open_source(source, splits, out.parent, report) as (layout, root, found):
         report(f"{source}: {layout}")
         classes = found[splits[0]].classes
-        known = len(classes) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", wnid) for wnid in classes)
-        imagenet = expect == "imagenet" or (expect == "auto" and (known or not layout.startswith("folders")))
-        name = "imagenet" if imagenet else source.resolve().name
         for split in splits:  # before hours of decoding
-            _check(source, split, classes, found[split].classes, found[split].labels, imagenet)
+            if found[split].classes != classes:
+                raise DataError(f"{source}, {split}: other classes than in {splits[0]}; give both the same")
+            _check_whole(split, classes, found[split].labels, partial)
         for split in splits:
-            started, shrink = time.perf_counter(), (short_side if split == "train" else 0, quality)
-            about = {"name": name, "split": split, "source": layout}
+            started, side = time.perf_counter(), short_side if split == "train" else 0
             with written_aside(out / split) as folder:
-                writer = ShardWriter(folder, shard_mb * 10**6)
-                about = _write(writer, found[split], root, about, shrink, workers)
-                said = _report(out / split, about, time.perf_counter() - started)
-                try:
-                    _check(source, split, classes, classes, Shards(folder).labels, imagenet)
-                except DataError:
-                    report(said)
-                    raise
-            report(said)
+                about = _write(ShardWriter(folder), found[split], root, side, workers)
+                report(_report(out / split, about, time.perf_counter() - started))
+                _check_whole(split, classes, Shards(folder).labels, partial)
 
 
-def _check(source: Path, split: str, expected: tuple, classes: tuple, labels: Tensor, imagenet: bool) -> None:
-    """Raises DataError unless the classes are those expected, each with an image; and all of ImageNet's."""
-    where = f"{source}, {split}: {len(labels):,} images of {len(classes):,} classes"
-    if classes != expected:
-        raise DataError(f"{where}, other ones than in the first split: give both splits the same classes")
-    if imagenet and (len(classes), len(labels)) != (IMAGENET_CLASSES, IMAGENET[split]):
-        whole = f"ImageNet's {IMAGENET[split]:,} of {IMAGENET_CLASSES:,}"
-        raise DataError(f"{where}, expected {whole}: complete it, or pass --expect any; nothing was kept")
+def _check_whole(split: str, classes: tuple[str, ...], labels: Tensor, partial: bool) -> None:
+    """Raises DataError unless each class has an image, and ImageNet all that it should have."""
+    found = f"{split}: {len(labels):,} images of {len(classes):,} classes"
+    imagenet = len(classes) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", wnid) for wnid in classes)
+    if imagenet and not partial and len(labels) != IMAGENET[split]:
+        raise DataError(f"{found}, and ImageNet has {IMAGENET[split]:,}: complete it, or pass --partial")
     empty = (labels.bincount(minlength=len(classes)) == 0).nonzero().flatten().tolist()
     if empty:
-        found = f"{len(empty)} have no image (the first: {classes[empty[0]]})"
-        raise DataError(f"{where}; {found}: fill them, or delete them in every split; nothing was kept")
+        first = f"{len(empty)} have no image (the first: {classes[empty[0]]})"
+        raise DataError(f"{found}; {first}: fill them, or delete them in every split")
 
 
 def _report(path: Path, about: dict, seconds: float) -> str:
-    def counted(name: str) -> str:
-        return ", ".join(f"{count:,} {what}" for what, count in about[name].items())
-
     size, refused = sum(shard["bytes"] for shard in about["shards"]), about["refused"]
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in about["kinds"].items())
     lines = [
         f"{path}: {about['images']:,} images of {len(about['classes']):,} classes, {size / 1e6:,.1f} MB in "
         f"{len(about['shards'])} shards, {seconds:.1f} s ({about['images'] / seconds:.0f} images/s)",
-        f"  kinds: {counted('kinds')}; the smallest side is {about['min_side']} pixels",
+        f"  kinds: {kinds}; the smallest side is {about['min_side']} pixels",
+        f"  shrunk {about['shrunk']:,}; left out by their names {about['others']:,}; refused {len(refused):,}",
     ]
-    if about["short_side"]:
-        lines.append(f"  shrunk to a short side of {about['short_side']}: {about['shrunk']:,} images")
-    if about["others"]:
-        lines.append(f"  left out by their names: {counted('others')}")
-    if refused:
-        lines.append(f"  refused {len(refused):,}, all of them named in index.json:")
     return "\n".join(lines + [f"    {ascii(name)}: {why}" for name, why in refused[:SHOWN]])
 
 
 # --------------------------------------------------------------------------- one split
 
 
-def _write(
-    writer: ShardWriter, data: ImageDataset, root: Path, about: dict, shrink: tuple[int, int], workers: int
-) -> dict:
+def _write(writer: ShardWriter, data: ImageDataset, root: Path, short_side: int, workers: int) -> dict:
     order = range(len(data))
-    if about["split"] == "train":  # so that images read one after the other are of different classes
+    if data.split == "train":  # so that images read one after the other are of different classes
         order = permutation(ORDER, len(data)).tolist()
     workers = workers or len(os.sched_getaffinity(0))
-    parallel = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
-    parallel = parallel if workers > 1 else {}
-    examined = DataLoader(_Examiner(data, *shrink), batch_size=None, sampler=order, **parallel)
+    options = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
+    examined = DataLoader(_Examiner(data, short_side), batch_size=None, sampler=order, **options)
     names = [data.path(i).relative_to(root) for i in range(len(data))]
     keys, kinds, refused, shrunk = _keys(data, names), Counter(), [], 0
-    try:
-        for i, found in zip(order, tqdm(examined, about["split"], unit="img", disable=None), strict=True):
-            if isinstance(found, str):
-                refused.append((str(names[i]), found))
-                continue
-            content, kind, ending, height, width, smaller = found
-            writer.add(keys[i], ending, content.numpy().tobytes(), int(data.labels[i]), height, width)
-            kinds[kind] += 1
-            shrunk += smaller
-    except RuntimeError as error:
-        raise DataError(f"a process died ({error}), for want of memory?: use fewer --workers") from error
-    return writer.close(
-        **about,
-        classes=data.classes,
-        short_side=shrink[0],
-        **({"quality": shrink[1], "encoder": f"Pillow {PIL.__version__}"} if shrink[0] else {}),
-        shrunk=shrunk,
-        kinds=dict(kinds.most_common()),
-        refused=refused,
-        others=dict(data.others.most_common()),
-    )
+    for i, found in zip(order, tqdm(examined, data.split, unit="img", disable=None), strict=True):
+        if isinstance(found, str):
+            refused.append((str(names[i]), found))
+            continue
+        content, kind, ending, height, width, smaller = found
+        writer.add(keys[i], ending, content.numpy().tobytes(), int(data.labels[i]), height, width)
+        kinds[kind] += 1
+        shrunk += smaller
+    about = {"split": data.split, "classes": data.classes, "short_side": short_side, "shrunk": shrunk}
+    return writer.close(**about, kinds=dict(kinds.most_common()), refused=refused, others=data.others)
 
 
 class _Examiner(Dataset):
@@ -182,11 +138,8 @@ class _Examiner(Dataset):
     The bytes are a tensor, in shared memory: a full pipe would keep a process alive whose parent was killed.
     """
 
-    def __init__(self, data: ImageDataset, short_side: int, quality: int):
-        self.data, self.short_side, self.quality = data, short_side, quality
-
-    def __len__(self) -> int:
-        return len(self.data)
+    def __init__(self, data: ImageDataset, short_side: int):
+        self.data, self.short_side = data, short_side
 
     def __getitem__(self, i: int) -> tuple[Tensor, str, str, int, int, bool] | str:
         try:
@@ -202,7 +155,7 @@ class _Examiner(Dataset):
         if shrunk:
             image, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
             image = resize_short_side(image.getchannel(0) if grey else image, self.short_side)
-            image.save(file, "JPEG", quality=self.quality, subsampling="4:2:0")
+            image.save(file, "JPEG", quality=QUALITY, subsampling="4:2:0")
             content, ending, height, width = file.getvalue(), "jpg", image.height, image.width
         return torch.frombuffer(bytearray(content), dtype=torch.uint8), kind, ending, height, width, shrunk
 
@@ -214,7 +167,7 @@ def _keys(data: ImageDataset, names: list[Path]) -> list[str]:
     for i, (name, label) in enumerate(zip(names, data.labels.tolist(), strict=True)):
         wnid, (_, *inner) = data.classes[label], name.with_suffix("").parts  # without the split
         # Below its class an image may lie deeper, as train/CLASS/images/ of Tiny-ImageNet; or beside it.
-        inner = inner[1:] if len(inner) > 1 and normalize("NFC", inner[0]) == wnid else inner[-1:]
+        inner = inner[1:] if inner[0] == wnid else inner[-1:]
         key = quote(os.fsencode("/".join((wnid, *inner))), safe="/").replace(".", "%2E")
         key += f"-{i}" if key in seen else ""  # two files that differ in their endings alone
         if len(key) > KEY_BYTES:
@@ -235,9 +188,9 @@ def _open_source(
     if not source.is_dir():
         raise DataError(f"no folder {source}: give one with train/ and val/, with {KAGGLE}, or with {DEVKIT}")
     if (source / KAGGLE).is_dir():
-        val = {"val": _read_kaggle_val(source)} if "val" in splits else {}
         root = source / KAGGLE
-        yield "Kaggle's ImageNet", root, {s: val.get(s) or open_dataset(root, s) for s in splits}
+        found = {s: _read_kaggle_val(source) if s == "val" else open_dataset(root, s) for s in splits}
+        yield "Kaggle's ImageNet", root, found
     elif any((source / name).exists() for name in (DEVKIT, *ARCHIVES.values())):
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=scratch) as folder:
@@ -254,12 +207,10 @@ def _unpack(source: Path, splits: list[str], folder: Path, report: Callable[[str
     """ILSVRC2012's archives -> folder/<split>/<class>/*.JPEG, by torchvision, which compares their MD5 first."""
     from torchvision.datasets import ImageNet
 
-    archives = [
-        source / name for name in (DEVKIT, *(ARCHIVES[split] for split in splits)) if (source / name).exists()
-    ]
-    report(f"unpacking {sum(a.stat().st_size for a in archives) / 1e9:.1f} GB below {folder.parent}")
-    for archive in archives:
-        (folder / archive.name).symlink_to(archive.resolve())
+    report(f"unpacking {', '.join(splits)} below {folder.parent}, which takes as much room as the archives")
+    for name in (DEVKIT, *ARCHIVES.values()):
+        if (source / name).exists():
+            (folder / name).symlink_to((source / name).resolve())
     before = tarfile.TarFile.extraction_filter
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:  # with this filter, the default from Python 3.14 on, no entry leaves its folder
@@ -281,9 +232,5 @@ def _read_kaggle_val(source: Path) -> ImageDataset:
     except (OSError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise DataError(f"{source} needs Kaggle's own {MAPPING} and {SOLUTION} ({error!r})") from error
     rows = [(folder / f"{name}.JPEG", table[name]) for name in sorted(table)]
-    data = listed_dataset(
-        "imagenet", "val", sorted(line.split()[0] for line in mapping if line.strip()), rows
-    )
-    if len(data) < (there := len([*folder.iterdir()])):
-        data.others[f"not in {SOLUTION}"] = there - len(data)
-    return data
+    classes = sorted(line.split()[0] for line in mapping if line.strip())
+    return listed_dataset("imagenet", "val", classes, rows, others=len([*folder.iterdir()]) - len(rows))

@@ -10,11 +10,9 @@ Letters: n images.
 from __future__ import annotations
 
 import copy
-import fcntl
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 import tarfile
@@ -31,7 +29,7 @@ from torch.utils.data import Dataset
 from cpvt.data.decode import decode_image, reason
 from cpvt.errors import DataError
 
-VERSION = 1
+FORMAT = {"format": "cpvt shards", "version": 1}
 COLUMNS = {"shard": "<i4", "offset": "<i8", "length": "<i8", "label": "<i4", "height": "<i4", "width": "<i4"}
 BLOCK = tarfile.BLOCKSIZE  # a tar pads each file to 512 bytes and puts a header of as many before it
 KEY_BYTES = 90  # with an ending it fits the 100 bytes of a plain header, which stands right before the image
@@ -52,7 +50,6 @@ class Shards(Dataset):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.about, columns = _read_index(self.path)
-        self.name, self.split = self.about["name"], self.about["split"]
         self.classes = tuple(self.about["classes"])
         self.short_side = self.about["short_side"]
         self.labels = columns["label"]
@@ -67,27 +64,24 @@ class Shards(Dataset):
         return decode_image(self.read(i)), int(self.labels[i])
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i as stored."""
+        """The bytes of image i as stored; OSError or DataError where that is impossible."""
         return self._read(*self._spans[i].tolist())
 
     def key(self, i: int) -> str:
         """CLASS/NAME of image i, from the tar header before it; where that is damaged, its shard and place."""
         shard, offset, _ = self._spans[i].tolist()
         try:
-            header = tarfile.TarInfo.frombuf(self._read(shard, offset - BLOCK, BLOCK), "utf-8", "strict")
+            header = tarfile.TarInfo.frombuf(self._read(shard, offset - BLOCK, BLOCK), "ascii", "replace")
             return header.name.rpartition(".")[0]
-        except (DataError, tarfile.TarError, ValueError):
+        except (OSError, DataError, tarfile.TarError):
             return f"{self.about['shards'][shard]['name']}, byte {offset}"
 
     def _read(self, shard: int, offset: int, length: int) -> bytes:
         file = self.path / self.about["shards"][shard]["name"]
-        try:
-            if shard not in self._opened:  # of two threads at once, one is the first
-                self._opened.setdefault(shard, open(file, "rb", buffering=0))
-            # Keeps no position, so threads and forks may share a file.
-            data = os.pread(self._opened[shard].fileno(), length, offset)
-        except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror}), byte {offset}") from error
+        if shard not in self._opened:  # of two threads at once, one is the first
+            self._opened.setdefault(shard, open(file, "rb", buffering=0))
+        # Keeps no position, so threads and forks may share a file.
+        data = os.pread(self._opened[shard].fileno(), length, offset)
         if len(data) < length:
             raise DataError(f"{file} ends before byte {offset + length}: copy or pack it again")
         return data
@@ -97,7 +91,7 @@ class Shards(Dataset):
 
     def select(self, index) -> Shards:
         """The images at these indices, in this order, with all classes."""
-        index = torch.as_tensor([int(i) for i in index], dtype=torch.int64)
+        index = torch.as_tensor(index)
         chosen = copy.copy(self)
         chosen.__dict__.pop("fingerprint", None)
         for name in ("labels", "sizes", "_spans"):
@@ -119,33 +113,31 @@ def _read_index(path: Path) -> tuple[dict, dict[str, Tensor]]:
     file = path / "index.json"
     try:
         about = json.loads(file.read_bytes())
-        if about["format"] != "cpvt shards" or about["version"] != VERSION:
+        if {name: about[name] for name in FORMAT} != FORMAT:
             raise ValueError(f"format {about['format']!r}, version {about['version']}")
+        for shard in about["shards"]:
+            file = path / shard["name"]
+            if file.stat().st_size != shard["bytes"]:
+                raise ValueError(f"{file.stat().st_size} bytes, not {shard['bytes']}")
+        file = path / "index.npz"
+        data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != about["index_sha256"]:
+            raise ValueError("another hash than index.json says")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file} is no index, version {VERSION} ({error}): copy or pack it again") from error
-    for shard in about["shards"]:
-        file = path / shard["name"]
-        bytes_there = file.stat().st_size if file.is_file() else "no"
-        if bytes_there != shard["bytes"]:
-            raise DataError(f"{file} has {bytes_there} bytes, not {shard['bytes']}: copy or pack it again")
-    file = path / "index.npz"
-    data = file.read_bytes() if file.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != about["index_sha256"]:
-        raise DataError(f"{file} is not the one that index.json describes: copy or pack both again")
-    with numpy.load(io.BytesIO(data), allow_pickle=False) as columns:
+        raise DataError(f"{file} is not what was packed ({reason(error)}): copy or pack it again") from error
+    with numpy.load(io.BytesIO(data)) as columns:
         return about, {name: torch.from_numpy(columns[name].astype(numpy.int64)) for name in COLUMNS}
 
 
 # --------------------------------------------------------------------------- resolution
 
 
-def stored_side_needed(image_size: int | tuple[int, int], crop_pct: float = 0.875) -> int:
+def stored_side_needed(image_size: int, crop_pct: float = 0.875) -> int:
     """The short side, in pixels, to which evaluation at `image_size` resizes before it cuts out the centre."""
-    side = image_size if isinstance(image_size, int) else max(image_size)
-    return math.floor(side / crop_pct)
+    return int(image_size / crop_pct)
 
 
-def check_resolution(dataset, image_size: int | tuple, allow: bool = False, crop_pct: float = 0.875) -> float:
+def check_resolution(dataset, image_size: int, allow: bool = False, crop_pct: float = 0.875) -> float:
     """The share of images, 0 to 1, that evaluation at `image_size` has to enlarge.
 
     dataset  anything with `sizes` (n, 2): Shards or an ImageDataset of files
@@ -167,7 +159,7 @@ def check_resolution(dataset, image_size: int | tuple, allow: bool = False, crop
 class ShardWriter:
     """Writes images one behind the other into numbered tars; the same images give the same bytes."""
 
-    def __init__(self, folder: Path, shard_bytes: int):
+    def __init__(self, folder: Path, shard_bytes: int = 10**9):
         self.folder, self.limit = folder, shard_bytes
         self.rows: list[tuple] = []
         self.shards: list[dict] = []
@@ -191,73 +183,42 @@ class ShardWriter:
             self._finish()
         rows, index = numpy.array(self.rows).reshape(-1, len(COLUMNS)), io.BytesIO()
         numpy.savez(index, **{name: rows[:, i].astype(COLUMNS[name]) for i, name in enumerate(COLUMNS)})
-        about = {
-            "format": "cpvt shards",
-            "version": VERSION,
-            **about,
-            "images": len(rows),
-            "min_side": int(rows[:, 4:].min()) if self.rows else 0,  # pixels
-            "shards": self.shards,
-            "index_sha256": hashlib.sha256(index.getbuffer()).hexdigest(),
-        }
+        min_side = int(rows[:, 4:].min()) if self.rows else 0  # pixels
+        about = {**FORMAT, **about, "images": len(rows), "min_side": min_side, "shards": self.shards}
+        about["index_sha256"] = hashlib.sha256(index.getbuffer()).hexdigest()
         (self.folder / "index.npz").write_bytes(index.getvalue())
         (self.folder / "index.json").write_text(json.dumps(about, indent=1))
-        for name in ("index.npz", "index.json"):
-            _sync(self.folder / name)
         return about
 
     def _finish(self) -> None:
         self.archive.close()
         path = Path(self.archive.name)
-        _sync(path)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        shard = {"name": path.name, "images": len(self.rows) - sum(done["images"] for done in self.shards)}
-        self.shards.append(shard | {"bytes": path.stat().st_size, "sha256": digest})
+        self.shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
         self.archive = None
 
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target`, which is renamed to it when all is written.
+    """A hidden folder beside `target`, which is renamed to it when all is written, and deleted after an error.
 
-    After an error nothing is left. What a killed process leaves has the hidden name, and is deleted by the
-    next one that writes the same target. Raises DataError where `target` is there, where another process is
-    writing it, and for a disk that is full.
+    Raises DataError where `target` is there, or the hidden folder, and for a disk that is full.
     """
-    if target.exists() or target.is_symlink():
+    aside = target.with_name(f".{target.name}.unfinished")
+    if target.exists():
         raise DataError(f"{target} exists: delete it, or choose another folder")
-    aside, lock = target.with_name(f".{target.name}.unfinished"), None
-    new = not target.parent.exists()
     try:
-        aside.mkdir(parents=True, exist_ok=True)
-        lock = os.open(aside, os.O_RDONLY | os.O_NOFOLLOW)  # what a link leads to is not ours to empty
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        aside.mkdir(parents=True)
         try:
-            for left in aside.iterdir():
-                left.unlink()
             yield aside
-            os.fsync(lock)
             aside.rename(target)
-            _sync(target.parent)
-        except BaseException:
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
-            if new and not any(target.parent.iterdir()):
-                target.parent.rmdir()  # leave no empty folder behind
-            raise
-    except BlockingIOError as error:
-        raise DataError(f"{target} is being written by another process: wait for it") from error
+    except FileExistsError as error:
+        raise DataError(
+            f"{aside} exists: wait for who writes it, or delete what was left unfinished"
+        ) from error
     except OSError as error:
         found = f"{target} could not be written ({reason(error)}), nothing was kept"
         raise DataError(f"{found}: look at its room and permissions") from error
-    finally:
-        if lock is not None:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # processes that were forked meanwhile hold it too
-            os.close(lock)
-
-
-def _sync(path: Path) -> None:
-    """Comes back when the disk has it."""
-    file = os.open(path, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
