@@ -52,13 +52,16 @@ def attach_peg(
     # Hooks, and not wrapped blocks: a wrapper would rename every key below `blocks`; a subclass would have
     # to copy the loops over blocks of forward_features and forward_intermediates, in two families. The hooks
     # are methods of a submodule: a deep copy (averaged weights) or a pickle then has hooks of its own.
-    name = f"attach_peg: {type(model).__name__} from {type(model).__module__}"
+    name = f"attach_peg: this {type(model).__name__}"
     if not isinstance(model, VisionTransformer | Eva):
-        raise ConfigError(f"{name}; expected timm's VisionTransformer or Eva, whose blocks share one grid")
+        where = type(model).__module__
+        raise ConfigError(f"{name} is from {where}; expected timm's VisionTransformer or Eva")
     if getattr(model, "pegs", None) is not None:
         raise ConfigError(f"{name} has PEGs at {list(model.pegs)}; attach all positions at once")
     if not isinstance(model.patch_drop, nn.Identity | None):
-        raise ConfigError(f"{name} drops patches, a PEG needs them all; create it with patch_drop_rate=0")
+        raise ConfigError(
+            f"{name} drops patches (patch_drop_rate > 0), and a PEG needs all; create it without"
+        )
     config = replace(Peg(), positions=tuple(positions), kernel=kernel, padding=padding, init=init)
     check_positions(config.positions, len(model.blocks) - 1)
     pegs = AttachedPegs(config, model.embed_dim, model.num_prefix_tokens)
