@@ -1,6 +1,7 @@
 """Every row of every table is a configuration; the recorded rows are those that are planned."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -106,6 +107,8 @@ def test_every_padding_differs_from_zero_padding_in_the_encoding_alone():
         model = replace(job.config.model, encoding="peg")
         assert replace(job.config, model=model, run=zero.run) == zero
     assert {job.columns["encoding"] for job in jobs("padding")} == set(PADDINGS)
+    cells = {tuple(job.columns.values()) for job in jobs("synthetic")}
+    assert cells == set(product(GRIDS, ENCODINGS, POOLS))
 
 
 def test_pooling_asks_again_on_fresh_seeds_and_changes_nothing_else():
@@ -158,8 +161,3 @@ def test_a_table_alone_a_root_and_what_an_experiment_has_not():
         synthetic_config("when", "peg")
     with pytest.raises(ResultsError, match="'pool'"):
         table_config(encoding="peg", pool="avg")
-
-
-def test_the_synthetic_matrix_is_whole():
-    cells = {tuple(job.columns.values()) for job in jobs("synthetic")}
-    assert cells == {(task, encoding, pool) for task in GRIDS for encoding in ENCODINGS for pool in POOLS}

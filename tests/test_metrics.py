@@ -144,16 +144,6 @@ def test_fine_tuning_goes_on_from_the_trained_weights_at_the_other_size(clothes)
     )  # 40 of 50 pixels and more
 
 
-def test_log_n_attention_trains_as_the_plain_model_does(tiny_imagenet):
-    """At the trained size its factor is 1: so it is a test of the trained weights, and no row of its own."""
-    plain = short(table_config(encoding="peg"), tiny_imagenet)
-    found = [train(replace(plain, model=replace(plain.model, logn_scale=on))).model for on in (False, True)]
-    for one, other in zip(*(model.parameters() for model in found), strict=True):
-        assert torch.equal(one, other)
-    larger = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert not torch.allclose(found[0](larger), found[1](larger))
-
-
 # --------------------------------------------------------------------------- their parts
 
 

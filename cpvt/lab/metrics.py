@@ -27,6 +27,7 @@ from cpvt.data.resize import crop_resize
 from cpvt.data.synthetic import draw
 from cpvt.data.transforms import normalise
 from cpvt.lab import probes
+from cpvt.lab.probes import device_of
 from cpvt.lab.results import fingerprint
 from cpvt.lab.timm_baseline import selected
 from cpvt.model.encodings import PEG
@@ -40,16 +41,11 @@ Score = tuple[dict[str, float], str, str]
 Cache = dict | None  # of decoded images, from run to run: see `data.loader.open_split`
 SIZES = (20, 28, 48, 56, 64)  # of test images at 1:8, in pixels; the second is trained
 FINE_TUNED = 48  # pixels at which the rows of the table "resolution" are trained a little longer
-LARGEST = 200_000  # numbers; a larger weight is no small array
-
-
-def _device(model: VisionTransformer) -> torch.device:
-    return next(model.parameters()).device
 
 
 def held_out(run: TrainingRun, cache: Cache = None, **changes) -> ImageLoader:
     """The held-out images of a run, as they are or with `changes` of their DataConfig, on its model's device."""
-    data, device = replace(run.config.data, **changes), str(_device(run.model))
+    data, device = replace(run.config.data, **changes), str(device_of(run.model))
     return make_loader(data, seed=run.config.run.seed, device=device, train=False, cache=cache)
 
 
@@ -77,7 +73,7 @@ def score_synthetic(run: TrainingRun, cache: Cache = None, images: int = 256) ->
     *what* has instead `/trained` (the side that bars were trained on), `/unseen` (the other side) and
     `/diagonals` (the pair that was trained everywhere).
     """
-    data, device = run.config.data, _device(run.model)
+    data, device = run.config.data, device_of(run.model)
     top1 = "top1@" + "x".join(map(str, dict.fromkeys(data.grid)))
     seen: list[Tensor] = []
 
@@ -204,11 +200,11 @@ def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, Vision
     for suffix, changed in others.items():
         other = VisionTransformer(changed)
         other.load_state_dict(model.state_dict())
-        yield suffix, other.to(_device(model)).eval()
+        yield suffix, other.to(device_of(model)).eval()
 
 
 def arrays_of(run: TrainingRun, cache: Cache = None, spread: bool = False) -> dict[str, Tensor]:
-    """What is kept of a run on real images; what has more than `LARGEST` numbers is left out.
+    """What is kept of a run on real images.
 
     correct         one bit an image of the held-out ones, in their order, eight to a byte, the last filled up
     peg0 ...        (D, 1, k, k): trained kernels, in half precision
@@ -230,7 +226,7 @@ def arrays_of(run: TrainingRun, cache: Cache = None, spread: bool = False) -> di
     maps = probes.attention_maps(model, held_out_images(loader, 64, spread)[0]).values()
     maps = [weights[:, :, middle, P:].mean((0, 1)) for weights in maps]
     found["attention"] = torch.stack([flat.unflatten(0, (H, W)) for flat in maps if len(flat) == H * W])
-    kept = {name: array.detach().cpu().half() for name, array in found.items() if array.numel() <= LARGEST}
+    kept = {name: array.detach().cpu().half() for name, array in found.items()}
     return {"correct": torch.from_numpy(numpy.packbits(hits.numpy())), **kept}
 
 
@@ -276,7 +272,7 @@ def score_maps(
     """
     if last_grid(model) != model.config.grid:
         return {}
-    black = _black(images)
+    black = normalise(torch.zeros_like(images[:1, :, :1, :1]))
 
     def error(kind: str, scene: Tensor, block: int | None = None) -> probes.Equivariance:
         def maps(moved: Tensor) -> Tensor:
@@ -305,7 +301,7 @@ def score_shifts(
     top1@14/shift2    per cent right, mean of both directions; /shift0 are the same images where they were
     same_class/shift2 share of answers, in per cent, that are those to the image where it was
     """
-    top1, black = f"top1@{model.config.grid[0]}", _black(images)
+    top1, black = f"top1@{model.config.grid[0]}", normalise(torch.zeros_like(images[:1, :, :1, :1]))
 
     def answers(right: int) -> Tensor:  # to images moved right, or left where negative
         moved = images.roll(right, -1)
@@ -320,11 +316,6 @@ def score_shifts(
         metrics[f"{top1}/shift{distance}"] = 100 * (found == labels).float().mean().item()
         metrics[f"same_class/shift{distance}"] = 100 * (found == still).float().mean().item()
     return metrics
-
-
-def _black(images: Tensor) -> Tensor:
-    """-> (1, C, 1, 1): what black pixels are in normalised images."""
-    return normalise(torch.zeros(1, images.shape[1], 1, 1)).to(images)
 
 
 def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float]:
@@ -354,10 +345,10 @@ def score_oblong(model: VisionTransformer, loader: ImageLoader) -> dict[str, flo
     """
     held, size, right = loader.val_set, model.config.image_size[0], []
     for part in torch.arange(len(held.labels)).split(256):
-        pixels, labels = held.images[part], held.labels[part].to(_device(model))
+        pixels, labels = held.images[part], held.labels[part].to(device_of(model))
         S = pixels.shape[-1]
         band = torch.tensor([[S / 4, 0.0, S / 2, float(S)]] * len(part), dtype=torch.float64)
-        wide = crop_resize(pixels, band, (size, 2 * size), bound="image").to(_device(model))
+        wide = crop_resize(pixels, band, (size, 2 * size), bound="image").to(device_of(model))
         right.append(correct(model, normalise(wide.float() / 255), labels))
     H, W = model.config.grid
     return {f"top1@{H}x{2 * W}": 100 * torch.cat(right).double().mean().item()}

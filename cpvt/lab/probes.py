@@ -27,7 +27,7 @@ def _exact(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double().eval()
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
@@ -55,7 +55,7 @@ def scene(model: nn.Module, grid: Grid, objects: Iterable, background=BACKGROUND
     for (row, column), colour in objects:
         image[:, row, column] = torch.tensor(colour, dtype=torch.float64)
     down, across = _pair(model.patch_embed.patch_size)
-    return image[None].repeat_interleave(down, 2).repeat_interleave(across, 3).to(_device(model))
+    return image[None].repeat_interleave(down, 2).repeat_interleave(across, 3).to(device_of(model))
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ class Permutation(NamedTuple):
 @torch.no_grad()
 def permutation_error(model: nn.Module, images: Tensor, seed: int = 0) -> Permutation:
     """Shuffles the patches of (n, C, height, width) and compares, in float64, with the images as they were."""
-    model, images = _exact(model), images.to(_device(model), torch.float64)
+    model, images = _exact(model), images.to(device_of(model), torch.float64)
     P, (p, q) = model.num_prefix_tokens, _pair(model.patch_embed.patch_size)
     N = (images.shape[2] // p) * (images.shape[3] // q)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
@@ -287,7 +287,7 @@ def probe_ceiling(size: int, reach: int) -> float:
 def patch_tokens(model: nn.Module, images: Tensor, block: int | None = None, batch: int = 64) -> Tensor:
     """(n, C, height, width) -> (n, N, D): the patch tokens that the head sees, or those after a block."""
     model.eval()
-    parts = [part.to(_device(model)) for part in images.split(batch)]
+    parts = [part.to(device_of(model)) for part in images.split(batch)]
     if block is None:
         return torch.cat([model.forward_features(part)[:, model.num_prefix_tokens :] for part in parts])
     how = {"output_fmt": "NLC", "intermediates_only": True, "stop_early": True}
@@ -308,7 +308,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 
             hooks.append(block.attn.register_forward_pre_hook(keep))
     try:
-        model.eval().forward_features(images.to(_device(model)))
+        model.eval().forward_features(images.to(device_of(model)))
     finally:
         for hook in hooks:
             hook.remove()

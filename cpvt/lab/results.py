@@ -55,6 +55,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
 }
 COLUMNS["benchmark"] = {"part": None, "model": "", "mode": "", "loader": "", "size": 0}
 NOT_YET = "not yet measured"
+DATA = Path(__file__).resolve().parents[2] / "data"  # the repository's, wherever the working directory is
 _METRIC = re.compile(r"[a-z][a-z0-9_]*(@\d+(x\d+)?)?(/[a-z][a-z0-9_.-]*)*")
 
 
@@ -169,17 +170,11 @@ def _check_metric(name: Any, value: Any) -> None:
 # --------------------------------------------------------------------------- writing and reading
 
 
-def data_folder() -> Path:
-    """The repository's folder `data`, wherever the working directory is."""
-    folder = Path(__file__).resolve().parents[2] / "data"
-    if not folder.is_dir():
-        raise ResultsError(f"there is no {folder}: name a folder for results, or work in a clone of the book")
-    return folder
-
-
 def results_folder(folder: str | Path | None = None) -> Path:
     """Where results are written to and read from: the folder that is given, else the repository's data/results."""
-    return data_folder() / "results" if folder is None else Path(folder)
+    if folder is None and not DATA.is_dir():
+        raise ResultsError(f"there is no {DATA}: name a folder for results, or work in a clone of the book")
+    return DATA / "results" if folder is None else Path(folder)
 
 
 def append(
@@ -339,7 +334,7 @@ def unpack(correct: Tensor, images: int) -> Tensor:
 
 def published(table: str | None = None) -> pandas.DataFrame:
     """The published figures of a table, or all, as data/published.csv has them; data/README.md has the columns."""
-    rows = pandas.read_csv(data_folder() / "published.csv", keep_default_na=False)
+    rows = pandas.read_csv(DATA / "published.csv", keep_default_na=False)
     if table not in (None, *rows["table"]):
         raise ResultsError(f"no published table {table!r}; {nearest(table, set(rows['table']))}")
     return rows if table is None else rows[rows["table"] == table].reset_index(drop=True)
