@@ -168,6 +168,10 @@ class Experiments:
             raise ConfigError(f"no experiment {self.name!r}; {nearest(self.name, known)}")
         given = {option: value for option in ("root", "table") if (value := getattr(self, option))}
         costs = self.name == "costs"
+        if costs and given:
+            raise ConfigError(f"the experiment 'costs' has no {', '.join(given)}: leave it out")
+        if self.device != "auto" and not costs:
+            raise ConfigError(f"--device is for the experiment costs, not {self.name!r}: leave it out")
         rows = cost_rows() if costs else jobs(self.name, **given)
         if self.list:
             return print(*(describe(row) if costs else row.label for row in rows), sep="\n")

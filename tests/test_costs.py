@@ -145,7 +145,6 @@ def test_the_command_lists_what_it_would_measure(capsys):
         (["costs", "--root", "images"], "'costs' has no root"),
         (["tables", "--device", "cpu"], "--device is for"),
         (["where", "--list"], "no experiment 'where'"),
-        (["tables", "--scale", "fashion-mnist"], "leave one out"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(options, reason, capsys, tmp_path):

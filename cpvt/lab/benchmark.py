@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -48,7 +47,7 @@ from cpvt.data.decode import Decoder, find_jpeg_decoder
 from cpvt.data.loader import make_loader
 from cpvt.data.shards import Shards
 from cpvt.errors import ConfigError, DataError, nearest
-from cpvt.lab.results import Result, append, commit, fingerprint, results_folder
+from cpvt.lab.results import Result, append, commit, device_name, fingerprint, results_folder
 from cpvt.lab.timing import Step, each_compiled, in_rounds, noise, ratios, seconds_of, summary, wait
 from cpvt.lab.timm_baseline import timm_loader, timm_mixup, timm_model
 from cpvt.model.fused_peg import peg
@@ -410,12 +409,9 @@ class Benchmark:
             seed=0,
             config=config,
             metrics=metrics,
-            weights="raw",
             seconds=round(seconds, 1),
-            device=torch.cuda.get_device_name() if bench.cuda else "cpu",
-            torch=torch.__version__,
+            device=device_name(bench.device),
             cpvt_commit=commit(),
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
 

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -229,18 +228,9 @@ def time_group(rows: Sequence[Row], size: Size, device: str, commit: str) -> Ite
             dataset="noise",
             dataset_sha256=results.fingerprint(batch[0][:8]),
             seed=0,
-            config={
-                **asdict(size),
-                "model": asdict(configs[name]),
-                "precision": "bf16" if cuda else "fp32",
-                "fused": cuda,
-                "threads": torch.get_num_threads(),
-            },
+            config=asdict(size) | {"model": asdict(configs[name]), "precision": "bf16" if cuda else "fp32"},
             metrics=metrics,
-            weights="raw",
             seconds=took,
-            device=torch.cuda.get_device_name() if cuda else "cpu",
-            torch=torch.__version__,
+            device=results.device_name(device),
             cpvt_commit=commit,
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
         )

@@ -1,4 +1,4 @@
-"""The figures that the chapters share: accuracy by distance, images, the way of an image through training.
+"""The figures that the chapters share: accuracy by distance, images, the layout of a batch.
 
 Each function returns the matplotlib Figure; a notebook shows it where it is the value of a cell.
 """
@@ -12,7 +12,7 @@ import pandas
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from cpvt.data.sampler import Sampler
@@ -22,9 +22,6 @@ from cpvt.lab.styles import (
     BLUE,
     GREEN,
     GREY,
-    ORANGE,
-    PALE,
-    SKY,
     VERMILLION,
     WIDTH,
     figure,
@@ -109,57 +106,7 @@ def drawn_image(seed: int = 0, height: int = 240, width: int = 320) -> Tensor:
     return (255 * image).round().clamp(0, 255).to(torch.uint8)
 
 
-# --------------------------------------------------------------------------- from the file to the step
-
-BYTES, UINT8, FLOAT = PALE, "#CBE6F7", "#F8DFA8"  # paler than the lines, so that black reads on them
-
-# Who does it -> what is done, what comes out of it, and what that is made of.
-STAGES: dict[str, Sequence[tuple[str, str, str]]] = {
-    "worker processes, on the CPU": (
-        ("read", "bytes as stored", BYTES),
-        ("look at the header", "plain JPEGs stay bytes; the rest is decoded here", BYTES),
-    ),
-    "one thread, on the GPU, a few batches ahead": (
-        ("decode", "B images (3, h, w), uint8", UINT8),
-        ("crop, resize, flip", "(B, 3, 224, 224), uint8", UINT8),
-        ("RandAugment", "(B, 3, 224, 224), uint8", UINT8),
-        ("normalise", "(B, 3, 224, 224), float32", FLOAT),
-        ("erase", "(B, 3, 224, 224), float32", FLOAT),
-        ("mix", "the same, and targets (B, 1000), float32", FLOAT),
-    ),
-    "the loop, on the GPU": (
-        ("model", "logits (B, 1000); bfloat16 inside", FLOAT),
-        ("loss, backward", "gradients, added up over micro-batches", FLOAT),
-        ("step", "weights, float32", FLOAT),
-        ("EMA", "averaged weights, float32", FLOAT),
-    ),
-}
-
-
-def pipeline_diagram() -> Figure:
-    """`STAGES` from top to bottom: a frame for each who, a box for each what, and beside it what it leaves."""
-    rows = sum(len(steps) for steps in STAGES.values()) + 0.9 * len(STAGES)
-    with figure(0.42 * rows) as fig:
-        axes = fig.subplots()
-        axes.set(xlim=(0, 10), ylim=(rows, 0))
-        axes.set_axis_off()
-        top, before = 0.0, None
-        for (who, steps), colour in zip(STAGES.items(), (SKY, ORANGE, GREEN), strict=True):
-            frame = {"facecolor": "white", "edgecolor": colour, "linewidth": 2}
-            axes.add_patch(Rectangle((0, top), 10, len(steps) + 0.75, **frame))
-            axes.text(3.65, top + 0.42, who, va="center", fontweight="bold")  # beside the arrow
-            for i, (what, result, filled) in enumerate(steps):
-                middle = top + 1.15 + i
-                look = {"boxstyle": "round,pad=0,rounding_size=0.12", "facecolor": filled, "edgecolor": GREY}
-                axes.add_patch(FancyBboxPatch((0.25, middle - 0.34), 3.1, 0.68, linewidth=0.8, **look))
-                axes.text(1.8, middle, what, ha="center", va="center", fontsize=11.5)
-                axes.text(3.65, middle, result, va="center", fontsize=11.5)
-                if before is not None:
-                    arrow = {"arrowstyle": "->", "color": GREY}
-                    axes.annotate("", (1.7, middle - 0.36), (1.7, before + 0.36), arrowprops=arrow)
-                before = middle
-            top += len(steps) + 0.9
-    return fig
+# --------------------------------------------------------------------------- a batch
 
 
 def batch_layout(sampler: Sampler, marked: Sequence[int] = (0, 5)) -> Figure:

@@ -20,7 +20,8 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,12 @@ class Result:
     seed: int
     config: dict[str, Any]
     metrics: dict[str, float]
-    weights: str
     seconds: float
     device: str
-    torch: str
     cpvt_commit: str
-    date: str
+    weights: str = "raw"
+    torch: str = str(torch.__version__)
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def __post_init__(self):
         def expect(field: str, fine: Any, expected: str) -> None:
@@ -106,9 +107,9 @@ class Result:
         expect("seed", type(self.seed) is int and self.seed >= 0, "a whole number, 0 or more")
         expect("weights", self.weights in ("raw", "ema"), "'raw' or 'ema'")
         expect("seconds", _is_number(self.seconds) and self.seconds >= 0, "a finite number, 0 or more")
-        for field in ("columns", "config", "metrics"):
-            value = getattr(self, field)
-            expect(field, isinstance(value, dict) and value, "at least one name and value")
+        for name in ("columns", "config", "metrics"):
+            value = getattr(self, name)
+            expect(name, isinstance(value, dict) and value, "at least one name and value")
         for name, value in self.metrics.items():
             _check_metric(name, value)
         own = COLUMNS.get(self.experiment, self.columns)
@@ -274,6 +275,11 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return said[0].stdout.strip() + ("-dirty" if said[1].stdout else "")
+
+
+def device_name(device: str | torch.device) -> str:
+    """As rows say it: "cpu", or what the GPU calls itself."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
 
 
 def fingerprint(*tensors: Tensor) -> str:

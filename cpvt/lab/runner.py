@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,16 @@ from torch import Tensor, nn
 from cpvt.config import DataConfig, TrainConfig, from_json, replace, to_json
 from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError, ResultsError, TrainingError
-from cpvt.lab.results import AlreadyMeasured, Result, append, commit, describe, recorded, results_folder
+from cpvt.lab.results import (
+    AlreadyMeasured,
+    Result,
+    append,
+    commit,
+    describe,
+    device_name,
+    recorded,
+    results_folder,
+)
 from cpvt.training.checkpoint import differences
 from cpvt.training.distributed import SIGNALS, Stopped, pick_device
 from cpvt.training.evaluate import accuracy
@@ -81,7 +89,6 @@ def run_job(job: Job, version: str, cache: dict) -> tuple[Result, dict[str, Tens
     for module in run.model.modules():  # scored as written: hooks are set, and sizes asked for once
         module._compiled_call_impl = None
     metrics, dataset, digest = job.score(run, cache)
-    device = next(run.model.parameters()).device
     anywhere = replace(job.config.data, root=DataConfig.root)  # wherever the images lay
     result = Result(
         experiment=job.experiment,
@@ -98,12 +105,9 @@ def run_job(job: Job, version: str, cache: dict) -> tuple[Result, dict[str, Tens
             "loss": run.history[-1]["loss"],
             "parameters": sum(p.numel() for p in run.model.parameters()),
         },
-        weights="raw",
         seconds=round(time.perf_counter() - started, 1),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        torch=torch.__version__,
+        device=device_name(next(run.model.parameters()).device),
         cpvt_commit=version,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return result, job.arrays(run, cache)
 
