@@ -212,6 +212,7 @@ def time_group(rows: Sequence[Row], size: Size, device: str, commit: str) -> Ite
         watches[key] = partial(seconds_of, step, device, size.steps_a_round)
     seconds = in_rounds(watches, size.rounds)
     took = round((time.monotonic() - started) / len(rows), 1)
+    told = asdict(size) | {"precision": "bf16" if cuda else "fp32", "threads": torch.get_num_threads()}
     for row in rows:
         name = describe(row)
         metrics = {"parameters": parameters(configs[name]), "multiply_adds": multiply_adds(configs[name])}
@@ -228,7 +229,7 @@ def time_group(rows: Sequence[Row], size: Size, device: str, commit: str) -> Ite
             dataset="noise",
             dataset_sha256=results.fingerprint(batch[0][:8]),
             seed=0,
-            config=asdict(size) | {"model": asdict(configs[name]), "precision": "bf16" if cuda else "fp32"},
+            config=told | {"model": asdict(configs[name])},
             metrics=metrics,
             seconds=took,
             device=results.device_name(device),
