@@ -1,9 +1,7 @@
 """Images are read by name or from folders, in one order and with one decoder; what cannot be read is named."""
 
 import gzip
-import hashlib
 import pickle
-import struct
 from pathlib import Path
 
 import numpy
@@ -132,27 +130,21 @@ def test_tiny_imagenet_is_read_as_published_and_with_folders(folder, tmp_path):
     assert "'n09'" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
 
 
-@pytest.mark.parametrize("debian", [True, False])
-def test_fashion_mnist_is_read_from_its_own_files(tmp_path, monkeypatch, debian):
-    pixels = numpy.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=numpy.uint8)
-    labels = numpy.array([9, 0, 3, 3, 1], dtype=numpy.uint8)
-    folder = tmp_path / ("packed" if debian else "FashionMNIST/raw")
-    monkeypatch.setattr(datasets, "FASHION_MNIST_DEBIAN", tmp_path / "packed")
-    for prefix in ("train", "t10k"):
-        for name, array in (("images-idx3", pixels), ("labels-idx1", labels)):
-            head = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
-            content = head + array.tobytes()
-            name = f"{prefix}-{name}-ubyte" + ".gz" * debian
-            put(folder / name, gzip.compress(content) if debian else content)
-    for split in ("train", "val"):
-        data = open_dataset("fashion-mnist", split, root=tmp_path)
-        assert data.labels.tolist() == labels.tolist() and data.classes[9] == "Ankle boot"
+def test_fashion_mnist_is_read_as_published_and_as_debian_packs_it(clothes, tmp_path, monkeypatch):
+    debian, raw = tmp_path / "packed", clothes / "FashionMNIST" / "raw"
+    monkeypatch.setattr(datasets, "FASHION_MNIST_DEBIAN", debian)
+    for file in raw.iterdir():
+        put(debian / f"{file.name}.gz", gzip.compress(file.read_bytes()))
+    pixels = (raw / "t10k-images-idx3-ubyte").read_bytes()[16:]
+    for root in (clothes, tmp_path):
+        data = open_dataset("fashion-mnist", "val", root=root)
+        assert data.labels.tolist() == [*range(10)] * 2 and data.classes[9] == "Ankle boot"
         images = load_tensors(data, 28).images
-        assert all(images[:, c].numpy().tolist() == pixels.tolist() for c in range(3))
-        assert "array" in refusal(data.read, 0)
+        assert all(images[:, c].numpy().tobytes() == pixels for c in range(3))
+        assert len(open_dataset("fashion-mnist", root=root)) == 40
+    assert "array" in refusal(data.read, 0)
     assert "'train' or 'val'" in refusal(open_dataset, "fashion-mnist", "dev", root=tmp_path)
-    file = next(folder.glob("t10k-images*"))
-    file.write_bytes(file.read_bytes()[: 28 * 28])
+    (debian / "t10k-images-idx3-ubyte.gz").write_bytes(b"cut")
     assert str(tmp_path / "FashionMNIST") in refusal(open_dataset, "fashion-mnist", "val", root=tmp_path)
 
 
@@ -164,29 +156,18 @@ def test_fashion_mnist_is_that_of_the_recorded_rows(tmp_path):
 
 
 def test_cifar10_is_read_by_name(tmp_path, monkeypatch):
-    """Files of its layout with four images in a batch; torchvision is told their checksums."""
-    folder = tmp_path / published.CIFAR10.base_folder
-    folder.mkdir()
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content))
-        return hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    def batch(name, seed):
-        pixels = numpy.random.default_rng(seed).integers(0, 256, (4, 3072), dtype=numpy.uint8)
-        return [name, write(name, {"data": pixels, "labels": [seed, 1, 2, 3]})]
-
-    meta = write("batches.meta", {"label_names": [f"name {i}" for i in range(10)]})
-    meta = {"filename": "batches.meta", "key": "label_names", "md5": meta}
-    monkeypatch.setattr(published.CIFAR10, "train_list", [batch(f"data_batch_{i}", i) for i in range(1, 6)])
-    monkeypatch.setattr(published.CIFAR10, "test_list", [batch("test_batch", 7)])
-    monkeypatch.setattr(published.CIFAR10, "meta", meta)
+    """Files of its layout with four images in a batch."""
+    monkeypatch.setattr(published.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
+    folder, pixels = tmp_path / published.CIFAR10.base_folder, numpy.arange(4 * 3072).reshape(4, 3072) % 251
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        put(folder / name, pickle.dumps({"data": (pixels + i).astype("uint8"), "labels": [i, 1, 2, 3]}))
+    put(folder / "batches.meta", pickle.dumps({"label_names": [f"name {i}" for i in range(10)]}))
     data = open_dataset("cifar10", root=tmp_path)
-    assert len(data) == 20 and data.labels[::4].tolist() == [1, 2, 3, 4, 5] and data.classes[3] == "name 3"
-    pixels = numpy.random.default_rng(7).integers(0, 256, (4, 3072), dtype=numpy.uint8).reshape(4, 3, 32, 32)
+    assert len(data) == 20 and data.labels[::4].tolist() == [0, 1, 2, 3, 4] and data.classes[3] == "name 3"
     found = load_tensors(open_dataset("cifar10", "val", root=tmp_path), 32).images
-    assert found.numpy().tolist() == pixels.tolist()
-    (folder / "data_batch_2").write_bytes(b"cut")
+    assert found.numpy().tolist() == (pixels + 5).reshape(4, 3, 32, 32).tolist()
+    (folder / "data_batch_2").unlink()
     assert str(folder) in refusal(open_dataset, "cifar10", "train", root=tmp_path)
 
 

@@ -4,7 +4,6 @@ import os
 import struct
 from collections import namedtuple
 from functools import partial
-from unittest.mock import Mock
 
 import numpy
 import pytest
@@ -28,7 +27,6 @@ from torch.utils.data import DataLoader
 
 from cpvt.data.decode import (
     ATTEMPTS,
-    MAX_PIXELS,
     ChunkReader,
     DecodeError,
     Decoder,
@@ -109,12 +107,10 @@ def test_without_hiding_exif_the_decoder_would_rotate():
 # One image
 
 
-SIZES = [encoded(picture(*s, seed=s[0]), subsampling=2) for s in ((1, 1), (7, 9), (17, 33), (200, 151))]
-
-
-@pytest.mark.parametrize("data", [*PLAIN.values(), *ODD.values(), *SIZES])
-def test_pixels_are_the_references(data):
-    assert torch.equal(decode_image(data), reference(data)) and decode_image(data).dtype == torch.uint8
+def test_pixels_are_the_references():
+    sizes = [encoded(picture(*size), subsampling=2) for size in ((1, 1), (7, 9), (17, 33), (200, 151))]
+    for data in (*PLAIN.values(), *ODD.values(), *sizes):
+        assert torch.equal(decode_image(data), reference(data)) and decode_image(data).dtype == torch.uint8
 
 
 def test_sixteen_bits_lose_the_lower_byte():
@@ -133,9 +129,7 @@ def test_broken_files_are_refused_with_a_reason(kind):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_by_its_header():
-    assert "3600000000 pixels" in refusal(decode_image, BROKEN["JPEG bomb"])
-    tiff = encoded(Image.new("L", (20000, 5000)), "TIFF", compression="tiff_lzw")
-    assert f"20000 x 5000, more than {MAX_PIXELS:,}" in refusal(decode_image, tiff)
+    assert "20000 x 5000, more than" in refusal(decode_image, png(20000, 5000, 8, 2, b""))
 
 
 def test_only_regular_files_of_a_bearable_size_are_read(tmp_path):
@@ -224,11 +218,6 @@ def test_bisection_isolates_the_bad_items(bad):
     assert all(r == 10 * i for i, r in enumerate(results) if i not in bad)
     assert len(calls) <= 1 + 2 * 4 * len(bad)
     assert bisect(decode, []) == []
-
-
-def test_an_exhausted_device_is_not_blamed_on_the_images():
-    with pytest.raises(torch.OutOfMemoryError):
-        bisect(Mock(side_effect=torch.OutOfMemoryError), [torch.zeros(1)] * 4)
 
 
 def test_what_the_gpu_refuses_goes_to_the_cpu_and_then_is_replaced():

@@ -17,7 +17,7 @@ from cpvt.cli import main
 from cpvt.data import pack as module
 from cpvt.data.datasets import open_dataset
 from cpvt.data.decode import decode_image
-from cpvt.data.pack import ARCHIVES, DEVKIT, KAGGLE, MAPPING, SOLUTION
+from cpvt.data.pack import ARCHIVES, DEVKIT, KAGGLE, SOLUTION
 from cpvt.data.shards import Shards
 from cpvt.errors import DataError
 
@@ -49,9 +49,9 @@ def test_each_layout_gives_every_image_its_class(layout, tmp_path, monkeypatch):
 def test_training_images_are_mixed_and_validation_images_are_not(tmp_path):
     kaggle(tmp_path / "source")
     run(tmp_path / "source", tmp_path / "out")
-    train, val = Shards(tmp_path / "out" / "train"), Shards(tmp_path / "out" / "val")
-    assert set(train.labels[:6].tolist()) == {0, 1, 2}  # class by class they would all be of class 0
-    assert val.labels.tolist() == [CLASSES.index(NUMBERS[number]) for number in TRUTH]
+    train, val = (Shards(tmp_path / "out" / split).labels.tolist() for split in ("train", "val"))
+    assert {*train[:6]} == {0, 1, 2}  # class by class they would all be of class 0
+    assert val == [CLASSES.index(NUMBERS[number]) for number in TRUTH]
 
 
 def test_packing_again_by_more_processes_gives_the_same_bytes(folder, tmp_path):
@@ -64,7 +64,7 @@ def test_packing_again_by_more_processes_gives_the_same_bytes(folder, tmp_path):
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     assert "no folder" in refusal(run, tmp_path / "none", tmp_path / "out")
     assert "no folder 'val'" in refusal(run, tmp_path, tmp_path / "out")
-    for make, names in ((archives, (*ARCHIVES.values(), DEVKIT)), (kaggle, (MAPPING, SOLUTION))):
+    for make, names in ((archives, (*ARCHIVES.values(), DEVKIT)), (kaggle, (SOLUTION,))):
         here = tmp_path / make.__name__
         make(here, monkeypatch)
         for name in names:
@@ -76,15 +76,6 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     assert "left out by their names 1" in run(tmp_path / "kaggle", tmp_path / "stray", "val")
     image.unlink()
     assert str(image) in refusal(run, tmp_path / "kaggle", tmp_path / "out", "val")
-    assert not (tmp_path / "out").exists()
-
-
-def test_archives_that_are_not_the_published_ones_are_refused(tmp_path, monkeypatch):
-    archives(tmp_path / "source", monkeypatch)
-    content = bytearray((tmp_path / "source" / ARCHIVES["train"]).read_bytes())
-    content[2000] ^= 1
-    put(tmp_path / "source" / ARCHIVES["train"], content)
-    assert ARCHIVES["train"] in refusal(run, tmp_path / "source", tmp_path / "out", "train")
     assert not (tmp_path / "out").exists()
 
 
@@ -145,7 +136,7 @@ def test_packed_and_refused_are_all_there_is(folder, tmp_path, short_side):
     assert set(missing) == {f"{kind}.JPEG" for kind in BROKEN} | {"pipe.JPEG"}
     assert len(data) + len(missing) == TRAIN_IMAGES + len(images) + 1
     assert missing["empty.JPEG"] == "empty" and "not a regular file" in missing["pipe.JPEG"]
-    assert f"refused {len(missing)}\n" in said and "1 JPEG CMYK" in said and "2 PNG I;16" in said
+    assert f"refused {len(missing)}\n" in said and "'JPEG CMYK': 1" in said and "'PNG I;16': 2" in said
     keys = [data.key(i) for i in range(len(data))]
     assert len(set(keys)) == len(keys) and all("." not in key and len(key) <= 90 for key in keys)
     stored = dict(zip(keys, range(len(data)), strict=True))

@@ -166,9 +166,6 @@ def open_dataset(
     return Shards(path / split) if packed else _read_folder(path, split, path.name)
 
 
-# --------------------------------------------------------------------------- folders of images
-
-
 def _read_folder(path: Path, split: str, name: str) -> ImageDataset:
     """<path>/<split>/<class>/**/*.JPEG, or Tiny-ImageNet's val/images with its val_annotations.txt."""
     here = path / split
@@ -219,9 +216,6 @@ def _files(folder: Path) -> list[str]:
 
 def _folders(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
-
-
-# --------------------------------------------------------------------------- data sets known by name
 
 
 def _open_named(name: str, split: str, root: Path) -> ImageDataset:

@@ -44,9 +44,6 @@ class DecodeError(DataError):
     """One image that cannot be decoded; the message is the reason."""
 
 
-# --------------------------------------------------------------------------- one image
-
-
 @contextmanager
 def open_image(source: bytes | Path) -> Iterator[Image.Image]:
     """A file or its bytes -> a Pillow image whose pixels are not read yet.
@@ -106,9 +103,6 @@ def reason(error: Exception) -> str:
     return text.splitlines()[0]
 
 
-# --------------------------------------------------------------------------- plain JPEGs, and who decodes them
-
-
 def plain_jpeg(data: bytes, image: Image.Image) -> bytes | None:
     """The JPEG, where a GPU's decoder makes of it what Pillow does, up to rounding; else None.
 
@@ -158,9 +152,6 @@ def find_gpu_decoder(device: str | torch.device, decode: str = "auto") -> Callab
     return decode_jpeg and partial(decode_jpeg, device=device)
 
 
-# --------------------------------------------------------------------------- replacement
-
-
 @dataclass(frozen=True)
 class Fault:
     """Image `index`, called `key`, could not be had for `reason`; `replaced_by` is -1 for plain grey."""
@@ -193,9 +184,6 @@ def first_good(source: Dataset, index: int, take: Callable[[bytes], object], fau
         i, item = -1, take(GREY)
     faults.extend(Fault(j, source.key(j), reason, i) for j, reason in failed)
     return i, item
-
-
-# --------------------------------------------------------------------------- a chunk, in two processes
 
 
 class ReadChunk(NamedTuple):

@@ -37,8 +37,7 @@ IMAGENET_CLASSES = 1000
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 KAGGLE = "ILSVRC/Data/CLS-LOC"
-MAPPING = "LOC_synset_mapping.txt"  # Kaggle's classes: WordNet id, then words
-SOLUTION = "LOC_val_solution.csv"  # ImageId, then "WordNet-id x y x y ..."
+SOLUTION = "LOC_val_solution.csv"  # Kaggle's: ImageId, then "WordNet-id x y x y ..."
 ORDER = "pack/order"  # the key of the order of training images; another key, another order
 QUALITY = 92  # of the JPEG of a shrunk image
 SHOWN = 20  # refused images that a report names
@@ -69,8 +68,7 @@ def pack(
     for split in splits:
         if (out / split).exists():
             raise DataError(f"{out / split} exists: delete it, or choose another folder")
-    with _open_source(source, splits, out.parent, report) as (layout, root, found):
-        report(f"{source}: {layout}")
+    with _open_source(source, splits, out.parent) as (root, found):
         classes = found[splits[0]].classes
         for split in splits:  # before hours of decoding
             if found[split].classes != classes:
@@ -97,18 +95,13 @@ def _check_whole(split: str, classes: tuple[str, ...], labels: Tensor, partial: 
 
 
 def _report(path: Path, about: dict, seconds: float) -> str:
-    size, refused = sum(shard["bytes"] for shard in about["shards"]), about["refused"]
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in about["kinds"].items())
+    images, classes, refused = about["images"], len(about["classes"]), about["refused"]
     lines = [
-        f"{path}: {about['images']:,} images of {len(about['classes']):,} classes, {size / 1e6:,.1f} MB in "
-        f"{len(about['shards'])} shards, {seconds:.1f} s ({about['images'] / seconds:.0f} images/s)",
-        f"  kinds: {kinds}; the smallest side is {about['min_side']} pixels",
+        f"{path}: {images:,} images of {classes:,} classes in {len(about['shards'])} shards, {seconds:.1f} s",
+        f"  kinds {about['kinds']}; the smallest side is {about['min_side']} pixels",
         f"  shrunk {about['shrunk']:,}; left out by their names {about['others']:,}; refused {len(refused):,}",
     ]
     return "\n".join(lines + [f"    {ascii(name)}: {why}" for name, why in refused[:SHOWN]])
-
-
-# --------------------------------------------------------------------------- one split
 
 
 def _write(writer: ShardWriter, data: ImageDataset, root: Path, short_side: int, workers: int) -> dict:
@@ -177,37 +170,32 @@ def _keys(data: ImageDataset, names: list[Path]) -> list[str]:
     return keys
 
 
-# --------------------------------------------------------------------------- the layouts
-
-
 @contextmanager
 def _open_source(
-    source: Path, splits: list[str], scratch: Path, report: Callable[[str], None]
-) -> Iterator[tuple[str, Path, dict[str, ImageDataset]]]:
-    """The name of the layout, the folder that holds the splits, and what is to be packed of each."""
+    source: Path, splits: list[str], scratch: Path
+) -> Iterator[tuple[Path, dict[str, ImageDataset]]]:
+    """The folder that holds the splits, and what is to be packed of each."""
     if not source.is_dir():
         raise DataError(f"no folder {source}: give one with train/ and val/, with {KAGGLE}, or with {DEVKIT}")
     if (source / KAGGLE).is_dir():
         root = source / KAGGLE
-        found = {s: _read_kaggle_val(source) if s == "val" else open_dataset(root, s) for s in splits}
-        yield "Kaggle's ImageNet", root, found
+        yield root, {s: _read_kaggle_val(source) if s == "val" else open_dataset(root, s) for s in splits}
     elif any((source / name).exists() for name in (DEVKIT, *ARCHIVES.values())):
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=scratch) as folder:
-            _unpack(source, splits, Path(folder), report)
-            yield "archives of ILSVRC2012", Path(folder), {s: open_dataset(folder, s) for s in splits}
+            _unpack(source, splits, Path(folder))
+            yield Path(folder), {s: open_dataset(folder, s) for s in splits}
     else:
         found = {split: open_dataset(source, split) for split in splits}
         if any(isinstance(data, Shards) for data in found.values()):
             raise DataError(f"{source} is packed already: give the folder of the originals")
-        yield "folders of images", source, found
+        yield source, found
 
 
-def _unpack(source: Path, splits: list[str], folder: Path, report: Callable[[str], None]) -> None:
+def _unpack(source: Path, splits: list[str], folder: Path) -> None:
     """ILSVRC2012's archives -> folder/<split>/<class>/*.JPEG, by torchvision, which compares their MD5 first."""
     from torchvision.datasets import ImageNet
 
-    report(f"unpacking {', '.join(splits)} below {folder.parent}, which takes as much room as the archives")
     for name in (DEVKIT, *ARCHIVES.values()):
         if (source / name).exists():
             (folder / name).symlink_to((source / name).resolve())
@@ -223,14 +211,13 @@ def _unpack(source: Path, splits: list[str], folder: Path, report: Callable[[str
 
 
 def _read_kaggle_val(source: Path) -> ImageDataset:
-    """All validation images in one folder, their classes in a table."""
+    """All validation images in one folder, their classes, fifty images of each, in a table."""
     folder = source / KAGGLE / "val"
     try:
-        mapping = (source / MAPPING).read_text("utf-8-sig").splitlines()
         with open(source / SOLUTION, newline="", encoding="utf-8-sig") as lines:
             table = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(lines)}
     except (OSError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise DataError(f"{source} needs Kaggle's own {MAPPING} and {SOLUTION} ({error!r})") from error
-    rows = [(folder / f"{name}.JPEG", table[name]) for name in sorted(table)]
-    classes = sorted(line.split()[0] for line in mapping if line.strip())
-    return listed_dataset("imagenet", "val", classes, rows, others=len([*folder.iterdir()]) - len(rows))
+        raise DataError(f"{source} needs Kaggle's own {SOLUTION} ({error!r})") from error
+    rows = [(folder / f"{name}.JPEG", wnid) for name, wnid in sorted(table.items())]
+    others = sum(1 for _ in folder.glob("*")) - len(rows)
+    return listed_dataset("imagenet", "val", sorted(set(table.values())), rows, others)

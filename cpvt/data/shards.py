@@ -129,9 +129,6 @@ def _read_index(path: Path) -> tuple[dict, dict[str, Tensor]]:
         return about, {name: torch.from_numpy(columns[name].astype(numpy.int64)) for name in COLUMNS}
 
 
-# --------------------------------------------------------------------------- resolution
-
-
 def stored_side_needed(image_size: int, crop_pct: float = 0.875) -> int:
     """The short side, in pixels, to which evaluation at `image_size` resizes before it cuts out the centre."""
     return int(image_size / crop_pct)
@@ -151,9 +148,6 @@ def check_resolution(dataset, image_size: int, allow: bool = False, crop_pct: fl
             f"{needed}: evaluate on originals, pack with --short-side {needed} or more, or allow enlarging"
         )
     return (dataset.sizes.amin(dim=1) < needed).double().mean().item()
-
-
-# --------------------------------------------------------------------------- writing
 
 
 class ShardWriter:
