@@ -2,7 +2,6 @@
 
 import io
 import os
-import resource
 import tarfile
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from cpvt.data.datasets import open_dataset
 from cpvt.data.decode import decode_image
 from cpvt.data.pack import ARCHIVES, DEVKIT, KAGGLE, SOLUTION
 from cpvt.data.shards import Shards
-from cpvt.errors import DataError
 
 TRAIN_IMAGES = 18
 
@@ -187,18 +185,6 @@ def test_what_is_there_is_not_overwritten(folder, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["val"]
     assert (tmp_path / "out" / "val" / "index.json").stat() == before
     assert "packed already" in refusal(run, tmp_path / "out", tmp_path / "again", "val")
-
-
-def test_after_a_full_disk_the_same_call_may_follow_at_once(folder, tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
-    try:
-        with pytest.raises(DataError, match="nothing was kept") as kept:
-            run(folder, tmp_path / "out", "train", workers=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    run(folder, tmp_path / "out", "train", workers=2)
-    assert len(Shards(tmp_path / "out" / "train")) == TRAIN_IMAGES and kept.tb, "its processes lived on"
 
 
 # The command

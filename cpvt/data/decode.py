@@ -78,8 +78,7 @@ def decode_image(data: bytes) -> Tensor:
     """
     decode_jpeg = find_jpeg_decoder()
     with open_image(data) as image:
-        jpeg = plain_jpeg(data, image) if decode_jpeg else None
-        if jpeg:
+        if decode_jpeg and (jpeg := plain_jpeg(data, image)):
             with suppress(RuntimeError):  # Pillow decides, and words the reason
                 return decode_jpeg(jpeg)
         if image.mode.startswith("I;16"):
@@ -282,7 +281,7 @@ class Decoder:
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, chunk: ReadChunk) -> DecodedChunk:
-        if not self.stream:
+        if self.stream is None:
             return self._decode(chunk)
         consumer = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.stream):

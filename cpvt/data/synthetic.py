@@ -110,10 +110,11 @@ def draw(
 
     Raises DataError where an argument is unknown or the objects do not fit.
     """
-    known = {"task": CLASSES, "split": SPLITS, "scale": SCALES, "pair": (None, *PAIRS)}
-    for option, given in {"task": task, "split": split, "scale": scale, "pair": pair}.items():
-        if given not in known[option]:
-            raise DataError(f"unknown {option} {given!r}: {nearest(given, filter(None, known[option]))}")
+    choices = {"task": (task, CLASSES), "split": (split, SPLITS), "scale": (scale, SCALES)}
+    choices |= {"pair": (pair, PAIRS)} if pair is not None else {}
+    for option, (given, known) in choices.items():
+        if given not in known:
+            raise DataError(f"unknown {option} {given!r}: {nearest(given, known)}")
     if (distances if task == "what" else pair) is not None:
         raise DataError(f"{task!r} with {distances=}, {pair=}: 'what' alone has pairs, and no distances")
     if min(*grid, pixels, size) < 1:
