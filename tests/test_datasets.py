@@ -58,6 +58,7 @@ def test_which_files_of_a_class_count(folder, tmp_path):
         put(here / name)
     put(tmp_path / "elsewhere" / "linked.jpg")
     (here / "part2").symlink_to(tmp_path / "elsewhere")
+    (here / "up").symlink_to(here)  # a loop
     data = open_dataset(folder)
     found = [data.path(i).name for i in range(len(data)) if data.labels[i] == 0]
     assert found == ["b.png", "c.jfif", "d.JPE", "e.gif", "a.JPEG", "linked.jpg"]

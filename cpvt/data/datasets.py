@@ -206,9 +206,16 @@ def listed_dataset(
 
 
 def _files(folder: Path) -> list[str]:
-    """The paths of all files below a class folder, sorted part by part, without what is hidden."""
-    found = []
+    """The paths of all files below a class folder, sorted part by part, without what is hidden.
+
+    Links are followed, and each folder is entered once: a link may lead back up.
+    """
+    found, entered = [], set()
     for here, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(here, name) for name in names if not name.startswith(".")]
     return sorted(found, key=lambda path: path.split(os.sep))

@@ -189,6 +189,7 @@ class ShardWriter:
         path = Path(self.archive.name)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())  # before an index says that it is there
         self.shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
         self.archive = None
 
