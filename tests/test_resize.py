@@ -158,7 +158,8 @@ import sys, torch
 from cpvt.data.resize import plans
 from cpvt.data.resize_triton import by_triton
 images, boxes, flip, settings = torch.load(sys.argv[1])
-crops = [by_triton(images, *plans(images, boxes, size, bound), size, flip) for size, bound in settings]
+sides = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
+crops = [by_triton(images, *plans(sides, boxes, size, bound), size, flip) for size, bound in settings]
 torch.save(crops, sys.argv[1])
 """
 

@@ -25,12 +25,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from cpvt.config import AugmentConfig, DataConfig
 from cpvt.data.datasets import ImageDataset, ImageTensors, load_tensors, open_dataset
-from cpvt.data.decode import DecodedChunk, Decoder, Fault, find_gpu_decoder
-from cpvt.data.resize import centre_box, crop_resize
+from cpvt.data.decode import ChunkReader, DecodedChunk, Decoder, Fault, ReadChunk, find_gpu_decoder
+from cpvt.data.resize import centre_resize
 from cpvt.data.sampler import Request, Sampler
 from cpvt.data.shards import Shards, check_resolution
 from cpvt.data.synthetic import CLASSES, draw
@@ -46,9 +46,9 @@ EVAL_BATCH = 256  # images
 class Batch:
     """A micro-batch: normalised images (B, 3, S, S), and labels (B,) or mixed labels (B, K).
 
-    epoch, positions  which samples these are: (B,) int64 on the CPU
-    faults            images that could not be used, and what stands in for them
-    refused           images that the GPU refused to decode and the CPU decoded
+    positions  in the stream of the epoch: (B,) int64 on the CPU
+    faults     images that could not be used, and what stands in for them
+    refused    images that the GPU refused to decode and the CPU decoded
     """
 
     images: Tensor
@@ -63,7 +63,7 @@ class Batch:
 
 
 class Chunk(NamedTuple):
-    """What a worker reads of a request for a GPU. It carries the whole, for when all its parts are there."""
+    """What a worker reads of a request for a GPU; the whole goes along, to be put together again."""
 
     request: Request
     start: int
@@ -73,23 +73,13 @@ class Chunk(NamedTuple):
         return self.request.indices[self.start : self.start + CHUNK]
 
 
-class CPUWorker(Dataset):
-    """Request -> Batch, all that is done for a model on a CPU. `finish`: decoded images -> Batch."""
-
-    def __init__(self, images: ImageDataset | Shards, finish: Callable[[DecodedChunk], Batch]):
-        self.decoder, self.finish = Decoder(images, "cpu"), finish
-
-    def __getitem__(self, request: Request) -> Batch:
-        return self.finish(self.decoder(self.decoder.reader[request]))
-
-
-def work(job: Dataset, requests: Iterable, workers: int) -> Iterator:
-    """`job[request]` for each request, in order, by so many processes (0: by this one) until it is closed."""
-    options = {}
+def work(reader: ChunkReader, requests: Iterable, workers: int, finish: Callable | None = None) -> Iterator:
+    """`finish(reader[request])` for each request, in order, by so many processes (0: by this one)."""
+    options = {"sampler": requests, "num_workers": workers, "collate_fn": finish}
     if workers:
-        options = {"multiprocessing_context": _server(), "worker_init_fn": _stand_apart, "prefetch_factor": 2}
+        options |= {"multiprocessing_context": _server(), "worker_init_fn": _stand_apart}
     try:
-        yield from DataLoader(job, batch_size=None, sampler=requests, num_workers=workers, **options)
+        yield from DataLoader(reader, batch_size=None, **options)
     except (EOFError, ConnectionError) as error:  # before DataLoader notices it
         raise RuntimeError("a DataLoader worker was killed; is there enough memory?") from error
 
@@ -100,9 +90,9 @@ SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 def _server() -> multiprocessing.context.BaseContext:
     """Starts the process that workers are forked from; it has imported this module, which takes 2 s once.
 
-    A fork of the main process would copy locks that threads of NCCL, CUDA or the compiler hold. Signals to
-    its group, as a terminal and torchrun send them, and SIGUSR1, which SLURM may send to all, are the main
-    process's to answer, and it still needs its workers: these are born with such signals blocked.
+    A fork of the main process would copy locks that threads of NCCL, CUDA or the compiler hold. Signals to the
+    group (a terminal, torchrun) or to all processes (SLURM) are the main process's to answer, and it still needs
+    its workers: these are born with such signals blocked.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -160,8 +150,8 @@ Images = ImageDataset | Shards | ImageTensors  # in files, or in memory on the d
 
 
 class Loader:
-    """What both kinds have in common. They also tell num_classes, image_size (height, width), the fingerprint
-    of the training images, and which held-out images were `unread`, by name."""
+    """What both kinds share. They also tell num_classes, image_size (height, width), the fingerprint of what is
+    trained on, and the held-out images that were `unread`, by path."""
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -174,10 +164,8 @@ class Loader:
         return torch.cat([part.images for part in parts]), torch.cat([part.targets for part in parts])
 
     def upsampled(self, allow: bool = False) -> float:
-        """The share of held-out images, 0 to 1, that are smaller than evaluation needs and are enlarged.
-
-        Raises DataError for shards that were shrunk below it, unless allowed.
-        """
+        """The share of held-out images that are smaller than evaluation needs and are enlarged; DataError for
+        shards that were shrunk below it, unless allowed."""
         return 0.0
 
 
@@ -192,9 +180,8 @@ class SyntheticLoader(Loader):
         self.image_size = data.grid[0] * data.pixels, data.grid[1] * data.pixels
 
     def draw(self, index: Tensor, split: str) -> tuple[Tensor, Tensor]:
-        data, index = self.data, index.to(self.device)
-        options = {"grid": data.grid, "pixels": data.pixels, "seed": self.sampler.seed}
-        drawn = draw(data.name, index, split=split, **options)
+        options = {"grid": self.data.grid, "pixels": self.data.pixels, "seed": self.sampler.seed}
+        drawn = draw(self.data.name, index.to(self.device), split=split, **options)
         return normalise(drawn.images), drawn.labels
 
     def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
@@ -206,7 +193,7 @@ class SyntheticLoader(Loader):
                 yield Batch(*self.draw(positions, "train"), epoch, positions)
 
     def eval_batches(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
-        for index in _share(self.data.test_size, self.sampler.rank, self.sampler.world_size):
+        for index in _own_part(self.data.test_size, self.sampler.rank, self.sampler.world_size):
             yield self.draw(index, split)
 
 
@@ -229,9 +216,9 @@ class ImageLoader(Loader):
 
     def __post_init__(self):
         self.num_classes, self.image_size = len(self.val_set.classes), (self.data.image_size,) * 2
+        self.unread: dict[str, Fault] = {}
         if self.workers and not isinstance(self.val_set, ImageTensors):
             _server()  # by the time that it is needed it is there
-        self.unread: dict[str, Fault] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -249,12 +236,15 @@ class ImageLoader(Loader):
         requests, finish = self.sampler.requests(start_step), partial(_augmented, self.transform)
         with closing(self._batches(self.train_set, requests, finish, self.workers)) as batches:
             for batch in batches:
-                _refuse_ruins(batch.faults, len(batch.positions))
+                bad, count = len({fault.index for fault in batch.faults}), len(batch.positions)
+                if bad > max(8, count // 2):  # a few are replaced and named; when most are, it is the disk
+                    first = f"{batch.faults[0].key}, {batch.faults[0].reason}"
+                    raise DataError(f"{bad} of {count} images cannot be used (as {first}): see to the disk")
                 yield batch
 
     def eval_batches(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the held-out images, and their labels: -1 for one that cannot be read."""
-        parts = _share(len(self.val_set.labels), self.rank, self.world_size)
+        parts = _own_part(len(self.val_set.labels), self.rank, self.world_size)
         requests = [Request(0, index, index, index) for index in parts]
         finish = partial(_centred, self.data.image_size, self.data.crop_pct, self.device)
         workers = min(self.workers, len(requests))
@@ -273,15 +263,15 @@ class ImageLoader(Loader):
         cuda = self.device.type == "cuda"
         if isinstance(images, ImageTensors):
             batches = (finish(_picked(images, request)) for request in requests)
-        elif cuda:
-            decoder = Decoder(images, self.device, self.data.decode, self.decode_jpegs)
-            batches = (finish(decoded) for decoded in _decoded(decoder, requests, workers))
         else:
-            batches = work(CPUWorker(images, finish), requests, workers)
+            decoder = Decoder(images, self.device, self.data.decode, self.decode_jpegs)
+            if not cuda:
+                return work(decoder.reader, requests, workers, partial(_finished, decoder, finish))
+            batches = (finish(decoded) for decoded in _decoded(decoder, requests, workers))
         return make_ahead(batches, torch.cuda.Stream(self.device)) if cuda else batches
 
 
-def _share(count: int, rank: int, world_size: int) -> tuple[Tensor, ...]:
+def _own_part(count: int, rank: int, world_size: int) -> tuple[Tensor, ...]:
     """This process's part of `count` samples, in lists; none where there are fewer samples than processes."""
     own = torch.arange(count)[rank::world_size]
     return own.split(EVAL_BATCH) if len(own) else ()
@@ -292,6 +282,10 @@ def _picked(images: ImageTensors, request: Request) -> DecodedChunk:
     return DecodedChunk(request, images.images[index], images.labels[index])
 
 
+def _finished(decoder: Decoder, finish: Callable, read: ReadChunk) -> Batch:
+    return finish(decoder(read))
+
+
 def _decoded(decoder: Decoder, requests: Iterable[Request], workers: int) -> Iterator[DecodedChunk]:
     """Whole requests, read in chunks by workers and decoded here."""
     chunks = (Chunk(request, i) for request in requests for i in range(0, len(request.indices), CHUNK))
@@ -300,13 +294,9 @@ def _decoded(decoder: Decoder, requests: Iterable[Request], workers: int) -> Ite
         parts.append(decoder(read))
         whole, start = read.request
         if start + CHUNK >= len(whole.indices):
-            yield DecodedChunk(
-                whole,
-                [image for part in parts for image in part.images],
-                torch.cat([part.labels for part in parts]),
-                [fault for part in parts for fault in part.faults],
-                sum(part.refused for part in parts),
-            )
+            images, faults = sum((p.images for p in parts), []), sum((p.faults for p in parts), [])
+            labels, refused = torch.cat([p.labels for p in parts]), sum(p.refused for p in parts)
+            yield DecodedChunk(whole, images, labels, faults, refused)
             parts = []
 
 
@@ -319,33 +309,19 @@ def _augmented(transform: TrainTransform, decoded: DecodedChunk) -> Batch:
 def _centred(size: int, crop_pct: float, device: torch.device, decoded: DecodedChunk) -> Batch:
     images, labels, request = decoded.images, decoded.labels, decoded.request
     # What cannot be read counts as wrong, whatever stands in for it: no guess is -1.
-    spoiled = {fault.index for fault in decoded.faults}
-    labels[[i for i, index in enumerate(request.indices.tolist()) if index in spoiled]] = -1
+    bad = {fault.index for fault in decoded.faults}
+    labels[[i for i, index in enumerate(request.indices.tolist()) if index in bad]] = -1
     if not (isinstance(images, Tensor) and images.shape[-2:] == (size, size) and crop_pct == 1):
-        boxes = [centre_box(*image.shape[1:], size, crop_pct) for image in images]
-        images = crop_resize(images, torch.tensor(boxes, dtype=torch.float64), (size, size), bound="image")
+        images = centre_resize(images, size, crop_pct)
     pixels, labels = normalise(images.float() / 255), send(labels, device)
     return Batch(pixels, labels, 0, request.positions, decoded.faults, decoded.refused)
-
-
-def _refuse_ruins(faults: list[Fault], count: int) -> None:
-    """A few unusable images are replaced and named; when most are, it is the disk."""
-    spoiled = {fault.index for fault in faults}
-    if len(spoiled) > max(count // 2, 8):
-        raise DataError(
-            f"{len(spoiled)} of {count} images of a micro-batch cannot be used (the first: {faults[0].key}, "
-            f"{faults[0].reason}): see to the disk, then give the same command again"
-        )
 
 
 # --------------------------------------------------------------------------- by configuration
 
 
 def open_split(data: DataConfig, split: str, device: str = "cpu", cache: dict | None = None) -> Images:
-    """One split, or the part of it that is configured; in memory or in files.
-
-    `cache` keeps what is in memory, so that images are decoded once for runs one after the other.
-    """
+    """One split, or the part of it that is configured. `cache` keeps what is in memory for later runs."""
     side, place = data.stored_size or data.image_size, torch.empty(0, device=device).device
     key = data.name, data.root, split, data.hold_out, data.limit, side, place
     if data.store == "memory" and cache and key in cache:
@@ -381,10 +357,9 @@ def make_loader(
     cache: dict | None = None,
     open_split: Callable[..., Images] = open_split,
 ) -> SyntheticLoader | ImageLoader:
-    """The batches that `data` names: a synthetic task, a known set of images, or a folder of files or shards.
+    """The batches that `data` names, shared out as `Sampler` says; without `train`, held-out images alone.
 
-    `Sampler` says how batches are shared out. Without `train`, held-out images alone are opened. A script whose
-    images come from worker processes needs the guard `if __name__ == "__main__":`, for these import it too.
+    A script whose images come from worker processes needs the guard `if __name__ == "__main__":`.
     """
     shared = rank, world_size, micro_batch_size
     if data.name in CLASSES:
@@ -392,16 +367,14 @@ def make_loader(
             raise ConfigError(f"data.name={data.name!r} is drawn, and never augmented: leave augment.* alone")
         return SyntheticLoader(data, Sampler(data.train_size, global_batch_size, seed, 1, 1, *shared), device)
     val_set = open_split(data, "val", device, cache)
-    loader = ImageLoader(data, torch.device(device), rank, world_size, val_set)
+    own = data, torch.device(device), rank, world_size, val_set
     if not train:
-        return loader
+        return ImageLoader(*own)
     train_set, classes = open_split(data, "train", device, cache), len(val_set.classes)
     if train_set.classes != val_set.classes:
-        raise DataError(
-            f"{data.name}: {len(train_set.classes)} classes to train on, {classes} held out, or other ones: "
-            "labels would mean different things; give both splits the same classes"
-        )
+        found = f"{len(train_set.classes)} classes to train on, {classes} held out, or other ones"
+        raise DataError(f"{data.name}: {found}: give both splits the same")
     group, copies = augment.mix_group if augment.mixup or augment.cutmix else 1, augment.repeated_aug
     sampler = Sampler(len(train_set.labels), global_batch_size, seed, group, copies, *shared)
     transform = TrainTransform(augment, data.image_size, classes, label_smoothing, seed, device)
-    return replace(loader, train_set=train_set, sampler=sampler, transform=transform)
+    return ImageLoader(*own, train_set, sampler, transform)

@@ -1,18 +1,16 @@
 """RandAugment on whole batches: timm's policy and its fifteen increasing operations, uint8 in, uint8 out.
 
-timm runs PIL's operations one image at a time. Here the images of a batch are sorted by operation, and the
-operations by how they work, so that a layer takes a handful of calls for any number of images. Against PIL:
+timm runs PIL's operations one image at a time. Here an operation takes all images of a batch that get it. Against
+PIL:
 
-    tables   AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd, Contrast, Brightness: equal to
-             the bit
-    blends   Color, Sharpness: equal to the bit, eager; compiled for a GPU, a product and a sum may become one
-             operation, which differs by one grey level where the result is almost whole
-    moves    Rotate, Shear, Translate: PIL interpolates in double precision (its cubic has a = -1 here, -0.5
-             where it resizes) and cuts off the fraction; float32 differs by one grey level where the value is
-             almost whole (a shift by fifths of a pixel makes one in 125 whole), and by the fill where a pixel
-             comes from within 1e-6 of the image's border
+    tables, blends  equal to the bit; Color and Sharpness compiled for a GPU, where a product and a sum may become
+                    one operation, differ by one grey level where the result is almost whole
+    moves           PIL interpolates in double precision (its cubic has a = -1 here, -0.5 where it resizes) and
+                    cuts off the fraction; float32 differs by one grey level where the value is almost whole (a
+                    shift by fifths of a pixel makes one in 125 whole), and by the fill where a pixel comes from
+                    within 1e-6 of the image's border
 
-Letters: B images of a batch, n of them that get the same treatment, H W rows and columns of pixels, L layers.
+Letters: B images of a batch, n of them that get the same operation, H W rows and columns of pixels, L layers.
 """
 
 from __future__ import annotations
@@ -78,8 +76,8 @@ def parse(text: str) -> Notation:
     fine = m <= LARGEST and n >= 1 and spread <= 100 and p <= 1 and not (m % 1 or n % 1)
     if name != "rand" or len(given) < len(sections) or given.get("inc") != 1 or not fine:
         raise ConfigError(
-            f"augment.randaugment={text!r}; expected a form such as 'rand-m9-n2-p0.5-mstd0.5-inc1': whole "
-            f"m to {LARGEST}, whole n from 1, mstd to 100, p to 1, and inc1, the increasing set"
+            f"augment.randaugment={text!r}: expected 'rand-m9-n2-p0.5-mstd0.5-inc1' or like it, with whole m to "
+            f"{LARGEST}, whole n from 1, mstd to 100, p to 1, and inc1, the increasing set"
         )
     return Notation(int(m), int(n), spread, p)
 
@@ -114,78 +112,70 @@ def run_layer(images: Tensor, policy: Policy) -> None:
 
     Nothing is read back from a GPU: which images get what is known on the CPU beforehand.
     """
-    device, order = images.device, policy.operation.argsort(stable=True)
+    order = policy.operation.argsort(stable=True)
     counts = torch.bincount(policy.operation + 1, minlength=len(OPERATIONS) + 1).tolist()
-    # One piece an operation; the first is of the images left alone.
-    parts = send(order, device), policy.level[order] / LARGEST, policy.sign[order]
-    pieces = zip(*(part.split(counts)[1:] for part in parts), strict=True)
-    runs: dict[Callable, list[tuple[Tensor, Tensor]]] = {}
-    for (run, prepare), (which, level, sign) in zip(OPERATIONS.values(), pieces, strict=True):
-        if len(which):
-            needs = prepare(images, which, level, sign)
-            runs.setdefault(run, []).append((which, send(needs, device)))
-    for run, chosen in runs.items():
-        which, needs = (torch.cat(column) for column in zip(*chosen, strict=True))
-        step = len(which) if images.is_cuda else max(1, CACHED // images[0, 0].numel())
-        for some, need in zip(which.split(step), needs.split(step), strict=True):
-            images.index_copy_(0, some, run(images.index_select(0, some), need))
+    columns = (send(c, images.device) for c in (order, policy.level[order] / LARGEST, policy.sign[order]))
+    pieces = (column.split(counts)[1:] for column in columns)  # the first is of the images left alone
+    step = len(images) if images.is_cuda else max(1, CACHED // images.shape[2:].numel())
+    for operate, *chosen in zip(OPERATIONS.values(), *pieces, strict=True):
+        for which, level, sign in zip(*(column.split(step) for column in chosen), strict=True):
+            if len(which):
+                images.index_copy_(0, which, operate(images.index_select(0, which), level, sign))
 
 
+# An operation: images (n, 3, H, W) uint8, levels 0 to 1 and signs (n,) float64, all on one device -> images.
 # --------------------------------------------------------------------------- by a table
-#
-# A function that prepares takes the images, the numbers of those n that it is for, levels 0 to 1 and signs
-# (n,), and gives what the operation needs, (n, ...): here tables (n, 3, 256) uint8.
 
 
 @fused
 def look_up(images: Tensor, table: Tensor) -> Tensor:
-    """Each value replaced by its entry in the table."""
+    """Each value replaced by its entry in the table, (n, 3, 256) uint8."""
     return table.gather(2, images.flatten(2).long()).view_as(images)
 
 
-def _table(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
-    """From old values (256,), level and sign (n, 1) alone."""
+def by_table(function: Callable) -> Callable:
+    """From a function of the old values (256,), levels and signs (n, 1, 1), and images to the new values."""
 
-    def prepare(images, which, level, sign):
-        new = function(torch.arange(256), level[:, None], sign[:, None]).to(torch.uint8)
-        return new.expand(len(which), 256)[:, None].expand(-1, 3, 256)
+    def operate(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+        old, how = torch.arange(256, device=images.device), (level[:, None, None], sign[:, None, None])
+        return look_up(images, function(old, *how, images).to(torch.uint8).expand(len(images), 3, 256))
 
-    return prepare
+    return operate
 
 
-def _autocontrast(images, which, level, sign):
-    values = images.index_select(0, which).flatten(2)
-    low, high = values.amin(2, keepdim=True).double(), values.amax(2, keepdim=True).double()
+def autocontrast(old, level, sign, images):
+    low, high = (v[..., None].double() for v in images.flatten(2).aminmax(dim=2))
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / ... would multiply by a reciprocal
-    old = torch.arange(256, device=images.device)
-    return torch.where(high > low, (old * scale + -low * scale).clamp(0, 255), old).to(torch.uint8)
+    return torch.where(high > low, (old * scale + -low * scale).clamp(0, 255), old)
 
 
-def _equalise(images, which, level, sign):
-    values = images.index_select(0, which).flatten(0, 1).flatten(1)  # (3n, H W)
-    rows, pixels = values.shape
-    index = values.long().add_(256 * torch.arange(rows, device=images.device)[:, None]).flatten()
+def equalise(old, level, sign, images):
+    rows, pixels = 3 * len(images), images.shape[2:].numel()
+    index = images.view(rows, pixels).long() + 256 * torch.arange(rows, device=images.device)[:, None]
+    ones = torch.ones(1, dtype=torch.int32, device=images.device).expand(index.numel())
     counts = torch.zeros(rows * 256, dtype=torch.int32, device=images.device)
-    counts = counts.scatter_add_(0, index, counts.new_ones(1).expand(len(index))).view(-1, 3, 256).long()
-    old = torch.arange(256, device=images.device)
+    counts = counts.scatter_add_(0, index.flatten(), ones).view(-1, 3, 256).long()
     brightest = counts.gather(2, (old * (counts > 0)).amax(2, keepdim=True))
     step = (pixels - brightest) // 255  # 0 where there is one value only, too
     new = (step // 2 + counts.cumsum(2) - counts) // step.clamp(min=1)
-    return torch.where(step > 0, new.clamp(max=255), old).to(torch.uint8)
+    return torch.where(step > 0, new.clamp(max=255), old)
 
 
-def _contrast(images, which, level, sign):
-    pixels = images[0, 0].numel()
-    total = _grey(images.index_select(0, which)).flatten(1).sum(1)[:, None, None]
-    grey = ((2 * total + pixels) // (2 * pixels)).float()  # the mean, rounded; in whole numbers on any device
-    factor = send(_enhance(level, sign), images.device)[:, None, None]
-    return _blend(grey, torch.arange(256.0, device=images.device), factor).expand(-1, 3, 256)
+def contrast(old, level, sign, images):
+    pixels = images.shape[2:].numel()
+    total = _grey(images).flatten(1).sum(1)[:, None, None]
+    grey = (2 * total + pixels) // (2 * pixels)  # the mean, rounded; in whole numbers on any device
+    return _blend(grey.float(), old.float(), _factor(level, sign))
 
 
 # --------------------------------------------------------------------------- by a blend
 
 
-def _blend(low: Tensor, high: Tensor, factor: Tensor) -> Tensor:
+def _factor(level: Tensor, sign: Tensor) -> Tensor:
+    return (1 + sign * (level * 0.9)).clamp(min=0.1).float()
+
+
+def _blend(low: Tensor | float, high: Tensor, factor: Tensor) -> Tensor:
     """PIL's blend of float32 values 0 to 255: the fraction is cut off, not rounded."""
     return (low + factor * (high - low)).clamp(0, 255).to(torch.uint8)
 
@@ -214,21 +204,14 @@ def sharpen(images: Tensor, factor: Tensor) -> Tensor:
     return _blend(smooth, sharp, factor[:, None, None, None])
 
 
-def _enhance(level, sign):
-    return (1 + sign * (level * 0.9)).clamp(min=0.1).float()
-
-
-def _factor(images, which, level, sign):
-    return _enhance(level, sign)
-
-
 # --------------------------------------------------------------------------- by moving pixels
 
 
-def _slide(images: Tensor, motion: Tensor) -> Tensor:
-    """Each row moved along itself. motion (n, 2) float64: by so much a row, by so much at all."""
+@fused
+def slide(images: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
+    """Each row moved along itself by slope * (its height) + shift pixels; slope and shift (n,) float64."""
     height, width = images.shape[2:]
-    whole, part = _split(motion[:, :1] * _centres(height, images) + motion[:, 1:])  # (n, H)
+    whole, part = _split(slope[:, None] * _centres(height, images) + shift[:, None])  # (n, H)
     column = whole[:, :, None] + torch.arange(width, device=images.device)  # (n, H, W)
     row = torch.arange(height, device=images.device)[:, None]
     value = _along(_pack(images), row, column, part[:, None, :, None])
@@ -236,19 +219,23 @@ def _slide(images: Tensor, motion: Tensor) -> Tensor:
     return _finish(value, (nearest >= 0) & (nearest < width))
 
 
-slide = fused(_slide)
+def shear(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    return slide(images, sign * (level * 0.3), 0 * level)
 
 
-@fused
-def slide_down(images: Tensor, motion: Tensor) -> Tensor:
-    """The same with columns for rows."""
-    return _slide(images.mT.contiguous(), motion).mT
+def translate(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    return slide(images, 0 * level, sign * (level * 0.45) * images.shape[3])
 
 
-def rotate(images: Tensor, motion: Tensor) -> Tensor:
-    """About the centre, counter-clockwise. motion (n, 2) float64: cosine and sine."""
+def along_columns(move: Callable) -> Callable:
+    return lambda images, *how: move(images.mT.contiguous(), *how).mT
+
+
+def rotate(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    """About the centre, by up to 30 degrees."""
     height, width = images.shape[2:]
-    cosine, sine = motion[:, :, None, None].unbind(1)
+    angle = -sign * (level * 30) * (math.pi / 180)
+    cosine, sine = angle.cos()[:, None, None], angle.sin()[:, None, None]
     down = (_centres(height, images) - height / 2)[:, None]
     across = _centres(width, images) - width / 2
     # Where a pixel comes from, as a part that only its column decides and one that only its row does: so all
@@ -308,51 +295,28 @@ def _finish(value: Tensor, inside: Tensor) -> Tensor:
     return torch.stack([torch.where(inside, channel, level) for channel, level in colours], dim=1)
 
 
-def _motion(function: Callable[[Tensor, int, int], tuple[Tensor, Tensor]], most: float) -> Callable:
-    def prepare(images, which, level, sign):
-        return torch.stack(function(sign * (level * most), *images.shape[2:]), dim=1)
-
-    return prepare
-
-
-def _turn(degrees: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    angle = -degrees * (math.pi / 180)
-    return angle.cos(), angle.sin()
-
-
 # --------------------------------------------------------------------------- the fifteen, in timm's order
 
-OPERATIONS: dict[str, tuple[Callable, Callable]] = {  # what runs, and what prepares
-    "AutoContrast": (look_up, _autocontrast),
-    "Equalize": (look_up, _equalise),
-    "Invert": (look_up, _table(lambda old, level, sign: 255 - old)),
-    "Rotate": (rotate, _motion(_turn, 30)),  # degrees
+OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "AutoContrast": by_table(autocontrast),
+    "Equalize": by_table(equalise),
+    "Invert": by_table(lambda old, *_: 255 - old),
+    "Rotate": rotate,
     # By the level: how many bits are kept, from which value on is inverted, what is added to dark ones.
-    "PosterizeIncreasing": (
-        look_up,
-        _table(lambda old, level, sign: old & (256 - 2 ** (4 + (level * 4).floor().long()))),
+    "PosterizeIncreasing": by_table(lambda old, level, *_: old & (256 - (16 << (level * 4).long()))),
+    "SolarizeIncreasing": by_table(
+        lambda old, level, *_: torch.where(old < 256 - (level * 256).floor(), old, 255 - old)
     ),
-    "SolarizeIncreasing": (
-        look_up,
-        _table(lambda old, level, sign: torch.where(old < 256 - (level * 256).floor(), old, 255 - old)),
+    "SolarizeAdd": by_table(
+        lambda old, level, *_: (old + (old < 128) * (level * 110).floor()).clamp(max=255)
     ),
-    "SolarizeAdd": (
-        look_up,
-        _table(
-            lambda old, level, sign: torch.where(old < 128, old + (level * 110).floor(), old).clamp(max=255)
-        ),
-    ),
-    "ColorIncreasing": (colour, _factor),
-    "ContrastIncreasing": (look_up, _contrast),
-    "BrightnessIncreasing": (
-        look_up,
-        _table(lambda old, *how: _blend(torch.zeros(1), old.float(), _enhance(*how))),
-    ),
-    "SharpnessIncreasing": (sharpen, _factor),
-    # Rows (columns) a pixel apart move by so much; then shares of the width (height).
-    "ShearX": (slide, _motion(lambda value, *_: (value, 0 * value), 0.3)),
-    "ShearY": (slide_down, _motion(lambda value, *_: (value, 0 * value), 0.3)),
-    "TranslateXRel": (slide, _motion(lambda value, height, width: (0 * value, value * width), 0.45)),
-    "TranslateYRel": (slide_down, _motion(lambda value, height, width: (0 * value, value * height), 0.45)),
+    "ColorIncreasing": lambda images, *how: colour(images, _factor(*how)),
+    "ContrastIncreasing": by_table(contrast),
+    "BrightnessIncreasing": by_table(lambda old, *how: _blend(0.0, old.float(), _factor(*how[:2]))),
+    "SharpnessIncreasing": lambda images, *how: sharpen(images, _factor(*how)),
+    "ShearX": shear,
+    "ShearY": along_columns(shear),
+    "TranslateXRel": translate,
+    "TranslateYRel": along_columns(translate),
 }
 NAMES = tuple(OPERATIONS)

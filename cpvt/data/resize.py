@@ -1,8 +1,7 @@
-"""Crops of images of any size, brought to one size by Pillow's antialiased bicubic filter, a batch at once on
-a GPU.
+"""Crops of images of any size, brought to one size by Pillow's antialiased bicubic filter.
 
-Letters: B images, h w height and width of one image, S sides of the result, in pixels. A box is (top, left,
-height, width) in pixels of its image, fractions allowed.
+Letters: B images, h w height and width of one image, in pixels. A box is (top, left, height, width) in pixels of
+its image, fractions allowed.
 """
 
 from __future__ import annotations
@@ -28,14 +27,13 @@ def crop_resize(
     flip: Tensor | None = None,
     bound: Literal["box", "image"] = "box",
 ) -> Tensor:
-    """B images (3, h, w) uint8 or one (B, 3, h, w), boxes (B, 4) -> (B, 3, *size) uint8, where the images
-    are.
+    """B images (3, h, w) uint8 or one (B, 3, h, w), boxes (B, 4) -> (B, 3, *size) uint8, where the images are.
 
-    As Pillow did it until 12.2 and so the reference: the filter is widened where it shrinks the image; rows
-    are filtered and rounded to uint8, then columns. Later Pillows take columns first where that is faster,
-    which shows where the filter overshoots black or white. (Keys' cubic with a = -0.5.)
+    As Pillow did it until 12.2 and so the reference: the filter (Keys' cubic with a = -0.5) is widened where it
+    shrinks the image; rows are filtered and rounded to uint8, then columns. Later Pillows take columns first
+    where that is faster, which shows where the filter overshoots black or white.
 
-    boxes   float64, kept on the CPU: the GPU's launches are planned from them
+    boxes   on the CPU: a GPU's launches are planned from them
     flip    (B,) bool: mirror left and right
     bound   "box": the filter sees what lies in the box alone, crop first, then resize (training);
             "image": it may look beyond, `Image.resize(size, box=...)` (evaluation)
@@ -43,19 +41,15 @@ def crop_resize(
     On the CPU, Pillow computes it. On a GPU, Triton does, with float32 sums instead of 22-bit weights: at
     most one grey level apart. Raises DataError where a box is empty or not inside its image.
     """
-    boxes = torch.as_tensor(boxes, dtype=torch.float64, device="cpu")
-    flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip.cpu()
-    sides = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64).view(-1, 2)
+    boxes, flip = boxes.double(), torch.zeros(len(images), dtype=torch.bool) if flip is None else flip
+    sides = torch.tensor([image.shape[1:] for image in images], dtype=torch.float64)
     inside = (boxes[:, :2] >= 0) & (boxes[:, 2:] > 0) & (boxes[:, :2] + boxes[:, 2:] <= sides + 1e-6)
-    if not inside.all():
-        i = int((~inside.all(dim=1)).nonzero()[0])
+    for i in (~inside.all(dim=1)).nonzero()[:, 0].tolist():
+        box, given = tuple(boxes[i].tolist()), tuple(images[i].shape[1:])
         raise DataError(
-            f"box {tuple(boxes[i].tolist())} was given for image {i} of {tuple(sides[i].int().tolist())} "
-            "pixels: give (top, left, height, width) inside it"
+            f"box {box} of image {i} of {given} pixels: give (top, left, height, width) inside it"
         )
-    if not len(images):
-        return torch.empty(0, 3, *size, dtype=torch.uint8)
-    down, across = plans(images, boxes, size, bound)
+    down, across = plans(sides, boxes, size, bound)
     if not images[0].is_cuda:
         return by_pillow(images, boxes, down, across, size, flip)
     from cpvt.data.resize_triton import by_triton  # Triton comes with PyTorch for GPUs only
@@ -64,28 +58,25 @@ def crop_resize(
 
 
 def centre_box(height: int, width: int, image_size: int, crop_pct: float = 0.875) -> tuple[float, ...]:
-    """The box of an image that evaluation shows, for `crop_resize(..., (image_size, image_size),
-    bound="image")`.
+    """The box that evaluation shows of an image, for `crop_resize(..., bound="image")`, in pixels.
 
     The same as resizing the short side to floor(image_size / crop_pct) and cutting out the centre, with
     torchvision's roundings of the long side and of the offset, but in one step.
     """
-    if not 0 < crop_pct <= 1:
-        raise DataError(f"crop_pct={crop_pct} was given: give the share of the side, up to 1")
     short = math.floor(image_size / crop_pct)
-    if height <= width:
-        rows, columns = short, int(short * width / height)
-    else:
-        rows, columns = int(short * height / width), short
+    rows, columns = (int(short * side / min(height, width)) for side in (height, width))
     top, left = round((rows - image_size) / 2.0), round((columns - image_size) / 2.0)
     down, across = height / rows, width / columns  # pixels of the image for one of the resized
     top, left, high, wide = top * down, left * across, image_size * down, image_size * across
-    return (
-        top,
-        left,
-        min(high, height - top),
-        min(wide, width - left),
-    )  # rounding may leave a bit beyond the border
+    return top, left, min(high, height - top), min(wide, width - left)  # rounding may go beyond the border
+
+
+def centre_resize(
+    images: Sequence[Tensor] | Tensor, side: int, crop_pct: float = 1.0, flip: Tensor | None = None
+) -> Tensor:
+    """The centres of B images (3, h, w) uint8 -> (B, 3, side, side): see `centre_box`."""
+    boxes = [centre_box(*image.shape[1:], side, crop_pct) for image in images]
+    return crop_resize(images, torch.tensor(boxes, dtype=torch.float64), (side, side), flip, "image")
 
 
 class Axis(NamedTuple):
@@ -104,12 +95,10 @@ class Axis(NamedTuple):
     last: Tensor
 
 
-def plans(images, boxes: Tensor, size: tuple[int, int], bound: str) -> list[Axis]:
-    """Where the filter reads: along the columns, from top to bottom, and along the rows."""
+def plans(sides: Tensor, boxes: Tensor, size: tuple[int, int], bound: str) -> list[Axis]:
+    """Where the filter reads in images of `sides` (B, 2): from top to bottom, and from left to right."""
     found = []
-    for axis, out in enumerate(size):
-        start, length = boxes[:, axis], boxes[:, axis + 2]
-        side = torch.tensor([image.shape[axis + 1] for image in images], dtype=torch.float64)
+    for side, start, length, out in zip(sides.T, boxes[:, :2].T, boxes[:, 2:].T, size, strict=True):
         low, high = torch.zeros_like(side), side
         if bound == "box":
             low, high = start.floor(), torch.minimum((start + length - 1e-6).ceil(), side)

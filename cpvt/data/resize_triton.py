@@ -16,13 +16,11 @@ from cpvt.data.randaugment import send
 from cpvt.data.resize import Axis
 
 ROWS, COLUMNS = 16, 64  # pixels of a program, which are also lines of the other launch
-# Places in a table: FIELDS int64 an image. START and SCALE are float64 bit by bit.
-FIELDS = tl.constexpr(16)
-ADDRESS, PITCH, PLANE = (tl.constexpr(i) for i in (0, 1, 2))  # of the first pixel that is read; in pixels
-READ, OFFSET, FLIP = (tl.constexpr(i) for i in (3, 4, 5))  # R; where the image's part of the buffer begins
-LOW, HIGH, START, SCALE = (
-    tl.constexpr(i) for i in (6, 7, 8, 9)
-)  # see `Axis`; from the box's first whole pixel
+# An image's entry in a table, int64 each: address of the first pixel that is read, pixels from row to row and from
+# colour to colour, R, where its part of the buffer begins, whether it is mirrored; then, of one direction and from
+# the box's first whole pixel, what `Axis` says. START and SCALE are float64 bit by bit.
+ADDRESS, PITCH, PLANE, READ, OFFSET, FLIP, LOW, HIGH, START, SCALE = map(tl.constexpr, range(10))
+FIELDS = tl.constexpr(10)
 
 
 @triton.jit
@@ -106,14 +104,8 @@ def by_triton(images, down: Axis, across: Axis, size: tuple[int, int], flip: Ten
     sides, read = torch.tensor([image.shape[1:] for image in images]), (down.last - down.first).long()
     lengths = (3 * width * read + 15) // 16 * 16  # parts of the buffer are aligned for the second launch
     first = down.first.long() * sides[:, 1] + across.start.floor().long()
-    fields = {
-        ADDRESS: torch.tensor([image.data_ptr() for image in images]) + first,
-        PITCH: sides[:, 1],
-        PLANE: sides.prod(1),
-        READ: read,
-        OFFSET: lengths.cumsum(0) - lengths,
-        FLIP: flip,
-    }
+    address = torch.tensor([image.data_ptr() for image in images]) + first
+    entry = [address, sides[:, 1], sides.prod(1), read, lengths.cumsum(0) - lengths, flip]
     buffer = torch.empty(int(lengths.sum()), dtype=torch.uint8, device=device)
     out = torch.empty(len(images), 3, *size, dtype=torch.uint8, device=device)
     with torch.cuda.device_of(out):
@@ -121,17 +113,16 @@ def by_triton(images, down: Axis, across: Axis, size: tuple[int, int], flip: Ten
             (across, across.low, across.high, read, (ROWS, COLUMNS), width),
             (down, down.first, down.last, torch.full_like(read, width), (COLUMNS, ROWS), height),
         ):
-            origin, table = axis.start.floor(), torch.zeros(len(images), FIELDS.value, dtype=torch.int64)
-            fields |= {LOW: low - origin, HIGH: high - origin}
-            fields |= {START: (axis.start - origin).view(torch.int64), SCALE: axis.scale.view(torch.int64)}
-            for place, values in fields.items():
-                table[:, place.value] = values
+            origin = axis.start.floor()
+            start, scale = (v.view(torch.int64) for v in (axis.start - origin, axis.scale))
+            table = torch.stack(
+                [v.long() for v in (*entry, low - origin, high - origin, start, scale)], dim=1
+            )
             blocks = triton.cdiv(lines, block[0])
             image = torch.arange(len(images)).repeat_interleave(blocks)
             number = torch.arange(len(image)) - (blocks.cumsum(0) - blocks)[image]
             work = torch.stack([image, number * block[0]], dim=1)
-            grid = len(work), triton.cdiv(length, block[1])
-            resample[grid](
+            resample[len(work), triton.cdiv(length, block[1])](
                 send(table, device), send(work, device), buffer, out, axis is across, *size, *block
             )
     return out

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cpvt.config import AugmentConfig
 from cpvt.data.randaugment import draw_policy, fused, parse, rand_augment, send
-from cpvt.data.resize import centre_box, crop_resize
+from cpvt.data.resize import centre_resize, crop_resize
 from cpvt.errors import ConfigError
 from cpvt.rng import bits, mix, uniform
 
@@ -33,8 +33,8 @@ TRIES = 10  # boxes drawn for a crop or for what is erased, of which the first t
 
 
 def _shapes(key: str, seed: int, epoch: int, positions: Tensor, area, scale, ratio) -> tuple[Tensor, Tensor]:
-    """Two sides (B, TRIES) of boxes: their product is even in `scale` of `area`, the logarithm of the first
-    divided by the second in that of `ratio`."""
+    """Two sides of boxes, (B, TRIES) each: their product is even in `scale` of `area`, the logarithm of the first
+    over the second in that of `ratio`."""
     tries = torch.arange(TRIES)[:, None], torch.arange(2)
     share, log = uniform(f"{key}/shape", seed, epoch, positions[:, None, None], *tries).unbind(2)
     share = scale[0] + (scale[1] - scale[0]) * share
@@ -70,9 +70,7 @@ def crop_boxes(
     return torch.where(fits.any(dim=1, keepdim=True), boxes, whole)
 
 
-def erase_boxes(
-    probability: float, seed: int, epoch: int, positions: Tensor, size: tuple[int, int]
-) -> Tensor:
+def erase_boxes(probability: float, seed: int, epoch: int, positions: Tensor, size: tuple) -> Tensor:
     """Random erasing: positions (B,) -> (B, 4) int64 top, left, height, width; all 0 where nothing is erased.
 
     timm's distribution: the share of the area is even in 0.02 to 1/3, the logarithm of height / width in that
@@ -225,13 +223,7 @@ class TrainTransform:
     """
 
     def __init__(
-        self,
-        config: AugmentConfig,
-        image_size: int,
-        classes: int,
-        label_smoothing: float,
-        seed: int,
-        device="cpu",
+        self, config: AugmentConfig, image_size: int, classes: int, label_smoothing=0.0, seed=0, device="cpu"
     ):
         self.config, self.size, self.classes = config, (image_size, image_size), classes
         self.label_smoothing, self.seed, self.device = label_smoothing, seed, torch.device(device)
@@ -251,9 +243,7 @@ class TrainTransform:
         config, where = self.config, (self.seed, epoch, positions)
         mixes = bool(config.mixup or config.cutmix)
         if mixes and len(images) != len(groups) * config.mix_group:
-            raise ConfigError(
-                f"{len(images)} images are not {len(groups)} groups, mix_group={config.mix_group}"
-            )
+            raise ConfigError(f"{len(images)} images, {len(groups)} groups of mix_group={config.mix_group}")
         pixels = self._resize(images, uniform("flip", *where) < config.hflip, where)
         if self.notation:
             rand_augment(pixels, draw_policy(self.notation, *where))
@@ -269,10 +259,9 @@ class TrainTransform:
 
     def _resize(self, images: Sequence[Tensor] | Tensor, flip: Tensor, where: tuple) -> Tensor:
         """A random part of each image, or its centre, at the size wanted: a new tensor (B, 3, S, S) uint8."""
-        sides = torch.tensor([image.shape[1:] for image in images])
         if self.config.crop:
+            sides = torch.tensor([image.shape[1:] for image in images])
             return crop_resize(images, crop_boxes(self.config, *where, *sides.T), self.size, flip)
         if isinstance(images, Tensor) and images.shape[2:] == self.size:
             return torch.where(send(flip, self.device)[:, None, None, None], images.flip(3), images)
-        boxes = [centre_box(height, width, self.size[0], 1.0) for height, width in sides.tolist()]
-        return crop_resize(images, torch.tensor(boxes, dtype=torch.float64), self.size, flip, "image")
+        return centre_resize(images, self.size[0], flip=flip)
