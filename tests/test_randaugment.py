@@ -9,17 +9,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from cpvt.data.randaugment import (
-    FILL,
-    NAMES,
-    OPERATIONS,
-    Policy,
-    draw_policy,
-    look_up,
-    parse,
-    rand_augment,
-    run_layer,
-)
+from cpvt.data.randaugment import FILL, NAMES, OPERATIONS, Policy, draw_policy, parse, rand_augment, run_layer
 from cpvt.errors import ConfigError
 
 TEXT = "rand-m9-mstd0.5-inc1"
@@ -53,12 +43,16 @@ def by_timm(monkeypatch, image: torch.Tensor, name: str, level: float, sign: flo
     return torch.from_numpy(np.array(made)).permute(2, 0, 1)
 
 
-def ours(images: torch.Tensor, name: str, level, sign) -> torch.Tensor:
-    images = images.clone()
-    count = len(images)
-    policy = (torch.full((count,), v, dtype=torch.float64) for v in (level, sign))
-    run_layer(images, Policy(torch.full((count,), NAMES.index(name)), *policy))
+def ours(images: torch.Tensor, name: str, level: float, sign: float) -> torch.Tensor:
+    images, count = images.clone(), len(images)
+    how = (torch.full((count,), v, dtype=torch.float64) for v in (level, sign))
+    run_layer(images, Policy(torch.full((count,), NAMES.index(name)), *how))
     return images
+
+
+def apart(monkeypatch, images: torch.Tensor, name: str, level: float, sign: float) -> torch.Tensor:
+    expected = torch.stack([by_timm(monkeypatch, image, name, level, sign) for image in images])
+    return (ours(images, name, level, sign).int() - expected.int()).abs()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,26 +63,21 @@ def test_an_operation_is_timms(monkeypatch, name):
     levels move by fifths of a pixel, and then one value in 125 is whole, up to the rounding of either: there
     only the grey level is tested.
     """
-    images, apart, pixels = pictures(), 0, 0
-    for level in (0.0, 0.7, 3.3, 5.0, 8.2, 8.9, 9.0, 9.6, 10.0):
+    differ, pixels = 0, 0
+    for level in (0.0, 0.7, 3.3, 5.0, 8.2, 8.9, 9.6, 10.0):
         for sign in (-1, 1):
             if name == "PosterizeIncreasing" and level == 10:
                 continue
-            expected = torch.stack([by_timm(monkeypatch, image, name, level, sign) for image in images])
-            difference = (ours(images, name, level, sign).int() - expected.int()).abs()
+            difference = apart(monkeypatch, pictures(), name, level, sign)
             assert difference.max() <= (name in MOVES)
             if level not in (5.0, 10.0):
-                apart, pixels = apart + int((difference > 0).sum()), pixels + difference.numel()
-    assert apart <= 1e-4 * pixels
+                differ, pixels = differ + int((difference > 0).sum()), pixels + difference.numel()
+    assert differ <= 1e-4 * pixels
 
 
-def test_no_bits_kept_is_black(monkeypatch):
+def test_no_bits_kept_is_black():
     """Magnitude 10, to which a policy in fifty clips, keeps 0 bits: older PILs give black, newer refuse."""
     assert not ours(pictures(), "PosterizeIncreasing", 10.0, 1).any()
-    try:
-        assert not by_timm(monkeypatch, pictures()[0], "PosterizeIncreasing", 10.0, 1).any()
-    except ValueError as refused:
-        assert "bits" in str(refused)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (3, 3), (17, 4)])
@@ -96,24 +85,10 @@ def test_tiny_images(monkeypatch, size):
     """Where PIL's smoothing has no inside and its histograms hardly a pixel."""
     images = torch.randint(0, 256, (4, 3, *size), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     for name in NAMES:
-        if (
-            name == "SharpnessIncreasing" and min(size) < 3
-        ):  # PIL reads beyond such an image: ours is unchanged
+        if name == "SharpnessIncreasing" and min(size) < 3:  # PIL reads beyond such an image
             assert torch.equal(ours(images, name, 9.0, 1), images)
-            continue
-        expected = torch.stack([by_timm(monkeypatch, image, name, 9.0, 1) for image in images])
-        difference = (ours(images, name, 9.0, 1).int() - expected.int()).abs()
-        assert difference.max() <= (name in MOVES), name
-
-
-def test_whole_pixels_move_whole():
-    """A move by 9 pixels of 48 or 64 interpolates nothing, and what was outside is the fill."""
-    images = pictures(48, 60)
-    moved = ours(images, "TranslateXRel", 10 * 9 / 60 / 0.45, -1)
-    assert torch.equal(moved[..., 9:], images[..., :-9])
-    assert (moved[..., :9] == torch.tensor(FILL)[:, None, None]).all()
-    down = ours(images, "TranslateYRel", 10 * 12 / 48 / 0.45, 1)
-    assert torch.equal(down[:, :, :-12], images[:, :, 12:])
+        else:
+            assert apart(monkeypatch, images, name, 9.0, 1).max() <= (name in MOVES), name
 
 
 # --------------------------------------------------------------------------- the policy
@@ -135,29 +110,33 @@ def test_other_notations_are_refused_in_one_line(text):
     assert repr(text) in str(refused.value) and "\n" not in str(refused.value)
 
 
+def counted(policies) -> np.ndarray:
+    """How often each operation is applied, by how many an image gets (0 to 2)."""
+    table = np.zeros((3, len(NAMES)))
+    for seen in policies:
+        for number in seen:
+            table[len(seen), number] += 1
+        table[0, 0] += not seen
+    return table
+
+
 def timms_policies(monkeypatch, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often timm applies each operation, by how many an image gets (0 to 2); and the magnitudes."""
+    """-> what timm's draws come to, and the magnitudes."""
     transform = auto_augment.rand_augment_transform(TEXT, dict(TIMM))
     assert tuple(operation.name for operation in transform.ops) == NAMES
-    seen, levels = [], []
-    for number, operation in enumerate(transform.ops):
-        monkeypatch.setattr(
-            operation, "aug_fn", lambda image, number=number, **_: seen.append(number) or image
-        )
+    policies, levels = [], []
+    for i, operation in enumerate(transform.ops):
+        monkeypatch.setattr(operation, "aug_fn", lambda image, i=i, **_: policies[-1].append(i) or image)
         monkeypatch.setattr(operation, "level_fn", lambda level, _: levels.append(level) or ())
     state = random.getstate(), np.random.get_state()
     random.seed(1)
     np.random.seed(1)
-    table = np.zeros((3, len(NAMES)))
     for _ in range(count):
-        seen.clear()
+        policies.append([])
         transform(None)
-        for number in seen:
-            table[len(seen), number] += 1
-        table[0, 0] += not seen
     random.setstate(state[0])
     np.random.set_state(state[1])
-    return table, np.array(levels)
+    return counted(policies), np.array(levels)
 
 
 def test_ten_thousand_policies_are_timms(monkeypatch):
@@ -165,44 +144,28 @@ def test_ten_thousand_policies_are_timms(monkeypatch):
     expected, levels = timms_policies(monkeypatch, count)
     policy = draw_policy(parse(TEXT), 3, 5, torch.arange(count))
     applied = policy.operation >= 0
-    table = np.zeros_like(expected)
-    for image in policy.operation.tolist():
-        seen = [number for number in image if number >= 0]
-        for number in seen:
-            table[len(seen), number] += 1
-        table[0, 0] += not seen
+    table = counted([number for number in image if number >= 0] for image in policy.operation.tolist())
     # Two samples of one distribution: the sum of (a - b)^2 / (a + b) is chi-square, but for pairs.
     known = expected + table > 0
     degrees = known.sum() - 1
     chi = ((expected - table)[known] ** 2 / (expected + table)[known]).sum()
     assert chi < degrees + 4 * math.sqrt(2 * degrees)
-    # And each operation, in each layer, has its thirtieth of the images.
-    frequency = torch.stack([torch.bincount(layer[layer >= 0], minlength=15) for layer in policy.operation.T])
-    assert (frequency - count / 30).abs().max() < 4 * math.sqrt(count / 30 * 29 / 30)
-    assert abs(applied.all(1).double().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / count)
-
     drawn = policy.level[applied].numpy()
     for statistic, spread in ((np.mean, 0.5), (np.std, 0.5 / math.sqrt(2))):
         assert abs(statistic(drawn) - statistic(levels)) < 4 * spread * math.sqrt(2 / len(levels))
     clipped = [np.mean(sample == 10) for sample in (drawn, levels)]
     assert abs(clipped[0] - clipped[1]) < 4 * math.sqrt(2 * 0.0228 / len(levels)) and clipped[0] > 0.015
-    assert 0 <= drawn.min() and drawn.max() == 10
-    assert abs(policy.sign.mean()) < 4 / math.sqrt(2 * count)
-
-
-def test_without_a_spread_all_magnitudes_are_one():
-    policy = draw_policy(parse("rand-m7-n3-p1-inc1"), 0, 0, torch.arange(50))
-    assert policy.operation.shape == (50, 3) and (policy.operation >= 0).all() and (policy.level == 7).all()
+    assert 0 <= drawn.min() and drawn.max() == 10 and abs(policy.sign.mean()) < 4 / math.sqrt(2 * count)
+    plain = draw_policy(parse("rand-m7-n3-p1-inc1"), 0, 0, torch.arange(50))
+    assert plain.operation.shape == (50, 3) and (plain.operation >= 0).all() and (plain.level == 7).all()
 
 
 def test_a_policy_belongs_to_its_position():
-    """Cut, shuffled or drawn again, a sample's policy stays; another epoch or seed brings another."""
     positions = torch.arange(1000, 1200)
     whole = draw_policy(parse(TEXT), 1, 2, positions)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    for part in (slice(0, 50), slice(150, 200), order):
-        for mine, other in zip(whole, draw_policy(parse(TEXT), 1, 2, positions[part]), strict=True):
-            assert torch.equal(mine[part], other)
+    for mine, other in zip(whole, draw_policy(parse(TEXT), 1, 2, positions[order]), strict=True):
+        assert torch.equal(mine[order], other)
     for seed, epoch in ((1, 3), (2, 2)):
         assert not torch.equal(whole.operation, draw_policy(parse(TEXT), seed, epoch, positions).operation)
 
@@ -244,20 +207,14 @@ def test_a_drawn_policy_replayed_through_pil(monkeypatch):
     assert still > 10
 
 
-def test_a_compiler_takes_every_run_whole():
+def test_a_compiler_takes_every_operation_whole():
     """No graph breaks, for any number of images: what is compiled on a GPU is traced here."""
-    images, every = pictures(16, 20), torch.arange(8)
-    level, sign = torch.full((8,), 0.9, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
-    runs = {run for run, _ in OPERATIONS.values()}
-    assert len(runs) == 6
-    for run, prepare in OPERATIONS.values():
-        traced = torch.compile(
-            getattr(run, "__wrapped__", run), dynamic=True, fullgraph=True, backend="eager"
-        )
-        for count in (8, 3) if run in runs else ():
-            needs = prepare(images, every, level, sign)[:count]
-            assert torch.equal(traced(images[:count], needs), run(images[:count], needs))
-        runs.discard(run)
+    images, level, sign = pictures(16, 20), torch.full((8,), 0.9).double(), torch.ones(8).double()
+    for name in ("Invert", "Rotate", "ColorIncreasing", "SharpnessIncreasing", "ShearX"):  # all that is fused
+        traced = torch.compile(OPERATIONS[name], dynamic=True, fullgraph=True, backend="eager")
+        for some in (slice(8), slice(3)):
+            how = images[some], level[some], sign[some]
+            assert torch.equal(traced(*how), OPERATIONS[name](*how))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -269,10 +226,10 @@ def test_on_a_gpu_the_pixels_are_the_same(stance):
         made = images.cuda()
         rand_augment(made, policy)
         assert (made.cpu() != augmented(images)).double().mean() < 2e-3
-        for name, (run, _) in OPERATIONS.items():
-            one = Policy(torch.full((len(images),), NAMES.index(name)), *(part[:, 0] for part in policy[1:]))
+        for number, name in enumerate(NAMES):
+            one = Policy(torch.full((len(images),), number), *(part[:, 0] for part in policy[1:]))
             made, expected = images.cuda(), images.clone()
             run_layer(made, one)
             run_layer(expected, one)
-            difference = (made.cpu().int() - expected.int()).abs()
-            assert difference.max() <= (run is not look_up), name
+            blends = name in ("ColorIncreasing", "SharpnessIncreasing")
+            assert (made.cpu().int() - expected.int()).abs().max() <= (blends or name in MOVES), name

@@ -1,6 +1,5 @@
 """Which image stands where: the same batches for any number of processes and micro-batches."""
 
-import pickle
 from dataclasses import replace
 from itertools import islice
 
@@ -67,10 +66,6 @@ def test_repeated_augmentation_as_in_deit():
         assert batch.unique().numel() == 32  # all three copies of an image stand in one batch
         assert all(group.unique().numel() == 16 for group in batch)
     assert Sampler(images=1_281_167, global_batch_size=1024, repeated_aug=3).samples_per_epoch == 1_281_024
-
-
-def test_positions_and_groups_are_named_once_an_epoch():
-    epoch = taken(REPEATED, 8)
     assert epoch.positions.sort().values.equal(torch.arange(768)) and epoch.groups.equal(torch.arange(48))
     assert taken(REPEATED, 1, start=10).positions.equal(epoch.positions[192:288])
 
@@ -86,13 +81,6 @@ def test_processes_and_micro_batches_cut_the_batch_between_groups(world_size, mo
     whole, pieces = taken(REPEATED, 1, start=9), [taken(rank, 1, start=9) for rank in ranks]
     for name in ("positions", "groups", "indices"):
         assert torch.cat([getattr(piece, name) for piece in pieces]).equal(getattr(whole, name))
-
-
-def test_a_request_goes_to_another_process():
-    request = taken(REPEATED, 1)
-    copy = pickle.loads(pickle.dumps(request))
-    assert copy.epoch == request.epoch and copy.indices.equal(request.indices)
-    assert copy.positions.equal(request.positions) and copy.groups.equal(request.groups)
 
 
 @pytest.mark.parametrize(
