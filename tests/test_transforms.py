@@ -49,44 +49,37 @@ def noise(count: int, height: int = 40, width: int = 40, seed: int = 0) -> torch
 # --------------------------------------------------------------------------- crop
 
 
+def same_boxes(one: torch.Tensor, other: torch.Tensor, height: int, width: int) -> bool:
+    """Area, ratio and place are distributed alike in two lists of boxes (n, 4)."""
+    measures = []
+    for top, left, high, wide in (one.T.double(), other.T.double()):
+        places = top / (height - high).clamp(min=1), left / (width - wide).clamp(min=1)
+        measures.append((high * wide, wide / high.clamp(min=1), *places))
+    return all(alike(*pair) for pair in zip(*measures, strict=True))
+
+
 @pytest.mark.parametrize("height, width", [(375, 500), (200, 520)])
 def test_crops_are_torchvisions(height, width):
-    """Area, ratio, place and share of fall-backs; the second image is too wide for a fifth of the tries."""
+    """Also their fall-backs: the second image is too wide for a fifth of the tries."""
     config, count = AugmentConfig(crop=True), 6000
     sides = torch.full((count,), height), torch.full((count,), width)
     boxes = crop_boxes(config, 3, 1, torch.arange(count), *sides)
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        image = torch.empty(3, height, width)
-        expected = torch.tensor(
-            [
-                RandomResizedCrop.get_params(image, list(config.crop_scale), list(config.crop_ratio))
-                for _ in range(count)
-            ]
-        )
-    for measure in (
-        lambda top, left, high, wide: high * wide,
-        lambda top, left, high, wide: wide / high,
-        lambda top, left, high, wide: top / (height - high).clamp(min=1),
-        lambda top, left, high, wide: left / (width - wide).clamp(min=1),
-    ):
-        assert alike(measure(*boxes.T), measure(*expected.T))
-    top, left, high, wide = boxes.T
-    assert (boxes >= 0).all() and (high > 0).all() and (wide > 0).all()
-    assert (top + high <= height).all() and (left + wide <= width).all()
+        image, how = torch.empty(3, height, width), (list(config.crop_scale), list(config.crop_ratio))
+        expected = torch.tensor([RandomResizedCrop.get_params(image, *how) for _ in range(count)])
+    assert same_boxes(boxes, expected, height, width)
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= torch.tensor([height, width])).all()
 
 
-@pytest.mark.parametrize("height, width", [(100, 400), (400, 100), (1, 1), (1, 9), (7, 2), (64, 64)])
+@pytest.mark.parametrize("height, width", [(100, 400), (7, 2)])
 def test_the_crop_that_fits_nowhere_is_the_largest_in_the_middle(height, width):
     """With the whole area asked for at a ratio that the image does not have, both take the fall-back."""
     config = AugmentConfig(crop=True, crop_scale=(1.0, 1.0))
     box = crop_boxes(config, 0, 0, torch.arange(1), torch.tensor([height]), torch.tensor([width]))
-    if height == width:
-        assert box[0, 2] <= height and box[0, 3] <= width
-        return
-    image = torch.empty(3, height, width)
-    expected = RandomResizedCrop.get_params(image, list(config.crop_scale), list(config.crop_ratio))
-    assert box[0].tolist() == list(expected)
+    how = list(config.crop_scale), list(config.crop_ratio)
+    assert box[0].tolist() == list(RandomResizedCrop.get_params(torch.empty(3, height, width), *how))
 
 
 def test_flips():
@@ -109,9 +102,6 @@ def test_erased_boxes_are_timms():
     boxes = erase_boxes(0.25, 5, 0, torch.arange(count), size)
     erased = boxes[:, 2] > 0
     assert abs(erased.double().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / count)
-    large = erase_boxes(1.0, 5, 0, torch.arange(count), (400, 400))
-    share = large[:, 2:].prod(1) / 400**2  # even in 2 % to a third, up to the rounding of the sides
-    assert 0.0195 < share.min() < 0.0205 and 0.332 < share.max() < 0.335
     boxes = erase_boxes(1.0, 5, 0, torch.arange(count), size)
     assert (boxes[:, 2:] < torch.tensor(size)).all()  # never the whole of a side
     state = random.getstate()
@@ -119,21 +109,11 @@ def test_erased_boxes_are_timms():
     erasing, expected = RandomErasing(1.0, mode="pixel", device="cpu"), []
     with torch.random.fork_rng():
         for _ in range(2500):
-            rows, columns = torch.nonzero(erasing(torch.zeros(1, *size))[0]).T
-            if not len(rows):
-                expected.append((0, 0, 0, 0))
-                continue
-            top, left = rows.min(), columns.min()
-            expected.append((top, left, rows.max() - top + 1, columns.max() - left + 1))
+            where = torch.nonzero(erasing(torch.zeros(1, *size))[0])
+            low = where.amin(0) if len(where) else torch.zeros(2)
+            expected.append(torch.cat([low, where.amax(0) - low + 1 if len(where) else torch.zeros(2)]))
     random.setstate(state)
-    expected = torch.tensor(expected)
-    for measure in (
-        lambda top, left, high, wide: high * wide,
-        lambda top, left, high, wide: high / wide.clamp(min=1),
-        lambda top, left, high, wide: top / (size[0] - high),
-        lambda top, left, high, wide: left / (size[1] - wide),
-    ):
-        assert alike(measure(*boxes.T), measure(*expected.T))
+    assert same_boxes(boxes, torch.stack(expected), *size)
 
 
 def test_erased_pixels_are_noise_and_no_others():
@@ -148,8 +128,6 @@ def test_erased_pixels_are_noise_and_no_others():
     together = torch.cat([value.flatten() for value in values]).double()
     assert len(together) > 30_000 and together.abs().max() < 4.4
     assert alike(together, [NormalDist().inv_cdf((i + 0.5) / 10_000) for i in range(10_000)])
-    for power, moment, spread in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
-        assert abs((together**power).mean() - moment) < 4 * math.sqrt(spread / len(together))
     # Colours, neighbours and images have nothing to do with each other.
     flat = [value.flatten(1).double() for value in values if value.numel() > 300]
     pairs = [(value[0], value[1]) for value in flat] + [(value[2, 1:], value[2, :-1]) for value in flat]
@@ -169,13 +147,11 @@ def test_erasing_follows_normalisation():
 # --------------------------------------------------------------------------- mix
 
 
-@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 2.0])
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0])
 def test_shares_follow_the_beta_distribution(alpha):
     drawn = beta("test", alpha, torch.arange(20_000)).numpy()
     assert alike(drawn, np.random.default_rng(0).beta(alpha, alpha, 20_000))
     assert 0 <= drawn.min() and drawn.max() <= 1
-    if alpha == 1:
-        assert np.allclose(drawn, uniform("test", torch.arange(20_000)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", [dict(mixup=0.8, cutmix=1.0), dict(mixup=0.8), dict(cutmix=1.0)])
@@ -188,24 +164,24 @@ def test_mixing_is_timms(monkeypatch, config):
     labels = torch.randint(classes, (count * group,), generator=dice)
     mix = draw_mix(config, 7, 2, numbers, size)
     made = mix_images(images.clone(), mix), mix_labels(labels, classes, 0.1, mix.share)
-    both, kinds = bool(config.mixup and config.cutmix), set()
-    for number in range(count):
-        where = 7, 2, int(numbers[number])
-        which = float(uniform("mix/which", *where))
-        middle = [float(uniform(f"mix/{name}", *where)) for name in ("row", "column")]
-        even, places = iter([0.0, which]), iter(middle)  # first whether to mix at all
-        numpys = timm_mixup.np.random
-        monkeypatch.setattr(numpys, "rand", lambda even=even: next(even))
-        monkeypatch.setattr(numpys, "beta", lambda a, _, where=where: float(beta("mix/share", a, *where)))
-        monkeypatch.setattr(
-            numpys, "randint", lambda low, high, size, places=places: int(high * next(places)) + low
-        )
+    assert set(mix.cut.tolist()) == (
+        {True, False} if config.mixup and config.cutmix else {bool(config.cutmix)}
+    )
+    numpys = timm_mixup.np.random
+    for i, number in enumerate(numbers.tolist()):
+        where = 7, 2, number
+        even = iter([0.0, float(uniform("mix/which", *where))])  # first whether to mix at all
+        places = iter([float(uniform(f"mix/{name}", *where)) for name in ("row", "column")])
+        for name, draw in (
+            ("rand", lambda even=even: next(even)),
+            ("beta", lambda a, _, where=where: float(beta("mix/share", a, *where))),
+            ("randint", lambda low, high, size, places=places: int(high * next(places)) + low),
+        ):
+            monkeypatch.setattr(numpys, name, draw)
         timms = timm_mixup.Mixup(config.mixup, config.cutmix, label_smoothing=0.1, num_classes=classes)
-        mine = slice(number * group, (number + 1) * group)
+        mine = slice(i * group, (i + 1) * group)
         expected = timms(images[mine].clone(), labels[mine])
         assert torch.equal(made[0][mine], expected[0]) and torch.equal(made[1][mine], expected[1])
-        kinds.add(bool(mix.cut[number]))
-    assert kinds == ({True, False} if both else {bool(config.cutmix)})
     monkeypatch.undo()
 
 
@@ -222,9 +198,7 @@ def test_which_and_how_much_is_mixed():
 # --------------------------------------------------------------------------- the whole
 
 
-def run(
-    config: AugmentConfig, images, labels=None, positions=None, groups=None, *, seed=1, epoch=0, size=None
-):
+def run(config, images, labels=None, positions=None, groups=None, *, seed=1, epoch=0, size=None):
     count = len(images)
     transform = TrainTransform(config, size or images[0].shape[1], 10, 0.1, seed)
     labels = torch.arange(count) % 10 if labels is None else labels
@@ -234,10 +208,9 @@ def run(
 
 
 def test_the_numbers_are_those_that_recorded_rows_were_trained_with():
-    dice = torch.Generator().manual_seed(0)
-    images = [
-        torch.randint(0, 256, (3, 30 + 2 * i, 60 - i), generator=dice).to(torch.uint8) for i in range(16)
-    ]
+    dice, count = torch.Generator().manual_seed(0), 16
+    sides = [(30 + 2 * i, 60 - i) for i in range(count)]
+    images = [torch.randint(0, 256, (3, *side), generator=dice).to(torch.uint8) for side in sides]
     config, positions = AugmentConfig(**DEIT, mix_group=4), torch.arange(640, 656)
     where = dict(positions=positions, groups=torch.arange(160, 164), seed=3, epoch=2, size=32)
     pixels, targets = run(config, images, **where)
@@ -247,28 +220,25 @@ def test_the_numbers_are_those_that_recorded_rows_were_trained_with():
 
 
 def test_a_batch_is_its_micro_batches():
-    """Whole, in halves, in quarters, in another order of groups, again: the same images, bit for bit."""
-    config, dice = AugmentConfig(**DEIT, mix_group=4), torch.Generator().manual_seed(3)
+    """Cut, in another order of groups, again: the same images, bit for bit."""
+    config = AugmentConfig(**DEIT, mix_group=4)
     images = [noise(1, 20 + 3 * i, 60 - 2 * i, seed=i)[0] for i in range(16)]
-    labels = torch.randint(10, (16,), generator=dice)
+    labels = torch.randint(10, (16,), generator=torch.Generator().manual_seed(3))
     positions, groups = torch.arange(640, 656), torch.arange(160, 164)
 
-    def part(index):
-        chosen = torch.arange(16).view(4, 4)[index].flatten()
+    def part(*index, **how):
+        chosen = torch.arange(16).view(4, 4)[list(index)].flatten()
         mine = [images[i] for i in chosen]
-        return run(config, mine, labels[chosen], positions[chosen], groups[index], size=32)
+        return run(config, mine, labels[chosen], positions[chosen], groups[list(index)], size=32, **how)
 
-    whole = part(torch.arange(4))
-    for pieces in ([[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]]):
-        for which in (0, 1):
-            parts = torch.cat([part(torch.tensor(piece))[which] for piece in pieces])
-            assert torch.equal(parts, whole[which])
-    shuffled = torch.tensor([2, 0, 3, 1])
-    for mine, all_of_it in zip(part(shuffled), whole, strict=True):
-        assert torch.equal(mine.unflatten(0, (4, 4)), all_of_it.unflatten(0, (4, 4))[shuffled])
+    whole = part(0, 1, 2, 3)
+    for which in (0, 1):
+        pieces = [part(0, 1)[which], part(2)[which], part(3)[which]]
+        assert torch.equal(torch.cat(pieces), whole[which])
+        groupwise = whole[which].unflatten(0, (4, 4))
+        assert torch.equal(part(2, 0, 3, 1)[which].unflatten(0, (4, 4)), groupwise[[2, 0, 3, 1]])
     for other in (dict(seed=2), dict(epoch=1)):
-        changed, _ = run(config, images, labels, positions, groups, size=32, **other)
-        assert (changed != whole[0]).flatten(1).any(1).all()
+        assert (part(0, 1, 2, 3, **other)[0] != whole[0]).flatten(1).any(1).all()
 
 
 def test_no_augmentation_is_the_centre_normalised():
@@ -283,7 +253,7 @@ def test_no_augmentation_is_the_centre_normalised():
     assert torch.equal(wide, seen)
 
 
-@pytest.mark.parametrize("height, width, level", [(1, 1, 200), (1, 30, 0), (50, 2, 255), (90, 90, 128)])
+@pytest.mark.parametrize("height, width, level", [(1, 1, 200), (50, 2, 255)])
 def test_odd_images_go_through(height, width, level):
     """One pixel, one row, black, white, grey: finite, of the right shape; grey stays grey until erased."""
     config = AugmentConfig(**{**DEIT, "random_erasing": 0.0}, mix_group=8)
@@ -295,11 +265,9 @@ def test_odd_images_go_through(height, width, level):
     assert torch.equal(still, normalise(torch.full((32, 3, 24, 24), level / 255)))
 
 
-@pytest.mark.parametrize("count, groups", [(12, 1), (8, 2), (10, 1)])
-def test_a_group_cut_in_two_is_refused(count, groups):
-    with pytest.raises(ConfigError) as refused:
-        run(AugmentConfig(mixup=0.8, mix_group=8), noise(count), groups=torch.arange(groups))
-    assert f"{count} images" in str(refused.value) and "mix_group=8" in str(refused.value)
+def test_a_group_cut_in_two_is_refused():
+    with pytest.raises(ConfigError, match="12 images.*mix_group=8"):
+        run(AugmentConfig(mixup=0.8, mix_group=8), noise(12), groups=torch.arange(1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
