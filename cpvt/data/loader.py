@@ -176,8 +176,8 @@ class SyntheticLoader(Loader):
 
     def __init__(self, data: DataConfig, sampler: Sampler, device: str):
         self.data, self.sampler, self.device, self.unread = data, sampler, device, {}
-        self.num_classes = len(CLASSES[data.name])
-        self.image_size = data.grid[0] * data.pixels, data.grid[1] * data.pixels
+        self.num_classes, (H, W) = len(CLASSES[data.name]), data.grid
+        self.image_size = H * data.pixels, W * data.pixels
 
     def draw(self, index: Tensor, split: str) -> tuple[Tensor, Tensor]:
         options = {"grid": self.data.grid, "pixels": self.data.pixels, "seed": self.sampler.seed}
@@ -192,9 +192,9 @@ class SyntheticLoader(Loader):
                 positions = torch.arange(first + part.start, first + part.stop) % self.data.train_size
                 yield Batch(*self.draw(positions, "train"), epoch, positions)
 
-    def eval_batches(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for index in _own_part(self.data.test_size, self.sampler.rank, self.sampler.world_size):
-            yield self.draw(index, split)
+            yield self.draw(index, "val")
 
 
 @dataclass
@@ -242,7 +242,7 @@ class ImageLoader(Loader):
                     raise DataError(f"{bad} of {count} images cannot be used (as {first}): see to the disk")
                 yield batch
 
-    def eval_batches(self, split: str = "val") -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the held-out images, and their labels: -1 for one that cannot be read."""
         parts = _own_part(len(self.val_set.labels), self.rank, self.world_size)
         requests = [Request(0, index, index, index) for index in parts]
@@ -324,7 +324,8 @@ def open_split(data: DataConfig, split: str, device: str = "cpu", cache: dict | 
     """One split, or the part of it that is configured. `cache` keeps what is in memory for later runs."""
     side, place = data.stored_size or data.image_size, torch.empty(0, device=device).device
     key = data.name, data.root, split, data.hold_out, data.limit, side, place
-    if data.store == "memory" and cache and key in cache:
+    cache = {} if cache is None else cache
+    if data.store == "memory" and key in cache:
         return cache[key]
     images = open_dataset(data.name, "train" if data.hold_out else split, root=data.root)
     if data.hold_out:
@@ -336,10 +337,8 @@ def open_split(data: DataConfig, split: str, device: str = "cpu", cache: dict | 
         find_gpu_decoder(device, data.decode)  # what cannot be had is refused at once
         return images
     tensors = load_tensors(images, side)
-    tensors = replace(tensors, images=tensors.images.to(device), labels=tensors.labels.to(device))
-    if cache is not None:
-        cache[key] = tensors
-    return tensors
+    cache[key] = replace(tensors, images=tensors.images.to(device), labels=tensors.labels.to(device))
+    return cache[key]
 
 
 def make_loader(

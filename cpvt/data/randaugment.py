@@ -138,13 +138,15 @@ def by_table(function: Callable) -> Callable:
 
     def operate(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
         old, how = torch.arange(256, device=images.device), (level[:, None, None], sign[:, None, None])
-        return look_up(images, function(old, *how, images).to(torch.uint8).expand(len(images), 3, 256))
+        table = function(old, *how, images).to(torch.uint8).expand(len(images), 3, 256)
+        return look_up(images, table.contiguous())  # of one layout, for the compiler
 
     return operate
 
 
 def autocontrast(old, level, sign, images):
-    low, high = (v[..., None].double() for v in images.flatten(2).aminmax(dim=2))
+    values = images.flatten(2)
+    low, high = values.amin(2, keepdim=True).double(), values.amax(2, keepdim=True).double()
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / ... would multiply by a reciprocal
     return torch.where(high > low, (old * scale + -low * scale).clamp(0, 255), old)
 

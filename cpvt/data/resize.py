@@ -17,8 +17,6 @@ from torch import Tensor
 
 from cpvt.errors import DataError
 
-SUPPORT = 2.0  # of the filter to each side, in pixels of the coarser grid
-
 
 def crop_resize(
     images: Sequence[Tensor] | Tensor,
@@ -103,7 +101,7 @@ def plans(sides: Tensor, boxes: Tensor, size: tuple[int, int], bound: str) -> li
         if bound == "box":
             low, high = start.floor(), torch.minimum((start + length - 1e-6).ceil(), side)
         scale = length / out
-        support = SUPPORT * scale.clamp(min=1)
+        support = 2 * scale.clamp(min=1)  # two pixels of the coarser grid to each side
         first = torch.maximum((start + scale / 2 - support + 0.5).floor(), low)
         last = torch.minimum((start + length - scale / 2 + support + 0.5).floor(), high)
         found.append(Axis(start, scale, low, high, first, last))

@@ -68,23 +68,20 @@ class Sampler:
     micro_batch_size: int = 0
 
     def __post_init__(self):
-        batch, group, most = self.global_batch_size, self.mix_group, self.micro_batch_size
-        copies, given = self.repeated_aug, f"optim.global_batch_size={batch} with augment.mix_group={group}"
+        batch, group, copies = self.global_batch_size, self.mix_group, self.repeated_aug
+        given = f"optim.global_batch_size={batch} with augment.mix_group={group}"
         if batch % (self.world_size * group):
             raise ConfigError(f"{given} for {self.world_size} processes: each needs as many whole groups")
         if group > 1 and batch // group < copies:
             raise ConfigError(
-                f"{given}, fewer groups than augment.repeated_aug={copies}: an image would be mixed with its "
-                "own copy; choose smaller groups"
+                f"{given}, augment.repeated_aug={copies}: choose smaller groups, one for each copy"
             )
-        if 0 < most < group:
+        if 0 < self.micro_batch_size < group:
             raise ConfigError(
-                f"optim.micro_batch_size={most}: augment.mix_group={group} is mixed in one piece"
+                f"{given}, optim.micro_batch_size={self.micro_batch_size}: give a group or more"
             )
         if not self.steps_per_epoch:
-            raise ConfigError(
-                f"{self.images} training images are too few for optim.global_batch_size={batch}"
-            )
+            raise ConfigError(f"{given}: {self.images} training images are too few")
 
     @property
     def steps_per_epoch(self) -> int:

@@ -33,8 +33,7 @@ TRIES = 10  # boxes drawn for a crop or for what is erased, of which the first t
 
 
 def _shapes(key: str, seed: int, epoch: int, positions: Tensor, area, scale, ratio) -> tuple[Tensor, Tensor]:
-    """Two sides of boxes, (B, TRIES) each: their product is even in `scale` of `area`, the logarithm of the first
-    over the second in that of `ratio`."""
+    """Sides of boxes (B, TRIES): the product is even in `scale` of `area`, the log of their ratio in `ratio`."""
     tries = torch.arange(TRIES)[:, None], torch.arange(2)
     share, log = uniform(f"{key}/shape", seed, epoch, positions[:, None, None], *tries).unbind(2)
     share = scale[0] + (scale[1] - scale[0]) * share
@@ -190,10 +189,8 @@ def mix_labels(labels: Tensor, classes: int, smoothing: float, share: Tensor) ->
 
 
 def beta(key: str, alpha: float, *counters: int | Tensor) -> Tensor:
-    """From the symmetric Beta distribution with both parameters `alpha`, float64.
-
-    An even draw is sent through the inverse of the distribution function, from a table (error below 1e-6).
-    """
+    """From the Beta distribution with both parameters `alpha`, float64: an even draw, sent through the inverse of
+    the distribution function, from a table (error below 1e-6)."""
     even, power = uniform(key, *counters), min(alpha, 1.0)
     share = numpy.interp(torch.minimum(even, 1 - even).numpy(), *_distribution(alpha))
     lower = torch.as_tensor(share) ** (1 / power)
