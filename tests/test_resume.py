@@ -107,9 +107,9 @@ def test_a_signal_during_an_evaluation_cuts_it_short_and_it_is_made_again(image_
         loader = make_loader(*arguments, **options)
         own = loader.eval_batches
 
-        def test(split="val"):
+        def test():
             os.kill(os.getpid(), signal.SIGTERM)
-            yield from own(split)
+            yield from own()
 
         loader.eval_batches = test
         return loader
