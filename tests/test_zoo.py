@@ -197,7 +197,9 @@ def test_timm_creates_a_model_and_its_feature_extractor(name):
     assert expected[0].shape == (2, 32, 2, 4) and len(features.model.blocks) == 5
     torch.testing.assert_close(features(x), expected)
     assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 32)
-    model.reset_classifier(7)
+    model.reset_classifier(7, "token")
+    assert model.get_classifier() == ((model.head, model.head_dist) if model.config.distilled else model.head)
+    assert_refused(("global_pool",), model.reset_classifier, 7, "avg")
     assert model(x).shape == (2, 7) and model.num_classes == model.config.num_classes == 7
     model.reset_classifier(0)
     assert model(x).shape == (2, 32)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cpvt.config import Grid, ModelConfig
-from cpvt.errors import DataError
+from cpvt.errors import ConfigError, DataError
 from cpvt.model.encodings import Encoding, EncodingSum, learned_table
 
 Logits = Tensor | tuple[Tensor, Tensor]  # a pair while a distilled model trains
@@ -136,7 +136,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         D, P = config.width, config.prefix_tokens
         self.num_classes, self.num_prefix_tokens = config.num_classes, P
-        self.num_features = self.embed_dim = D
+        self.num_features = self.head_hidden_size = self.embed_dim = D
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(config.in_channels, D, config.patch_size, config.stem)
         self.prefix_names = ("cls_token", "dist_token")[:P]
@@ -224,8 +224,15 @@ class VisionTransformer(nn.Module):
 
     # ----------------------------------------------------------------- timm's conventions
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head, or none for 0 classes."""
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        return (self.head, self.head_dist) if self.config.distilled else self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, or none for 0 classes. The pooling is part of the configuration and stays."""
+        if global_pool not in (None, self.config.global_pool):
+            raise ConfigError(
+                f"global_pool={global_pool!r} in a model of {self.config.global_pool!r}: build anew"
+            )
         self.num_classes = num_classes
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         for name in ("head", "head_dist")[: 1 + self.config.distilled]:
