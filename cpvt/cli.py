@@ -58,8 +58,7 @@ def _train(arguments: list[str]) -> None:
     try:
         run = train(config, report=_print_entry, announce=_say)
     except torch.OutOfMemoryError:
-        words = "the GPU's memory is full: take fewer images at once, --optim.micro-batch-size"
-        raise TrainingError(words) from None
+        raise TrainingError("the GPU's memory is full: give a smaller --optim.micro-batch-size") from None
     if not _is_main():
         return
     where = f"; log, checkpoints and model in {config.run.out}" if config.run.out else "; nothing kept"
@@ -107,10 +106,8 @@ class Evaluate:
             here = data if size is None else replace(data, image_size=size, grid=(size, size))
             loader = make_loader(here, seed=config.run.seed, device=device, train=False)
             if loader.num_classes != model.num_classes:
-                raise ConfigError(
-                    f"{here.name} has {loader.num_classes} classes and the model {model.num_classes}: "
-                    "evaluate it on data with the classes that it was trained on"
-                )
+                words = f"{here.name} has {loader.num_classes} classes, the model {model.num_classes}"
+                raise ConfigError(f"{words}: give --data with the classes of its training")
             enlarged = loader.upsampled(self.allow_upsampling)
             scores = accuracy(model, loader.eval_batches(), precision=config.run.precision)
             words = [f"{here.name} {loader.image_size[0]}x{loader.image_size[1]}"]
@@ -161,17 +158,13 @@ class Experiments:
 
         known = {**EXPERIMENTS, "costs": measure_costs}
         if not self.name:
-            return print(
-                *(f"{name:16}{work.__doc__.splitlines()[0]}" for name, work in known.items()), sep="\n"
-            )
+            return _list(known)
         if self.name not in known:
             raise ConfigError(f"no experiment {self.name!r}; {nearest(self.name, known)}")
         given = {option: value for option in ("root", "table") if (value := getattr(self, option))}
         costs = self.name == "costs"
-        if costs and given:
-            raise ConfigError(f"the experiment 'costs' has no {', '.join(given)}: leave it out")
-        if self.device != "auto" and not costs:
-            raise ConfigError(f"--device is for the experiment costs, not {self.name!r}: leave it out")
+        if unfit := [*given] if costs else ["device"] * (self.device != "auto"):
+            raise ConfigError(f"the experiment {self.name!r} has no {', '.join(unfit)}: leave it out")
         rows = cost_rows() if costs else jobs(self.name, **given)
         if self.list:
             return print(*(describe(row) if costs else row.label for row in rows), sep="\n")
@@ -181,6 +174,11 @@ class Experiments:
             left = run_missing(rows, self.out, self.budget_minutes, _print_row)
         path = results_folder(self.out) / f"{self.name}.jsonl"
         print(f"{path}: {left} rows missing" if left else "nothing is missing")
+
+
+def _list(known: dict[str, Any]) -> None:
+    for name, work in known.items():
+        print(f"  {name:15} {work.__doc__.splitlines()[0]}")
 
 
 def _print_row(row, left: int) -> None:
@@ -211,9 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print("usage: cpvt COMMAND [options]   (cpvt COMMAND --help says more)\n")
-        return print(
-            *(f"  {name:12} {run.__doc__.splitlines()[0]}" for name, run in COMMANDS.items()), sep="\n"
-        )
+        return _list(COMMANDS)
     try:
         if name not in COMMANDS:
             raise ConfigError(f"no command {name!r}; {nearest(name, COMMANDS)}")
@@ -224,8 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        reason = f"{error.filename or 'writing'}: {error.strerror}; see to the disk or give another path"
-        raise _refused(name, reason) from None
+        raise _refused(name, f"{error.filename or 'writing'}: {error.strerror}; give another path") from None
 
 
 def _refused(name: str, reason: str) -> SystemExit:

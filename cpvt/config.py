@@ -47,7 +47,7 @@ def replace(config: Any, **values: Any) -> Any:
 def _build(cls: type, values: Any, where: str) -> Any:
     """Checks names and types, then builds; `where` opens every message."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected an object with the fields of {cls.__name__}, got {values!r}")
+        raise ConfigError(f"{where}={values!r}; expected an object with the fields of {cls.__name__}")
     hints = get_type_hints(cls)
     for name in values:
         if name not in hints:
@@ -65,11 +65,9 @@ def _check(value: Any, hint: Any, where: str) -> Any:
         return value
     if options:  # a tuple of numbers, of any length (..., last) or of just this one
         length = None if options[-1] is Ellipsis else len(options)
-        value = tuple(value) if isinstance(value, range) else value
-        kinds = (int, float) if options[0] is float else (int,)
-        fine = isinstance(value, list | tuple) and all(type(v) in kinds for v in value)
+        kinds, words = ((int, float), "numbers") if options[0] is float else ((int,), "whole numbers")
+        fine = isinstance(value, list | tuple | range) and all(type(v) in kinds for v in value)
         if not fine or length not in (None, len(value)):
-            words = "numbers" if options[0] is float else "whole numbers"
             raise ConfigError(f"{where}={value!r}; expected {length or 'a list of'} {words}")
         return tuple(map(options[0], value))
     if hint is float and type(value) is int:
@@ -157,8 +155,7 @@ class Peg:
     skip: bool = True  # add the input; must be off without padding, where the grid shrinks
     bias: bool = True
     frozen: bool = False  # random and never trained
-    # What is convolved; constant: an image of ones, so that the border alone shows.
-    on: Literal["tokens", "queries_keys", "constant"] = "tokens"
+    on: Literal["tokens", "queries_keys", "constant"] = "tokens"  # constant: ones, to show the border
     repeat: int = 1  # how many, one behind the other, at each position
     shared: bool = False  # the same weights at all positions
     init: Literal["pytorch", "twins"] = "pytorch"
@@ -172,10 +169,7 @@ class Peg:
         if self.on == "constant" and self.convolution != "depthwise":
             raise ConfigError("peg: on='constant' is the border's part of a depthwise convolution")
         if self.padding == "none" and (self.skip or self.on != "tokens"):
-            raise ConfigError(
-                "peg: padding='none' shrinks the grid, so there is nothing of its size to add to; "
-                "write peg(padding='none', skip=False), on tokens"
-            )
+            raise ConfigError("peg: padding='none' shrinks the grid: only with skip=False, on='tokens'")
         if self.compute == "matrix" and (self.convolution, self.padding) != ("depthwise", "zero"):
             raise ConfigError("peg: compute='matrix' is for a depthwise convolution with zero padding")
 
@@ -195,7 +189,7 @@ def parse_encoding(text: str) -> tuple[EncodingPart, ...]:
         return tuple(_parts(ast.parse(text.strip(), mode="eval").body, text))
     except SyntaxError:
         raise ConfigError(
-            f"encoding {text!r} cannot be read; expected a form such as 'learned + peg(positions=(0, 1))'"
+            f"encoding {text!r} cannot be read; write such as 'learned + peg(kernel=5)'"
         ) from None
 
 
@@ -240,15 +234,13 @@ class ModelConfig:
     depth: int = 12
     heads: int = 3
     mlp_ratio: float = 4.0
-    # conv: two 3x3 convolutions that see no border, before the patches
-    stem: Literal["patch", "conv"] = "patch"
+    stem: Literal["patch", "conv"] = "patch"  # conv: two 3x3 first, that see no border
     encoding: str = "learned"
     global_pool: Literal["token", "avg"] = "token"  # class token, or mean over the normed patch tokens
     distilled: bool = False  # a distillation token with a head of its own
     drop_path: float = 0.0  # at the last block; rises linearly from 0 at the first
     mlp_only_blocks: int = 0  # so many first blocks have an MLP and no attention
-    # Logits grow with log N, relative to log N of the trained grid, when the number of tokens N does.
-    logn_scale: bool = False
+    logn_scale: bool = False  # logits grow with log N, relative to that of the trained number of tokens N
     init_std: float = 0.02  # of the linear layers' first weights; DeiT's, too small for widths far below 192
 
     def __post_init__(self):
@@ -261,16 +253,11 @@ class ModelConfig:
         height, width = self.image_size
         fits = height >= 1 and width >= 1 and not height % self.patch_size and not width % self.patch_size
         _need(self, fits, "positive multiples of the patch size", "image_size", "patch_size")
-        _need(
-            self, self.width % self.heads == 0, "a width that can be split among the heads", "width", "heads"
-        )
+        _need(self, self.width % self.heads == 0, "a multiple of the heads", "width", "heads")
         _need(self, 0 <= self.mlp_only_blocks <= self.depth, f"0 to depth={self.depth}", "mlp_only_blocks")
         _need(self, 0 <= self.drop_path < 1, "0 or more, below 1", "drop_path")
         if self.distilled and self.global_pool == "avg":
-            raise ConfigError(
-                "distilled=True with global_pool='avg': a distillation token beside no class token "
-                "has no meaning; choose global_pool='token' or distilled=False"
-            )
+            raise ConfigError("distilled=True, global_pool='avg'; expected global_pool='token' with it")
 
     @property
     def grid(self) -> Grid:
@@ -290,20 +277,16 @@ class ModelConfig:
 class DataConfig:
     """What is trained on: a synthetic task (drawn, `train_size` images) or real images."""
 
-    # where, arrangement, what; tiny-imagenet, cifar10, fashion-mnist; or a folder (shards too)
-    name: str = "where"
+    name: str = "where"  # arrangement, what; tiny-imagenet, cifar10, fashion-mnist; or a folder (shards too)
     root: str = "data/images"  # where real images lie or are put; never committed
     image_size: int = 64  # side in pixels of what the model sees
-    # Real images: decoded once and held, or read as they are needed.
-    store: Literal["memory", "files"] = "memory"
+    store: Literal["memory", "files"] = "memory"  # held decoded, or read when needed
     stored_size: int = 0  # memory: short side that images are held at, cut square (0: image_size)
     crop_pct: float = 1.0  # evaluation: short side to image_size / this, then the centre; ImageNet's 0.875
     workers: int = -1  # files: processes that read; -1: one a core, 16 at most
     decode: Literal["auto", "gpu", "cpu"] = "auto"  # files: where JPEGs are decoded
     limit: int = 0  # real images: use only so many of each split (0: all)
-    # Real images: evaluate on every so-many-th training image and train on the others, to choose a recipe
-    # without a look at the validation images (0: train on all, evaluate on those).
-    hold_out: int = 0
+    hold_out: int = 0  # evaluate on every so-many-th training image, train on the others (0: the usual split)
     grid: Grid = (14, 14)  # synthetic: tokens down and across
     pixels: int = 1  # synthetic: pixels a token, each way
     train_size: int = 20000  # synthetic: images an epoch
@@ -312,7 +295,7 @@ class DataConfig:
     def __post_init__(self):
         _at_least(self, 1, "image_size", "pixels", "train_size", "test_size")
         _at_least(self, 0, "stored_size", "limit", "hold_out")
-        _need(self, self.hold_out != 1, "0, or 2 or more: nothing would be left to train on", "hold_out")
+        _need(self, self.hold_out != 1, "0, or 2 or more", "hold_out")
         _need(self, 0 < self.crop_pct <= 1, "above 0, 1 at most", "crop_pct")
 
 
@@ -400,9 +383,8 @@ class RunConfig:
 
     seed: int = 0
     device: str = "auto"  # auto: cuda where there is one
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    # blocks: the blocks alone, once for all models of a process whose blocks are alike
-    compile: Literal["off", "model", "blocks"] = "off"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    compile: Literal["off", "model", "blocks"] = "off"  # blocks: once for all that are alike
     deterministic: bool = False  # GPU: the same run bit for bit, slower
     init: str = ""  # file of weights to start from; a learned table is resampled to the image size
     out: str = ""  # folder of checkpoints, log and model; a run found there goes on; empty: keep nothing

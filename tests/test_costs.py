@@ -143,7 +143,7 @@ def test_the_command_lists_what_it_would_measure(capsys):
     ("options", "reason"),
     [
         (["costs", "--root", "images"], "'costs' has no root"),
-        (["tables", "--device", "cpu"], "--device is for"),
+        (["tables", "--device", "cpu"], "'tables' has no device"),
         (["where", "--list"], "no experiment 'where'"),
     ],
 )

@@ -233,7 +233,7 @@ def test_drop_path_is_drawn_for_the_sample_and_not_for_the_batch():
 # --------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
 def test_every_precision_trains(image_folder, precision):
     run = train(small_run(image_folder, precision=precision, steps=6, store="memory"))
     assert all(math.isfinite(entry["loss"]) for entry in run.history)

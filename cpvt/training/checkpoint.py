@@ -58,12 +58,10 @@ def only_run(folder: str | Path) -> Iterator[None]:
     with open(Path(folder) / ".lock", "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not shared with forked readers
-        except (BlockingIOError, PermissionError):
-            words = "is being written by another run: wait for it, or give another folder"
-            raise ConfigError(f"run.out={str(folder)!r} {words}") from None
         except OSError as error:
-            words = f"cannot be locked ({error.strerror}): give a folder on another disk"
-            raise ConfigError(f"run.out={str(folder)!r} {words}") from None
+            taken = isinstance(error, BlockingIOError | PermissionError)
+            reason = "another run is writing it" if taken else f"cannot be locked, {error.strerror}"
+            raise ConfigError(f"run.out={str(folder)!r}: {reason}; give another folder") from None
         yield
 
 
@@ -77,15 +75,13 @@ def save_model(path: str | Path, model: VisionTransformer, config: TrainConfig) 
 
 def load_model(path: str | Path) -> tuple[VisionTransformer, TrainConfig]:
     """-> the model as it was saved, and its configuration. Raises ConfigError for a file that is not one."""
-    expected = "expected a model saved by `cpvt train`"
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); {expected}") from None
-    if "config" not in metadata:
-        raise ConfigError(f"{path}: carries no configuration; {expected}")
-    config = from_json(TrainConfig, metadata["config"])
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            config = from_json(TrainConfig, (file.metadata() or {}).get("config", ""))
+    except (SafetensorError, OSError, ConfigError) as error:
+        words = f"{path} cannot be read ({error}); expected a model saved by `cpvt train`"
+        raise ConfigError(words) from None
     model = VisionTransformer(config.model)
     model.load_state_dict(state)
     return model.eval(), config
@@ -110,10 +106,7 @@ class Checkpoints:
         return self._path(step)
 
     def latest(self) -> tuple[int, list[str]]:
-        """-> the step of the newest whole one, 0 where there is none; and the names of newer ones, spoiled.
-
-        These are renamed, out of the way of what is saved from now on.
-        """
+        """-> the step of the newest whole one, 0 for none; names of newer, spoiled ones, which are renamed."""
         spoiled = []
         for path in self._found():
             step = int(path.stem.removeprefix("step-"))
@@ -127,9 +120,7 @@ class Checkpoints:
         """-> the state after `step` steps; None where it is not there, or not whole."""
         try:
             with zipfile.ZipFile(self._path(step)) as archive:
-                if (
-                    archive.testzip()
-                ):  # the checksums, which torch.save writes and torch.load does not look at
+                if archive.testzip():  # the checksums, which torch.save writes and torch.load ignores
                     return None
             return torch.load(self._path(step), map_location="cpu", weights_only=True)
         except Exception:  # a byte in the wrong place can raise anything
@@ -145,25 +136,18 @@ class Checkpoints:
 
 def changed(one: TrainConfig, other: TrainConfig) -> dict[str, tuple]:
     """{"optim.lr": (its value in one, in the other)} and so on, for every option that differs."""
-    pairs = {
-        f"{group}.{name}": (value, getattr(getattr(other, group), name))
-        for group, options in vars(one).items()
-        for name, value in vars(options).items()
-    }
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    found = {}
+    for group, options in vars(one).items():
+        for name, value in vars(options).items():
+            if (there := getattr(getattr(other, group), name)) != value:
+                found[f"{group}.{name}"] = value, there
+    return found
 
 
 def differences(own: TrainConfig, saved: TrainConfig, fingerprint: str = "") -> list[str]:
-    """The options, as text, in which a saved run is another run than `own`: what changes no step may differ.
-
-    `fingerprint`: of the data; "drawn" for a synthetic task, which is known by its configuration.
-    """
+    """The options, as text, in which a saved run is another run than `own`: what changes no step may differ."""
     free = {"out", "log_every", "save_every", "keep_checkpoints", "evaluate_every", "tensorboard", "device"}
     free |= {"compile", "workers", "decode", "root", "micro_batch_size", "skip_limit", "init", "weights"}
     free |= set() if fingerprint == "drawn" else {"name"}  # wherever images lie: their fingerprint says which
-    apart = changed(own, saved).items()
-    return [
-        f"{name}: {there!r} there, {here!r} here"
-        for name, (here, there) in apart
-        if name.split(".")[1] not in free
-    ]
+    apart = {name: pair for name, pair in changed(own, saved).items() if name.split(".")[1] not in free}
+    return [f"{name}: {there!r} there, {here!r} here" for name, (here, there) in apart.items()]

@@ -30,8 +30,7 @@ class Stopped(RuntimeError):
 
 
 class SignalHandler:
-    """Notes the name of a signal, and lets the step end. A second Ctrl-C is as deadly as ever; torchrun and the
-    kernel may well send the same SIGTERM twice."""
+    """Notes the name of a signal, and lets the step end. A second Ctrl-C is as deadly as ever."""
 
     def __init__(self):
         self.name, self._before = "", {}
@@ -87,10 +86,10 @@ class World:
 
     def broadcast(self, text: str = "") -> str:
         """What the main process says, in all of them: the others wait for as long as it takes."""
-        self.broadcasts += 1
-        key = f"broadcast {self.broadcasts}"
         if self.size == 1:
             return text
+        self.broadcasts += 1
+        key = f"broadcast {self.broadcasts}"
         if self.is_main:
             self.store.set(key, text)
         self._wait(lambda: self.store.check([key]))
@@ -177,7 +176,5 @@ def pick_device(name: str) -> str:
     """ "auto" -> "cuda" where there is one, else "cpu". Raises ConfigError for a device that is not here."""
     here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     if name not in ("auto", *here):
-        raise ConfigError(
-            f"device={name!r}; expected 'auto' or one that PyTorch sees here: {', '.join(here)}"
-        )
+        raise ConfigError(f"device={name!r}; expected auto or what PyTorch sees here: {', '.join(here)}")
     return here[-1] if name == "auto" else name

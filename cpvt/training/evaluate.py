@@ -12,18 +12,15 @@ from cpvt.training.distributed import World
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
-    """`precision` as in `RunConfig`: under bf16 and fp16 matrix products are computed in half precision."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(torch.device(device).type, half, enabled=half is not None)
+    """`precision` as in `RunConfig`: under bf16 matrix products are computed in half precision."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
-@torch.no_grad()
-def correct(model: nn.Module, images: Tensor, labels: Tensor, k: int = 1, batch: int = 256) -> Tensor:
-    """(n, C, height, width), (n,) -> (n,) booleans: the label is among the k largest logits."""
-    return _hits(model, images, labels, k, batch).any(-1)
+def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """(n, C, height, width), (n,) -> (n,) booleans: the label has the largest logit."""
+    return _hits(model, images, labels, 1)[:, 0]
 
 
-@torch.no_grad()
 def accuracy(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -52,11 +49,12 @@ def accuracy(
     return {"top1": 100 * top1 / max(images, 1), **top5, "images": images}
 
 
-def _hits(model: nn.Module, images: Tensor, labels: Tensor, k: int, batch: int = 256) -> Tensor:
-    """-> (n, k) booleans: the label is the first, second, ... k-th guess."""
+@torch.no_grad()
+def _hits(model: nn.Module, images: Tensor, labels: Tensor, k: int) -> Tensor:
+    """-> (n, k) booleans: the label is the first, second, ... k-th guess. 256 images at once."""
     was_training = model.training
     model.eval()
     images = images.to(next(model.parameters(), images).dtype)
-    guesses = [model(x).topk(min(k, model.num_classes), -1).indices for x in images.split(batch)]
+    guesses = [model(x).topk(min(k, model.num_classes), -1).indices for x in images.split(256)]
     model.train(was_training)
     return torch.cat(guesses) == labels[:, None]

@@ -8,7 +8,7 @@ import json
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -37,18 +37,12 @@ def describe(config: TrainConfig, model: nn.Module, loader, world: World) -> str
 class Logger:
     """Writes `out`/log.jsonl (and TensorBoard's files) and draws the bar; only the main process does either.
 
-    entries: the lines so far. A checkpoint keeps them: the log of an interrupted run ends up as that of one which
-    never stopped.
+    entries: the lines so far, which a checkpoint keeps, so that a run which goes on has one log.
+    report: called with each entry.
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        step: int,
-        entries: list[dict],
-        world: World,
-        report: Callable[[dict], None] | None = None,
-        bar: bool = False,
+        self, config: TrainConfig, step: int, entries: list[dict], world: World, report=None, bar=False
     ):
         self.config, self.entries, self.world, self.report = config, entries, world, report
         self.folder = Path(config.run.out) if config.run.out else None
@@ -76,7 +70,6 @@ class Logger:
         return [{k: v for k, v in e.items() if k not in CLOCK} for e in self.entries if "loss" in e]
 
     def step(self, step: int) -> None:
-        """A step is done."""
         self._bar.update()
         if step == self._first + 3:  # speed counts from here: the first steps compile, and take their memory
             self._since = time.perf_counter(), step
@@ -92,18 +85,18 @@ class Logger:
                 speed = steps * self.config.optim.global_batch_size / seconds
                 entry |= {"images_per_s": float(f"{speed:.4g}"), "hours_left": float(f"{left:.2g}")}
             entry |= {"gpu_refused": self.refused} if self.refused else {}
-        self._log(entry)
+        self._keep(entry)
         if self._board:
             with contextlib.suppress(OSError):
-                for name in entry.keys() - {"step"}:
-                    if entry[name] is not None:
-                        self._board.add_scalar(name, entry[name], step)
+                for name, value in entry.items():
+                    if name != "step" and value is not None:
+                        self._board.add_scalar(name, value, step)
         if self.report and self.world.is_main:
             self.report(entry)
 
     def note(self, step: int, words: str) -> None:
         """A line for whoever reads the log or the screen."""
-        self._log({"step": step, "note": words})
+        self._keep({"step": step, "note": words})
         if self.world.is_main:
             tqdm.write(words, file=sys.stderr)
 
@@ -121,7 +114,7 @@ class Logger:
         if self._board:
             self._board.close()
 
-    def _log(self, entry: dict) -> None:
+    def _keep(self, entry: dict) -> None:
         self.entries.append(entry)
         if self.world.is_main:
             self._append("log.jsonl", entry)

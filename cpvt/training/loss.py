@@ -53,10 +53,7 @@ class TrainingLoss:
 
 
 def load_teacher(distill: DistillConfig, model: ModelConfig, device: str) -> nn.Module | None:
-    """The teacher that is asked for, from a file or timm's download, ready to answer; None for none.
-
-    Raises ConfigError where the model has no head for it, or the teacher cannot be had.
-    """
+    """The teacher that is asked for, from a file or timm's download; None for none. Raises ConfigError."""
     if not distill.teacher:
         return None
     import timm
@@ -64,14 +61,12 @@ def load_teacher(distill: DistillConfig, model: ModelConfig, device: str) -> nn.
     name = f"distill.teacher={distill.teacher!r}"
     if not model.distilled:
         raise ConfigError(f"{name}: the model has no distillation token; use one named _distilled")
+    options = {"pretrained": not distill.weights, "num_classes": model.num_classes}
     try:
-        options = {"pretrained": not distill.weights, "num_classes": model.num_classes}
         teacher = timm.create_model(distill.teacher, **options)
         if distill.weights:
             load_weights(teacher, distill.weights)
     except (OSError, RuntimeError, ValueError) as error:  # timm's for a name it does not know, too
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{name} cannot be had ({reason}): give its weights as a file, --distill.weights"
-        ) from None
+        raise ConfigError(f"{name} cannot be had ({reason}): give a file, --distill.weights") from None
     return teacher.requires_grad_(False).eval().to(device)

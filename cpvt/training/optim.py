@@ -64,24 +64,20 @@ class EMA:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has the average for weights, as long as this lasts."""
-        kept = [p.detach().clone() for p in self.weights]
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.average)
+        weights = [p.detach() for p in self.weights]
+        kept = [p.clone() for p in weights]
+        torch._foreach_copy_(weights, self.average)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.weights, kept)
+            torch._foreach_copy_(weights, kept)
 
 
 class SkipCounter:
-    """Steps without a finite loss and gradient, counted on the device: who reads the counts waits, nobody else.
-
-    counts: all that were skipped, and how many of the last ones in a row.
-    """
+    """Steps without a finite loss and gradient, counted on the device: who reads the counts waits, nobody else."""
 
     def __init__(self, device: str):
-        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # all of them; the last ones in a row
 
     def see(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Takes note of a step; -> 1.0 where it counts, 0.0 where it must be skipped, float32 on the device."""

@@ -55,13 +55,9 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        world: World,
-        make_loader: Callable = make_loader,
-        report: Callable[[dict], None] | None = None,
-        announce: Callable[[str], None] | None = None,
+        self, config: TrainConfig, world: World, make_loader=make_loader, report=None, announce=None
     ):
+        """The arguments are those of `train`."""
         self.world, run = world, config.run
         if run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -88,8 +84,6 @@ class Trainer:
         groups = param_groups(self.model, optim.weight_decay, optim.decay_pegs)
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, fused=True)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        scaling = {"enabled": run.precision == "fp16", "growth_interval": 1000}
-        self.scaler = torch.amp.GradScaler(torch.device(world.device).type, **scaling)
         self.ema = EMA(self.model, optim.ema_decay) if optim.ema_decay else None
         self.skips = SkipCounter(world.device)
         self.losses: deque[Tensor] = deque(maxlen=max(20, run.log_every))  # the last ones
@@ -99,20 +93,19 @@ class Trainer:
 
         if run.compile == "model":
             self.model.compile()  # in place: the parameters keep their names
+            if teacher:
+                teacher.compile()
         elif run.compile == "blocks":
             # A block is one function to torch.compile: what was compiled for one serves every other that is alike.
             # Where encodings have a part in attention each block has its own, hence the room for many.
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
             for block in self.model.blocks:
                 block.compile()
-        if run.compile == "model" and teacher:
-            teacher.compile()
         self.forward = world.wrap(self.model)
         if announce and world.is_main:
             announce(describe(config, self.model, self.loader, world))
-        self.logger = world.main_first(
-            lambda: Logger(config, self.step, self.log, world, report, bool(announce))
-        )
+        shown = (report, bool(announce))
+        self.logger = world.main_first(lambda: Logger(config, self.step, self.log, world, *shown))
         for note in notes:
             self.logger.note(self.step, note)
 
@@ -125,19 +118,15 @@ class Trainer:
             return notes
         saved, out = self.checkpoints.read(step), f"run.out={self.config.run.out!r}"
         if self.world.any(saved is None):
-            raise ConfigError(
-                f"step {step} cannot be read everywhere: {out} must be on a disk that all share"
-            )
+            raise ConfigError(f"{out}: not every process can read step {step}; use a disk that all share")
         found = differences(self.config, from_json(TrainConfig, saved["config"]), self.loader.fingerprint)
         if saved["fingerprint"] != self.loader.fingerprint:
             found.append("data: other training images there than here")
         if found:
-            words = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-            raise ConfigError(
-                f"{out} holds another run ({words}): give it the same options, or another folder"
-            )
-        for part in ("model", "optimizer", "scaler"):
-            getattr(self, part).load_state_dict(saved[part])
+            words = "; ".join(found)
+            raise ConfigError(f"{out} holds another run ({words}): give the same options, or another folder")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.log = saved["step"], saved["log"]
         self.losses.extend(saved["losses"].to(self.world.device))
         self.skips.counts.copy_(saved["skips"])
@@ -147,7 +136,7 @@ class Trainer:
 
     def state(self) -> dict:
         """-> tensors, numbers and text alone, which `torch.load(weights_only=True)` reads back."""
-        state = {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scaler")}
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"step": self.step, "log": self.log, "losses": torch.stack([*self.losses])}
         state |= {"skips": self.skips.counts, "ema": self.ema.average if self.ema else []}
         return state | {"config": to_json(self.config), "fingerprint": self.loader.fingerprint}
@@ -183,17 +172,14 @@ class Trainer:
         return bool(good) or self.step >= self.config.optim.steps
 
 
-def drop_path_scale(
-    model: VisionTransformer, epoch: int, positions: Tensor, seed: int, like: Tensor
-) -> Tensor | None:
-    """What the branches are multiplied by for these samples: (depth, 2, B), of the type and device of `like`; None
-    where nothing drops. `positions`: (B,) int64 on the CPU."""
+def drop_path_scale(model: VisionTransformer, epoch: int, positions: Tensor, seed: int, like: Tensor):
+    """Positions (B,) int64 on the CPU -> what the samples' branches are multiplied by, (depth, 2, B), of the type
+    and device of `like`; None where nothing drops."""
     if not model.config.drop_path:
         return None
     branch = torch.arange(2 * len(model.blocks)).view(-1, 2, 1)
-    scale = model.drop_path_scale(uniform("drop path", seed, epoch, positions[None, None], branch)).to(
-        like.dtype
-    )
+    draws = uniform("drop path", seed, epoch, positions[None, None], branch)
+    scale = model.drop_path_scale(draws).to(like.dtype)
     return (scale.pin_memory() if like.is_cuda else scale).to(like.device, non_blocking=True)
 
 
@@ -223,12 +209,11 @@ def take_steps(t: Trainer) -> dict[str, float]:
                     with autocast(world.device, run.precision):
                         logits = t.forward(images, scale)
                         part_loss = t.loss(logits, images, batch.targets) / parts
-                    t.scaler.scale(part_loss).backward()
+                    part_loss.backward()
                 loss += part_loss.detach()
             loss = world.sum(loss) / world.size  # the same everywhere, so that all skip the same steps
 
             # Update. The device itself skips a step whose loss or gradient is not finite: nobody waits for it.
-            t.scaler.unscale_(t.optimizer)
             norm = get_total_norm([p.grad for p in t.parameters if p.grad is not None])
             taken = t.skips.see(loss, norm)
             if optim.clip_grad:
@@ -236,10 +221,8 @@ def take_steps(t: Trainer) -> dict[str, float]:
             lr = learning_rate(t.step, optim)
             for group in t.optimizer.param_groups:
                 group["lr"] = lr
-            t.optimizer.grad_scale = None
             t.optimizer.found_inf = 1 - taken  # where it is 1, fused AdamW leaves everything as it is
             t.optimizer.step()
-            t.scaler.update()
             t.optimizer.zero_grad(set_to_none=True)
             if t.ema:
                 t.ema.update(taken)
@@ -253,10 +236,8 @@ def take_steps(t: Trainer) -> dict[str, float]:
             if due or t.step % optim.skip_limit == 0:
                 skipped, in_a_row = t.skips.counts.tolist()
                 if in_a_row >= min(optim.skip_limit, optim.steps):
-                    raise TrainingError(
-                        f"step {t.step}: no finite loss or gradient in the last {in_a_row} steps; begin anew, in "
-                        f"another folder: with a lower lr ({optim.lr:g}), a clipped gradient or without fp16"
-                    )
+                    words = f"step {t.step}: no finite loss or gradient in the last {in_a_row} steps"
+                    raise TrainingError(f"{words}; begin anew with lr below {optim.lr:g} or clip_grad")
             if due:
                 numbers = {"loss": t.mean_loss((t.step - 1) % run.log_every + 1), "grad_norm": float(norm)}
                 numbers = {k: float(f"{v:.5g}") if math.isfinite(v) else None for k, v in numbers.items()}
@@ -278,15 +259,12 @@ def train(
 
     The model's classes and image size are taken from the data. `report` is called with each log entry, `announce`
     with what the run will do, before it does it, `make_loader` for other batches than the package's own.
-    Under torchrun all processes call it alike.
-    Raises ConfigError or DataError, before the first step, where the configuration cannot be run, and
-    TrainingError after `optim.skip_limit` steps in a row without a finite gradient.
+    Under torchrun all processes call it alike. Raises ConfigError or DataError before the first step, where the
+    configuration cannot be run, and TrainingError after `optim.skip_limit` steps in a row that are not finite.
     """
     started = time.perf_counter()
-    with (
-        join_world(pick_device(config.run.device)) as world,
-        only_run(config.run.out if world.is_main else ""),
-    ):
+    device = pick_device(config.run.device)
+    with join_world(device) as world, only_run(config.run.out if world.is_main else ""):
         trainer = Trainer(config, world, make_loader, report, announce)
         model, config, logger = trainer.model, trainer.config, trainer.logger
         run = TrainingRun(model, config, fingerprint=trainer.loader.fingerprint)
