@@ -188,9 +188,7 @@ def parse_encoding(text: str) -> tuple[EncodingPart, ...]:
     try:
         return tuple(_parts(ast.parse(text.strip(), mode="eval").body, text))
     except SyntaxError:
-        raise ConfigError(
-            f"encoding {text!r} cannot be read; write such as 'learned + peg(kernel=5)'"
-        ) from None
+        raise ConfigError(f"encoding {text!r} cannot be read; a valid one: learned + peg(kernel=5)") from None
 
 
 def _parts(node: ast.expr, text: str) -> list[EncodingPart]:

@@ -30,9 +30,7 @@ def commands(page: Path) -> list[list[str]]:
     return found
 
 
-PRINTED = [
-    pytest.param(words, id=f"{p.stem}: {' '.join(words)[:60]}") for p in PAGES for words in commands(p)
-]
+PRINTED = [pytest.param(w, id=f"{p.stem}: {' '.join(w)[:60]}") for p in PAGES for w in commands(p)]
 
 
 class Understood(Exception):
@@ -51,14 +49,8 @@ def test_every_command_is_shown():
 
 @pytest.mark.parametrize("words", PRINTED)
 def test_a_printed_command_is_understood(words, monkeypatch, capsys):
-    for work in (
-        "training.train.train",
-        "data.pack.pack",
-        "lab.runner.run_missing",
-        "lab.costs.measure_costs",
-    ):
-        monkeypatch.setattr(f"cpvt.{work}", understood)
-    for work in ("training.checkpoint.load_model", "lab.benchmark.Benchmark.__call__"):
+    lab = "lab.runner.run_missing", "lab.costs.measure_costs", "lab.benchmark.Benchmark.__call__"
+    for work in ("training.train.train", "training.checkpoint.load_model", "data.pack.pack", *lab):
         monkeypatch.setattr(f"cpvt.{work}", understood)
     with pytest.raises((Understood, SystemExit)) as end:
         cli.main(words)

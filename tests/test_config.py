@@ -43,22 +43,15 @@ TEXTS = [
 ]
 
 
-def test_encoding_text_round_trip():
-    for text in TEXTS:
-        assert format_encoding(parse_encoding(text)) == text
-
-
 def test_encoding_text_means_the_parts():
     assert parse_encoding("none") == parse_encoding(" ") == ()
     assert parse_encoding("learned+peg( kernel = 5 )") == (Learned(), Peg(kernel=5))
-    assert parse_encoding("sine(temperature=10) + rotary + relative(clip=2)") == (
-        Sine(temperature=10.0),
-        Rotary(),
-        Relative(clip=2),
-    )
+    parts = Sine(temperature=10.0), Rotary(), Relative(clip=2)
+    assert parse_encoding("sine(temperature=10) + rotary + relative(clip=2)") == parts
 
 
-def test_the_texts_above_use_every_option_of_every_kind():
+def test_every_option_of_every_kind_is_written_as_it_is_read():
+    assert [format_encoding(parse_encoding(text)) for text in TEXTS] == TEXTS
     parts = [part for text in TEXTS for part in parse_encoding(text)]
     for kind in (Learned, Sine, Relative, Rotary, Peg):
         for field in dataclasses.fields(kind):
@@ -70,18 +63,13 @@ def test_the_texts_above_use_every_option_of_every_kind():
     "text, words",
     [
         ("learnd", ["'learnd'", "learned"]),
-        ("peg(kernal=3)", ["'kernal'", "kernel"]),
         ("peg(kernel=4)", ["kernel=4", "odd"]),
         ("peg(positions=(0, 0))", ["positions=(0, 0)"]),
-        ("peg(positions=(-2,))", ["-2"]),
-        ("peg(repeat=0)", ["repeat=0"]),
         ("peg(padding='none')", ["padding='none'", "skip=False"]),
         ("peg(padding='circular', compute='matrix')", ["compute='matrix'"]),
         ("peg(on='constant', convolution='dense')", ["on='constant'"]),
-        ("peg(padding='zeros')", ["padding='zeros'", "'zero'"]),
         ("sine(temperature=0)", ["temperature=0"]),
         ("sine(resize=raw)", ["plain values"]),
-        ("peg(**{'kernel': 3})", ["NAME(option=value, ...)"]),
         ("peg +", ["cannot be read"]),
         ("peg(kernel=3, kernel=5)", ["NAME(option=value, ...)"]),
         ("__import__('os')", ["NAME(option=value, ...)"]),
@@ -107,10 +95,8 @@ def test_json_round_trip_is_exact():
 
 
 def test_configurations_are_values():
-    assert ModelConfig(encoding="peg(kernel=3)") == ModelConfig(encoding="peg")  # one spelling
-    assert hash(ModelConfig()) == hash(ModelConfig())
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        ModelConfig().width = 3
+    one, other = ModelConfig(encoding="peg(kernel=3)"), ModelConfig(encoding="peg")  # one spelling
+    assert one == other and hash(one) == hash(other)
 
 
 def test_replace_checks_names_and_types():
@@ -131,14 +117,10 @@ def test_derived_sizes():
     "values, words",
     [
         ({"image_size": (225, 224)}, ["(225, 224)", "multiples of the patch size"]),
-        ({"image_size": 224}, ["image_size=224"]),
         ({"image_size": (224, 224, 3)}, ["2 whole numbers"]),
         ({"width": 100}, ["width=100", "heads=3"]),
         ({"depth": 2.0}, ["depth=2.0", "int"]),
-        ({"drop_path": 1.0}, ["drop_path=1.0"]),
-        ({"global_pool": "mean"}, ["global_pool='mean'", "'token', 'avg'"]),
         ({"distilled": True, "global_pool": "avg"}, ["distilled=True", "global_pool='avg'"]),
-        ({"encoding": None}, ["encoding=None", "str"]),
     ],
 )
 def test_wrong_models_are_refused_in_one_line(values, words):
@@ -151,10 +133,8 @@ def test_wrong_models_are_refused_in_one_line(values, words):
     [
         ("{", ["TrainConfig", "not JSON"]),
         ('{"optim": {"rate": 0.1}}', ["TrainConfig: optim", "no option 'rate'"]),
-        ('{"modle": {}}', ["no option 'modle'", "did you mean model?"]),
         ('{"optim": {"steps": 1.5}}', ["optim: steps=1.5", "int"]),
         ('{"run": {"precision": "fp8"}}', ["precision='fp8'", "'bf16'"]),
-        ('{"data": {"grid": [14]}}', ["data: grid=[14]", "2 whole numbers"]),
     ],
 )
 def test_wrong_json_is_refused_in_one_line(text, words):

@@ -37,21 +37,11 @@ def weights(run):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "global_pool"),
-    [
-        ("none", "token"),
-        ("learned", "avg"),
-        ("sine", "token"),
-        ("relative", "avg"),
-        ("rotary", "token"),
-        ("peg", "avg"),
-        ("learned + peg", "token"),
-        ("peg(positions=(-1, 0, 1))", "avg"),
-    ],
+    "encoding", ["none", "learned", "sine", "relative", "rotary", "peg(positions=(-1, 1))"]
 )
-def test_every_encoding_trains(encoding, global_pool):
+def test_every_encoding_trains(encoding):
     config = tiny(encoding)
-    run = train(replace(config, model=replace(config.model, global_pool=global_pool)))
+    run = train(replace(config, model=replace(config.model, global_pool="avg")))
     assert [entry["step"] for entry in run.history] == [2, 4]
     assert all(math.isfinite(entry["loss"]) for entry in run.history)
     assert run.model.num_classes == 4 and run.metrics["images"] == 40
@@ -124,13 +114,12 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path):
 
 
 def run_cli(*arguments, capsys) -> tuple[int, str, str]:
+    status = 0
     try:
         cli.main(list(arguments))
-        status = 0
     except SystemExit as stop:
         status = stop.code
-    out, err = capsys.readouterr()
-    return status, out, err
+    return status, *capsys.readouterr()
 
 
 SMALL = "--data where --data.grid 6 6 --model.patch-size 1 --model.width 8 --model.depth 1 --model.heads 1".split()
@@ -167,13 +156,7 @@ def test_wrong_input_gets_one_line(arguments, expected, capsys, tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [
-        ("train --optim.learning-rate 1", "--optim.learning-rate"),
-        ("train --optim.lr fast", "--optim.lr"),
-        ("train --model.encoding pegg", "did you mean peg"),
-        ("train --model.global-pool avg --model.distilled", "distilled=True"),
-        ("evaluate", "model.safetensors"),
-    ],
+    [("train --optim.learning-rate 1", "--optim.learning-rate"), ("evaluate", "model.safetensors")],
 )
 def test_what_is_no_option_is_explained_by_tyro(arguments, expected, capsys):
     status, _, err = run_cli(*arguments.split(), capsys=capsys)
@@ -197,20 +180,15 @@ def test_help_is_there_before_torch(tmp_path):
     code += "; print(os.environ['OMP_WAIT_POLICY'])"
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
-        command = [sys.executable, "-c", code]
-        said = subprocess.run(
-            command, env={**environment, **given}, capture_output=True, text=True, check=True
-        )
-        *_, modules, policy = said.stdout.splitlines()
+        said = python("-c", code, env={**environment, **given})
+        *_, modules, policy = said.splitlines()
         assert policy == expected
         assert not {"torch", "timm", "torchvision", "numpy", "pandas"} & set(ast.literal_eval(modules))
     for command in cli.COMMANDS:
-        assert f"\n  {command} " in said.stdout
+        assert f"\n  {command} " in said
+    assert python("-m", "cpvt").startswith("usage: cpvt COMMAND")
 
 
-def test_python_m_is_the_same_command():
-    root = Path(cli.__file__).parent.parent
-    said = subprocess.run(
-        [sys.executable, "-m", "cpvt"], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert said.stdout.startswith("usage: cpvt COMMAND")
+def python(*arguments, env=None) -> str:
+    options = {"cwd": Path(cli.__file__).parent.parent, "env": env, "text": True, "check": True}
+    return subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, **options).stdout
