@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, islice
 from multiprocessing import forkserver, resource_tracker
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,17 +59,6 @@ class Batch:
 
 
 # --------------------------------------------------------------------------- worker processes
-
-
-class Chunk(NamedTuple):
-    """What a worker reads of a request for a GPU; the whole goes along, to be put together again."""
-
-    request: Request
-    start: int
-
-    @property
-    def indices(self) -> Tensor:
-        return self.request.indices[self.start : self.start + CHUNK]
 
 
 def work(reader: ChunkReader, requests: Iterable, workers: int, finish: Callable | None = None) -> Iterator:
@@ -245,7 +233,7 @@ class ImageLoader(Loader):
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the held-out images, and their labels: -1 for one that cannot be read."""
         parts = _own_part(len(self.val_set.labels), self.rank, self.world_size)
-        requests = [Request(0, index, index, index) for index in parts]
+        requests = [Request(0, index, index, index) for index in parts]  # positions are indices
         finish = partial(_centred, self.data.image_size, self.data.crop_pct, self.device)
         workers = min(self.workers, len(requests))
         with closing(self._batches(self.val_set, requests, finish, workers)) as batches:
@@ -287,16 +275,15 @@ def _finished(decoder: Decoder, finish: Callable, read: ReadChunk) -> Batch:
 
 
 def _decoded(decoder: Decoder, requests: Iterable[Request], workers: int) -> Iterator[DecodedChunk]:
-    """Whole requests, read in chunks by workers and decoded here."""
-    chunks = (Chunk(request, i) for request in requests for i in range(0, len(request.indices), CHUNK))
+    """Whole requests, read by workers CHUNK images at a time and decoded here."""
     parts: list[DecodedChunk] = []
+    chunks = (replace(r, indices=some) for r in requests for some in r.indices.split(CHUNK))
     for read in work(decoder.reader, chunks, workers):
         parts.append(decoder(read))
-        whole, start = read.request
-        if start + CHUNK >= len(whole.indices):
-            images, faults = sum((p.images for p in parts), []), sum((p.faults for p in parts), [])
+        images, faults = sum((p.images for p in parts), []), sum((p.faults for p in parts), [])
+        if len(images) == len(read.request.positions):
             labels, refused = torch.cat([p.labels for p in parts]), sum(p.refused for p in parts)
-            yield DecodedChunk(whole, images, labels, faults, refused)
+            yield DecodedChunk(read.request, images, labels, faults, refused)
             parts = []
 
 
@@ -310,7 +297,7 @@ def _centred(size: int, crop_pct: float, device: torch.device, decoded: DecodedC
     images, labels, request = decoded.images, decoded.labels, decoded.request
     # What cannot be read counts as wrong, whatever stands in for it: no guess is -1.
     bad = {fault.index for fault in decoded.faults}
-    labels[[i for i, index in enumerate(request.indices.tolist()) if index in bad]] = -1
+    labels[[i for i, index in enumerate(request.positions.tolist()) if index in bad]] = -1
     if not (isinstance(images, Tensor) and images.shape[-2:] == (size, size) and crop_pct == 1):
         images = centre_resize(images, size, crop_pct)
     pixels, labels = normalise(images.float() / 255), send(labels, device)
