@@ -16,7 +16,8 @@ from helpers import draw_images, small_run, wait_until
 from PIL import Image
 
 from cpvt.config import DataConfig, replace
-from cpvt.data.decode import find_jpeg_decoder
+from cpvt.data import loader as module
+from cpvt.data.decode import Decoder, find_jpeg_decoder
 from cpvt.data.loader import AHEAD, Batch, ImageLoader, make_ahead, make_loader, open_split
 from cpvt.errors import ConfigError, DataError
 from cpvt.training.train import train
@@ -65,6 +66,17 @@ def test_memory_and_files_hold_the_same_images(image_folder, tmp_path):
     memory, files = (opened(small_run(tmp_path, store=store)) for store in ("memory", "files"))
     assert same(memory.batch(1), files.batch(1))
     assert same(next(memory.eval_batches()), next(files.eval_batches()))
+
+
+def test_requests_read_in_chunks_are_put_together(image_folder, monkeypatch):
+    """As for a GPU, here on a CPU."""
+    monkeypatch.setattr(module, "CHUNK", 3)
+    loader = opened(small_run(image_folder))
+    requests, decoder = islice(loader.sampler.requests(), 3), Decoder(loader.train_set, "cpu")
+    whole = [decoder(decoder.reader[request]) for request in islice(loader.sampler.requests(), 3)]
+    for one, other in zip(module._decoded(decoder, requests, 0), whole, strict=True):
+        assert same(one.images, other.images) and torch.equal(one.labels, other.labels)
+        assert torch.equal(one.request.positions, other.request.positions)
 
 
 def test_held_out_images_are_shared_out_without_loss_or_doubles(image_folder):
