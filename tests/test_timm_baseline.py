@@ -16,9 +16,9 @@ from cpvt.data.datasets import open_dataset
 from cpvt.data.transforms import MEAN, STD
 from cpvt.errors import ConfigError
 from cpvt.lab.experiments import jobs
-from cpvt.lab.metrics import score_pipeline
+from cpvt.lab.metrics import first_classes, score_pipeline, selected
 from cpvt.lab.runner import run_job
-from cpvt.lab.timm_baseline import _posterize, first_classes, selected, timm_batches, timm_loader, timm_mixup
+from cpvt.lab.timm_baseline import _posterize, timm_batches, timm_loader, timm_mixup
 from cpvt.training.train import train
 
 CLASSES, EACH = 3, 24  # of the small folder

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,9 +39,7 @@ from cpvt.model.zoo import model_config
 
 Row = dict[str, Any]  # the columns of a result
 BASE, AGAIN = (complete("costs", {"encoding": "none", "again": again}) for again in (False, True))
-CLAIMED = tuple(
-    complete("costs", {"encoding": text}) for text in ("peg", FIVE)
-)  # the book predicts their time
+CLAIMED = tuple(complete("costs", {"encoding": text}) for text in ("peg", FIVE))  # predicted in the book
 
 
 def cost_rows() -> list[Row]:
@@ -77,19 +74,18 @@ def parameters(config: ModelConfig) -> int:
 def multiply_adds(config: ModelConfig, side: int | None = None) -> int:
     """Multiply-adds of matrix products and convolutions for one image of `side` pixels, the plain way.
 
-    Counted by PyTorch's counter while the model runs on shapes alone. It leaves out whatever is no product of
-    matrices: normalisations, softmax, GELU, biases, skips, the sums of tables, the turning of rotary pairs. A
-    convolution's products with padded zeros count. "Plain": as on a CPU; a GPU's relative keys go another way.
+    Counted by PyTorch while the model runs on shapes alone. Left out is what is no product of matrices: norms,
+    softmax, GELU, biases, skips, sums of tables, turns of rotary pairs. A convolution's products with padded zeros
+    count. "Plain": as on a CPU; a GPU's relative keys go another way.
     """
     size = config.image_size if side is None else (side, side)
     with torch.device("meta"):  # no first weights are drawn
         model = VisionTransformer(config).eval()
     # A fused attention on a CPU is not among the operators that the counter knows: its two products are.
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        tensors = chain(model.named_parameters(), model.named_buffers())
-        weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors}
+        model.to_empty(device="cpu")
         with FlopCounterMode(display=False) as counter:
-            functional_call(model, weights, torch.empty(1, config.in_channels, *size))
+            model(torch.empty(1, config.in_channels, *size))
     return counter.get_total_flops() // 2
 
 
@@ -122,7 +118,7 @@ def saved_bytes(config: ModelConfig, images: int = 1) -> int:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         out = model(torch.zeros(images, config.in_channels, *config.image_size))
-    assert out.requires_grad
+    del out  # only now
     return sum(kept.values())
 
 
@@ -158,11 +154,10 @@ def measure_costs(
     report: Callable[[Result, int], None] | None = None,
     size: Size | None = None,
 ) -> int:
-    """Times the rows that the folder's results lack for this kind of device, group by group.
+    """Times the rows that the folder lacks for this kind of device, group by group -> how many are still missing.
 
-    A group's results are on disk before the next group begins. One group is timed at least; another begins where
-    the budget holds as long as the longest so far took (0: no limit). `report` gets each result and how many rows
-    are left. -> how many are still missing.
+    One group is timed at least; another begins where the budget (0: no limit) holds as long as the longest so far
+    took. `report` gets each result and how many rows are left.
     """
     size = size or (GPU if "cuda" in device else CPU)
     out, commit = results.results_folder(out), results.commit()

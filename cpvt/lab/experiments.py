@@ -27,7 +27,6 @@ from cpvt.errors import ConfigError, nearest
 from cpvt.lab import metrics
 from cpvt.lab.results import complete
 from cpvt.lab.runner import TEACHER, Job
-from cpvt.lab.timm_baseline import first_classes, timm_batches
 from cpvt.training.recipes import DEIT_AUGMENT
 
 FIVE = "peg(positions=(0, 1, 2, 3, 4))"
@@ -124,7 +123,18 @@ def pooling() -> Iterator[Job]:
 # --------------------------------------------------------------------------- pipelines: minutes on a CPU
 
 CLASSES = 20  # the first of Tiny-ImageNet's 200: 10,000 images to train on, 1,000 held out
-PIPELINES = {"cpvt": partial(first_classes, classes=CLASSES), "timm": partial(timm_batches, classes=CLASSES)}
+
+
+def _timm_batches(data: DataConfig, **options):
+    from cpvt.lab.timm_baseline import timm_batches  # timm takes a second to import
+
+    return timm_batches(data, **options)
+
+
+PIPELINES = {
+    "cpvt": partial(metrics.first_classes, classes=CLASSES),
+    "timm": partial(_timm_batches, classes=CLASSES),
+}
 
 
 def pipeline_config(seed: int = 0) -> TrainConfig:

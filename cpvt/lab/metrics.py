@@ -8,6 +8,7 @@ Letters: n images, C channels, p pixels a token, (H, W) grid of tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
@@ -20,16 +21,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from cpvt.config import replace
-from cpvt.data.datasets import open_dataset
-from cpvt.data.loader import ImageLoader, make_loader
+from cpvt.config import DataConfig, replace
+from cpvt.data.datasets import ImageDataset, open_dataset
+from cpvt.data.loader import ImageLoader, make_loader, open_split
 from cpvt.data.resize import crop_resize
 from cpvt.data.synthetic import draw
 from cpvt.data.transforms import normalise
 from cpvt.lab import probes
 from cpvt.lab.probes import device_of
 from cpvt.lab.results import fingerprint
-from cpvt.lab.timm_baseline import selected
 from cpvt.model.encodings import PEG
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import save_model
@@ -54,8 +54,7 @@ def _digest(loader: ImageLoader) -> str:
 
 
 def held_out_images(loader: ImageLoader, count: int, spread: bool = False) -> tuple[Tensor, Tensor]:
-    """-> the first `count` held-out images, normalised, and their labels; `spread`: those at even steps among all,
-    so that all classes have a part where they stand one after the other."""
+    """-> the first `count` held-out images, normalised, and their labels; `spread`: at even steps."""
     parts = loader.eval_batches() if spread else islice(loader.eval_batches(), -(-count // 256))
     images, labels = (torch.cat(found) for found in zip(*parts, strict=True))
     if not spread:
@@ -64,22 +63,30 @@ def held_out_images(loader: ImageLoader, count: int, spread: bool = False) -> tu
     return images[index], labels[index]
 
 
+def selected(images: ImageDataset, classes: int) -> ImageDataset:
+    """The images of the first `classes` classes alone, in the order of their names."""
+    chosen = images.select((images.labels < classes).nonzero().flatten())
+    return dataclasses.replace(chosen, classes=chosen.classes[:classes])
+
+
+def first_classes(data: DataConfig, *, classes: int, **options) -> ImageLoader:
+    """`make_loader` with the images of the first `classes` classes alone."""
+    return make_loader(data, **options, open_split=lambda *which: selected(open_split(*which), classes))
+
+
 # --------------------------------------------------------------------------- whole runs
 
 
 def score_synthetic(run: TrainingRun, cache: Cache = None, images: int = 256) -> Score:
-    """Accuracy in percent, by distance (`/d3`) where the task has one.
-
-    *what* has instead `/trained` (the side that bars were trained on), `/unseen` (the other side) and
-    `/diagonals` (the pair that was trained everywhere).
-    """
+    """Accuracy in percent, by distance (`/d3`); for *what* on the side that bars were trained on (`/trained`), on
+    the other (`/unseen`), and for the pair that was trained everywhere (`/diagonals`)."""
     data, device = run.config.data, device_of(run.model)
     top1 = "top1@" + "x".join(map(str, dict.fromkeys(data.grid)))
     seen: list[Tensor] = []
 
     def percent(split: str, **options) -> float:
-        options |= {"grid": data.grid, "seed": run.config.run.seed, "split": split}
-        sample = draw(data.name, range(images), **options)
+        where = {"grid": data.grid, "seed": run.config.run.seed, "split": split}
+        sample = draw(data.name, range(images), **where, **options)
         seen.append(sample.images)
         right = correct(run.model, normalise(sample.images).to(device), sample.labels.to(device))
         return 100 * right.float().mean().item()
@@ -96,11 +103,7 @@ def score_synthetic(run: TrainingRun, cache: Cache = None, images: int = 256) ->
 
 
 def score_pipeline(run: TrainingRun, cache: Cache = None, *, classes: int) -> Score:
-    """top-1 and top-5 on the held-out images of the first `classes`.
-
-    The digest is one over the sorted digests of (label, bytes), since copies of the data set order their files
-    differently.
-    """
+    """top-1 and top-5 on the held-out images of the first `classes`; in any order, for the digest."""
     data, tokens = run.config.data, run.config.model.grid[0]
     held_out = selected(open_dataset(data.name, "val", data.root), classes)
     files = (b"%d\n" % label + held_out.read(i) for i, label in enumerate(held_out.labels.tolist()))
@@ -124,21 +127,18 @@ def score_fashion(run: TrainingRun, cache: Cache = None, images: int = 1000) -> 
     return metrics, run.config.data.name, _digest(loader)
 
 
-def score_table_row(
-    run: TrainingRun, cache: Cache = None, images: int = 2000, fine_tuned: bool = False
-) -> Score:
+def score_table_row(run: TrainingRun, cache: Cache = None, images: int = 2000, fine_tuned=False) -> Score:
     """A row of the tables at 1:8.
 
     top1@10 ... top1@32     at the five sizes, by tokens a side, whole images; a table follows as its configuration
                             says, and `/resample`, `/rescale` as it could; `/logn` with log-N attention, whose
                             factor is 1 at the trained size, so that training is the same
     top1@14x28              on a band twice as wide as it is high
-    top1@24/tuned           after a short fine-tune at 24 tokens a side (`fine_tune`), with `fine_tuned`
+    top1@24/tuned           after a short fine-tune at 24 tokens a side, with `fine_tuned`
     and what `_score_images` says of `images` at even steps
     """
     model, pixels, size = run.model, run.config.model.patch_size, run.config.data.image_size
-    metrics: dict[str, float] = {}
-    cache = {} if cache is None else cache  # images are decoded once for all sizes
+    metrics, cache = {}, {} if cache is None else cache  # images are decoded once for all sizes
     for side in SIZES:
         for suffix, variant in _variants(model, side):
             scores = accuracy(variant, held_out(run, cache, image_size=side).eval_batches())
@@ -155,20 +155,12 @@ def score_table_row(
     return metrics, run.config.data.name, _digest(loader)
 
 
-def _score_images(
-    model: VisionTransformer,
-    loader: ImageLoader,
-    count: int,
-    spread: bool = False,
-    scenes: Tensor | None = None,
-) -> dict[str, float]:
-    """Shifts on `count` held-out images, position on 256, maps and attention on 64 (see `held_out_images`)."""
+def _score_images(model, loader: ImageLoader, count: int, spread=False, scenes=None) -> dict[str, float]:
+    """Shifts on `count` held-out images, position on 256, maps and attention on 64; NaN (no interior) left out."""
     few, some = (held_out_images(loader, number, spread)[0] for number in (64, 256))
     metrics = score_shifts(model, *held_out_images(loader, count, spread)) | score_position(model, some)
     metrics |= score_maps(model, few, scenes) | score_attention(model, few)
-    return {
-        name: value for name, value in metrics.items() if math.isfinite(value)
-    }  # some maps have no interior
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def fine_tune(run: TrainingRun, size: int, cache: Cache = None) -> TrainingRun:
@@ -189,16 +181,14 @@ def fine_tune(run: TrainingRun, size: int, cache: Cache = None) -> TrainingRun:
 
 
 def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, VisionTransformer]]:
-    """The model, and the same weights with log-N attention, and with every other rule for a fixed table."""
-    config = model.config
+    """The model; at other sizes also with log-N attention, and with every other rule for a fixed table."""
     yield "", model
-    if size == config.image_size[0]:
+    if size == model.config.image_size[0]:
         return
-    others = {"/logn": replace(config, logn_scale=True)}
-    for rule in {"sine": ("resample", "rescale"), "rotary": ("rescale",)}.get(config.encoding, ()):
-        others[f"/{rule}"] = replace(config, encoding=f"{config.encoding}(resize={rule!r})")
-    for suffix, changed in others.items():
-        other = VisionTransformer(changed)
+    rules = {"sine": ("resample", "rescale"), "rotary": ("rescale",)}.get(model.config.encoding, ())
+    changes = {f"/{rule}": {"encoding": f"{model.config.encoding}(resize={rule!r})"} for rule in rules}
+    for suffix, changed in ({"/logn": {"logn_scale": True}} | changes).items():
+        other = VisionTransformer(replace(model.config, **changed))
         other.load_state_dict(model.state_dict())
         yield suffix, other.to(device_of(model)).eval()
 
@@ -210,15 +200,12 @@ def arrays_of(run: TrainingRun, cache: Cache = None, spread: bool = False) -> di
     peg0 ...        (D, 1, k, k): trained kernels, in half precision
     table           (P + N, D): the trained table, prefix tokens first, in half precision
     attention       (blocks, H, W): how much the patch in the middle reads from each patch, mean over heads and 64
-                    held-out images (`spread`: see `held_out_images`), in half precision; without blocks that see a
-                    smaller grid
+                    held-out images, in half precision; without blocks that see a smaller grid
     """
     model, loader = run.model, held_out(run, cache)
     hits = torch.cat([correct(model, images, labels).cpu() for images, labels in loader.eval_batches()])
-    found = {}
-    for module in model.modules():
-        if isinstance(module, PEG):
-            found[f"peg{len(found)}"] = module.proj.weight
+    pegs = [module for module in model.modules() if isinstance(module, PEG)]
+    found = {f"peg{i}": peg.proj.weight for i, peg in enumerate(pegs)}
     if model.pos_embed is not None:
         found["table"] = model.pos_embed[0]
     (H, W), P = model.config.grid, model.num_prefix_tokens
@@ -234,21 +221,18 @@ def arrays_of(run: TrainingRun, cache: Cache = None, spread: bool = False) -> di
 
 
 @torch.no_grad()
-def last_grid(model: VisionTransformer) -> tuple[int, int]:
+def _last_grid(model: VisionTransformer) -> tuple[int, int]:
     """(H, W) of the tokens after the last block: a PEG without padding has shrunk the grid."""
     config = model.config
-    blank = torch.zeros(1, config.in_channels, *config.image_size).to(next(model.parameters()))
+    blank = torch.zeros(1, config.in_channels, *config.image_size).to(model.head.weight)
     (last,) = model.forward_intermediates(blank, indices=[config.depth - 1], intermediates_only=True)
     return tuple(last.shape[-2:])
 
 
 def score_position(model: VisionTransformer, images: Tensor) -> dict[str, float]:
-    """How well a linear probe reads a token's row and column off the last block: R2, 1 at best.
-
-    position_r2/images, and on images that say nothing of position (see `probes.control_images`):
-    position_r2/constant, /noise, /shuffled; each also as .../interior, away from the border.
-    """
-    metrics, grid = {}, last_grid(model)
+    """How well a linear probe reads a token's row and column off the last block: position_r2/images, and on images
+    that say nothing of position /constant, /noise, /shuffled; each also as .../interior, off the border."""
+    metrics, grid = {}, _last_grid(model)
     for name, control in probes.control_images(images, model.config.patch_size).items():
         probe = probes.position_probe(probes.patch_tokens(model, control), grid)
         metrics[f"position_r2/{name}"] = (probe.row + probe.column) / 2
@@ -256,21 +240,19 @@ def score_position(model: VisionTransformer, images: Tensor) -> dict[str, float]
     return metrics
 
 
-def score_maps(
-    model: VisionTransformer, images: Tensor, scenes: Tensor | None = None, tokens: int = 2
-) -> dict[str, float]:
-    """How much the map of tokens differs from the shifted map when the image moves right by whole tokens.
+def score_maps(model: VisionTransformer, images: Tensor, scenes: Tensor | None = None) -> dict[str, float]:
+    """How much the map of tokens differs from the shifted map when the image moves right by two tokens.
 
     shift_error/circular          after the last block, three tokens from the border or more; 1 is as large as the
                                   map itself
     shift_error/circular/border   the same nearer to the border
     shift_error/circular/block0   the same as the first after each block
     shift_error/zero              black comes in
-    shift_error/window            the image is a frame that moves over `scenes`, which are wider by `tokens`
+    shift_error/window            the image is a frame that moves over `scenes`, which are two tokens wider
 
     Nothing where the grid shrinks on the way (a PEG without padding): a smaller map has no counterpart.
     """
-    if last_grid(model) != model.config.grid:
+    if _last_grid(model) != model.config.grid:
         return {}
     black = normalise(torch.zeros_like(images[:1, :, :1, :1]))
 
@@ -279,8 +261,7 @@ def score_maps(
             found = probes.patch_tokens(model, moved + black, block)
             return found.transpose(1, 2).unflatten(2, (-1, model.config.grid[1]))
 
-        shift = {"shift": (0, tokens), "border": 3, "stride": model.config.patch_size}
-        return probes.equivariance_error(maps, scene - black, kind=kind, **shift)
+        return probes.equivariance_error(maps, scene - black, (0, 2), kind, 3, model.config.patch_size)
 
     kinds = {"circular": images, "zero": images} | ({} if scenes is None else {"window": scenes})
     metrics = {}
@@ -321,8 +302,7 @@ def score_shifts(
 def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float]:
     """attention_distance/block0 ...: how far a patch reads, in tokens, mean over patches, heads and images.
 
-    What a patch reads from prefix tokens is left out. Whoever reads from all 14 x 14 alike has 7.3. Blocks behind
-    a PEG without padding, which see a smaller grid, are left out as well.
+    Whoever reads from all 14 x 14 alike has 7.3. Prefix tokens are left out, and blocks that see a smaller grid.
     """
     (H, W), P = model.config.grid, model.num_prefix_tokens
     positions = torch.cartesian_prod(torch.arange(H), torch.arange(W)).to(images)
@@ -340,8 +320,7 @@ def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float
 def score_oblong(model: VisionTransformer, loader: ImageLoader) -> dict[str, float]:
     """top1@14x28: accuracy on the middle band of the images, twice as wide as it is high.
 
-    Held-out images of S x S pixels give a band of S / 2 x S, resized to the trained height and twice that width,
-    so that an object keeps its tokens where the stored images are large enough.
+    Held-out images of S x S pixels give a band of S / 2 x S, resized to the trained height and twice that width.
     """
     held, size, right = loader.val_set, model.config.image_size[0], []
     for part in torch.arange(len(held.labels)).split(256):

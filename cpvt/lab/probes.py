@@ -32,9 +32,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _pair(patch: int | Grid) -> Grid:
-    return (
-        (patch, patch) if isinstance(patch, int) else tuple(patch)
-    )  # a model of ours has a number, timm's a pair
+    """A model of ours has a number, timm's a pair."""
+    return (patch, patch) if isinstance(patch, int) else tuple(patch)
 
 
 def _summary(model: nn.Module, images: Tensor) -> Tensor:
@@ -69,13 +68,9 @@ def reach(model: nn.Module, distances: Iterable[int] = range(6), grid: Grid = (1
     model, (row, column), distances = _exact(model), (grid[0] // 2, grid[1] // 2), list(distances)
     farthest = min((n - 1) // 2 for n in grid)
     if not distances or not 0 <= min(distances) <= max(distances) <= farthest:
-        raise ProbeError(
-            f"distances={distances} on a grid of {grid[0]}x{grid[1]}; expected some from 0 to {farthest}: "
-            "farther off, another border is nearer"
-        )
-    centre, *moved = (
-        _summary(model, scene(model, grid, [((row, x), COLOUR_A)])) for x in (column, *distances)
-    )
+        raise ProbeError(f"distances={distances} on a {grid[0]}x{grid[1]} grid; give some of 0 to {farthest}")
+    scenes = (scene(model, grid, [((row, x), COLOUR_A)]) for x in (column, *distances))
+    centre, *moved = (_summary(model, image) for image in scenes)
     return torch.tensor([_relative(out - centre, centre) for out in moved], dtype=torch.float64)
 
 
@@ -91,11 +86,9 @@ def order_reach(model: nn.Module, separations: Iterable[int] = range(1, 9), grid
         if not 1 <= separation < grid[1]:
             raise ProbeError(f"separation {separation} on {grid[1]} columns; expected 1 to {grid[1] - 1}")
         left = (grid[1] - 1 - separation) // 2
-        positions = (row, left), (row, left + separation)
-        one, other = (
-            _summary(model, scene(model, grid, zip(positions, colours, strict=True)))
-            for colours in ((COLOUR_A, COLOUR_B), (COLOUR_B, COLOUR_A))
-        )
+        first, second = (row, left), (row, left + separation)
+        scenes = [(first, COLOUR_A), (second, COLOUR_B)], [(first, COLOUR_B), (second, COLOUR_A)]
+        one, other = (_summary(model, scene(model, grid, objects)) for objects in scenes)
         changes.append(_relative(other - one, one))
     return torch.tensor(changes, dtype=torch.float64)
 
@@ -104,8 +97,8 @@ def theory(encoding: str) -> tuple[int, int] | None:
     """The largest distance to a border, and the largest separation of two objects, that PEGs make visible.
 
     Border and object each spread `kernel // 2` tokens a PEG, s in all, and must meet: 2s - 1; two objects: 2s.
-    "none" gives (-1, 0): nothing; a circular padding shows no border: -1. None where the argument does not
-    hold: for tables and angles, and for other paddings. A PEG behind the last block tells a class token nothing.
+    "none" gives (-1, 0): nothing; a circular padding shows no border: -1. None where the argument does not hold:
+    for tables, angles, other paddings.
     """
     pegs = parse_encoding(encoding)
     if not all(isinstance(part, Peg) and part.padding in ("zero", "circular") for part in pegs):
@@ -132,8 +125,8 @@ def shuffle_patches(images: Tensor, patch: int | Grid, order: Tensor) -> Tensor:
 class Permutation(NamedTuple):
     """Relative errors, about 1e-15 where it holds."""
 
-    tokens: float  # of "the tokens shuffle along": equivariance
-    head: float  # of "what the head reads stays": invariance
+    tokens: float  # "the tokens shuffle along"
+    head: float  # "what the head reads stays"
 
 
 @torch.no_grad()
@@ -177,9 +170,9 @@ def equivariance_error(
         raise ProbeError(f"kind={kind!r}; expected 'circular', 'zero' or 'window'")
     pixels, wrap = [s * stride for s in shift], kind == "circular"
     if kind == "window":
-        height, width = (n - abs(s) for n, s in zip(x.shape[2:], pixels, strict=True))
-        corners = [max(s, 0) for s in pixels], [max(-s, 0) for s in pixels]
-        old, new = (x[:, :, a : a + height, b : b + width] for a, b in corners)
+        (down, right), (height, width) = pixels, x.shape[2:]
+        corners = (max(down, 0), max(right, 0)), (max(-down, 0), max(-right, 0))
+        old, new = (x[:, :, a : a + height - abs(down), b : b + width - abs(right)] for a, b in corners)
     else:
         old, new = x, _shift(x, pixels, wrap)
     before, found = fn(old), fn(new)
@@ -237,10 +230,9 @@ def position_probe(
     """Fits row and column as linear functions of the tokens (n, N, D) of one half of the images, and reports
     R2 on the other half.
 
-    Ridge regression in closed form, in float64; `ridge` is relative to the mean variance of a feature, and
-    rounding counts as no feature. A token with fewer than `border` tokens between it and a border counts as
-    border; R2 of a part is relative to the variance within it. Content can predict position (the sky is up): see
-    `control_images`. A probe of k PEGs needs a width of (2k + 1)^2 to tell apart all that they tell apart.
+    Ridge regression in closed form, in float64; `ridge` is relative to the mean variance of a feature. A token
+    with fewer than `border` tokens between it and a border counts as border; R2 of a part is relative to the
+    variance within it. Content can predict position (the sky is up): see `control_images`.
     """
     n, N, _ = features.shape
     if N != grid[0] * grid[1]:
@@ -271,7 +263,7 @@ def position_probe(
         wrong = (found[:, mask] - wanted).square().mean((0, 1))
         return (1 - wrong / wanted.var(0, correction=0)).tolist()
 
-    parts = (torch.ones(N, dtype=torch.bool), depth >= border, depth < border)
+    parts = depth >= 0, depth >= border, depth < border
     return Probe(*(value for mask in parts for value in score(mask)))
 
 
@@ -299,14 +291,12 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     """(n, C, height, width) -> for each block that has attention (n, h, T, T): how much each token, down, reads
     from each, across; every row sums to 1. Models of this package only."""
     found: dict[int, Tensor] = {}
-    hooks = []
-    for i, block in enumerate(model.blocks):
-        if block.attn is not None:
 
-            def keep(attention: nn.Module, arguments: tuple, i: int = i) -> None:
-                found[i] = attention.weights(*arguments)
+    def keep(attention: nn.Module, arguments: tuple) -> None:
+        found[number[attention]] = attention.weights(*arguments)
 
-            hooks.append(block.attn.register_forward_pre_hook(keep))
+    number = {block.attn: i for i, block in enumerate(model.blocks) if block.attn is not None}
+    hooks = [attention.register_forward_pre_hook(keep) for attention in number]
     try:
         model.eval().forward_features(images.to(device_of(model)))
     finally:

@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -196,6 +195,8 @@ def train_teacher(student: TrainConfig, cache: dict | None = None) -> tuple[nn.M
 
     -> the model in evaluation mode, and its top-1 in percent on the held-out images.
     """
+    import timm  # here: it takes a second to import
+
     device, seed, optim = pick_device(student.run.device), student.run.seed, student.optim
     images = {"augment": student.augment, "global_batch_size": optim.global_batch_size}
     images |= {"label_smoothing": optim.label_smoothing, "cache": cache}

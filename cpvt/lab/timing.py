@@ -27,7 +27,6 @@ from cpvt.training.optim import param_groups
 
 
 def wait(device: str) -> None:
-    """Until the device has done all that it was given."""
     if "cuda" in device:
         torch.cuda.synchronize()
 
@@ -46,7 +45,7 @@ def seconds_of(work: Callable[[], object], device: str, times: int = 1, warm: in
 
 def in_rounds(measures: dict[Hashable, Callable[[], float]], rounds: int) -> dict[Hashable, list[float]]:
     """Each measure once a round, in an order drawn anew: who follows whom must not count."""
-    found: dict[Hashable, list[float]] = {name: [] for name in measures}
+    found = {name: [] for name in measures}
     for number in range(rounds):
         for name in random.Random(number).sample(list(measures), len(measures)):
             found[name].append(measures[name]())
@@ -54,16 +53,12 @@ def in_rounds(measures: dict[Hashable, Callable[[], float]], rounds: int) -> dic
 
 
 def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Round by round."""
     return [a / b for a, b in zip(values, others, strict=True)]
 
 
 def summary(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Metrics: the median over rounds as `name`, the extremes as `name`/min and `name`/max.
-
-    From six values on also a 95 % interval of the median, `name`/low and `name`/high: by ranks alone (the sign
-    test), whatever the values' distribution.
-    """
+    """Metrics: the median over rounds as `name`, the extremes as /min and /max; from six values on also a 95 %
+    interval of the median by the sign test, as /low and /high."""
     found = {name: median(values), f"{name}/min": min(values), f"{name}/max": max(values)}
     if len(values) > 5:
         interval = quantile_test(values).confidence_interval(0.95)
@@ -114,11 +109,7 @@ class Step:
 
 
 def each_compiled() -> AbstractContextManager:
-    """A context in which any number of models can be compiled one after the other.
-
-    They are instances of one class, hence versions of one function to torch.compile; past 8 of them it would go
-    on without compiling, and warn.
-    """
+    """A context in which more than 8 models of a class can be compiled: torch.compile would give up, and warn."""
     import torch._dynamo.config  # a second that only this costs
 
     return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)

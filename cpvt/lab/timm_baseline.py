@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy
@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 
 from cpvt.config import AugmentConfig, DataConfig, ModelConfig
 from cpvt.data.datasets import ImageDataset
-from cpvt.data.loader import Batch, ImageLoader, make_loader, open_split
+from cpvt.data.loader import Batch, ImageLoader
 from cpvt.data.shards import Shards
 from cpvt.errors import ConfigError
+from cpvt.lab.metrics import first_classes
 
 
 def timm_model(config: ModelConfig, name: str = "deit_tiny_patch16_224") -> nn.Module:
@@ -56,7 +57,7 @@ def timm_loader(
     if augment.randaugment and not augment.crop:
         raise ConfigError("augment.crop=False: timm's training loader always crops; use augment.crop=True")
     dataset, repeats = TimmDataset("", reader=_Reader(images)), augment.repeated_aug > 1
-    with _lone_world() if repeats else nullcontext():  # timm repeats for several processes only; one will do
+    with _lone_world(repeats):  # timm repeats for several processes only; one will do
         loader = create_loader(
             dataset,
             (3, image_size, image_size),
@@ -90,9 +91,7 @@ def _posterize(image: Image.Image, bits: int, **options) -> Image.Image:
     return posterize(image, bits, **options) if bits else image.point(lambda level: 0)
 
 
-def timm_mixup(
-    augment: AugmentConfig, label_smoothing: float, classes: int, kind: type = Mixup
-) -> Mixup | None:
+def timm_mixup(augment: AugmentConfig, label_smoothing: float, classes: int, kind=Mixup) -> Mixup | None:
     """timm's Mixup (on a batch), or FastCollateMixup (while one is put together); None where nothing is mixed."""
     if not (augment.mixup or augment.cutmix):
         return None
@@ -114,9 +113,9 @@ class _Reader:
 
 
 @contextmanager
-def _lone_world() -> Iterator[None]:
+def _lone_world(needed: bool) -> Iterator[None]:
     """One process that is a group of its own, unless there is a group already."""
-    lone = not distributed.is_initialized()
+    lone = needed and not distributed.is_initialized()
     if lone:
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -129,24 +128,11 @@ def _lone_world() -> Iterator[None]:
 # --------------------------------------------------------------------------- its batches in our loop
 
 
-def selected(images: ImageDataset, classes: int) -> ImageDataset:
-    """The images of the first `classes` classes alone, in the order of their names."""
-    chosen = images.select((images.labels < classes).nonzero().flatten())
-    return dataclasses.replace(chosen, classes=chosen.classes[:classes])
-
-
-def first_classes(data: DataConfig, *, classes: int, **options) -> ImageLoader:
-    """`make_loader` with the images of the first `classes` classes alone."""
-    return make_loader(data, **options, open_split=lambda *which: selected(open_split(*which), classes))
-
-
 def timm_batches(data: DataConfig, **options) -> TimmLoader:
-    """The same with training batches through timm's loader; for `train(config, make_loader=timm_batches)`."""
+    """`first_classes` with training batches through timm's loader: a `make_loader` of `train`."""
     if data.store != "files" or options.get("world_size", 1) > 1:
-        raise ConfigError(
-            f"data.store={data.store!r}, {options.get('world_size', 1)} processes: timm's loader is compared on "
-            "files in one process; use data.store='files' without torchrun"
-        )
+        given = f"data.store={data.store!r}, {options.get('world_size', 1)} processes"
+        raise ConfigError(f"{given}: timm's loader reads data.store='files' in one process")
     loader = first_classes(data, **options)
     return TimmLoader(**{field.name: getattr(loader, field.name) for field in dataclasses.fields(loader)})
 
@@ -154,9 +140,8 @@ def timm_batches(data: DataConfig, **options) -> TimmLoader:
 class TimmLoader(ImageLoader):
     """The same images and the same recipe through timm's loader, in one process; held-out images are ours.
 
-    Its chances come from the three global generators, seeded when the batches are first asked for: the same
-    seed gives the same batches for the same number of workers, in a process that draws nothing besides. A run
-    that goes on begins with a new epoch of the loader.
+    Its chances come from the three global generators, seeded when the batches are first asked for: the same seed
+    and number of workers give the same batches. A run that goes on begins with a new epoch of the loader.
     """
 
     def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
@@ -165,9 +150,8 @@ class TimmLoader(ImageLoader):
             seeded(self.sampler.seed + start_step)
         requests, size = self.sampler.requests(start_step), self.sampler.global_batch_size // parts
         mixup = timm_mixup(augment, self.transform.label_smoothing, self.num_classes)
-        loader = timm_loader(
-            self.train_set, size, self.image_size[0], augment, str(self.device), self.workers
-        )
+        side, device = self.image_size[0], str(self.device)
+        loader = timm_loader(self.train_set, size, side, augment, device, self.workers)
         while True:
             if augment.repeated_aug > 1:
                 loader.sampler.set_epoch(start_step // self.sampler.steps_per_epoch)
