@@ -30,9 +30,8 @@ def short(config: TrainConfig, root, depth: int = 2) -> TrainConfig:
 
 def untrained(encoding: str, **model) -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(
-        replace(fashion_config(encoding=encoding).model, width=16, depth=2, **model)
-    ).eval()
+    config = replace(fashion_config(encoding=encoding).model, width=16, depth=2, **model)
+    return VisionTransformer(config).eval()
 
 
 def images(count: int = 4) -> torch.Tensor:
@@ -48,12 +47,10 @@ def images(count: int = 4) -> torch.Tensor:
 @pytest.mark.parametrize(
     "columns",
     [
-        {"encoding": "none", "scale_jitter": False},
         {"encoding": "learned", "distilled": True, "teacher": "resnet10t"},
-        {"encoding": "sine", "stem": "conv"},
+        {"encoding": "sine", "stem": "conv", "scale_jitter": False},
         {"encoding": "rotary", "limit": 5_000, "epochs": 0},
-        {"encoding": "peg", "mlp_only_blocks": 1},
-        {"encoding": FIVE, "global_pool": "avg"},
+        {"encoding": FIVE, "global_pool": "avg", "mlp_only_blocks": 1},
         {"encoding": "peg(padding='none', skip=False)"},
     ],
     ids=lambda columns: columns["encoding"],
@@ -138,24 +135,15 @@ def test_fine_tuning_goes_on_from_the_trained_weights_at_the_other_size(clothes)
     assert 0 < moved < 2 * tuned.config.optim.lr  # AdamW's first step is about the learning rate
     cropped = replace(run.config.augment, crop=True, crop_scale=(0.25, 1.0))
     run.config = replace(run.config, data=replace(run.config.data, stored_size=50), augment=cropped)
-    assert metrics.fine_tune(run, 40).config.augment.crop_scale == (
-        pytest.approx(0.64),
-        1.0,
-    )  # 40 of 50 pixels and more
+    low, high = metrics.fine_tune(run, 40).config.augment.crop_scale
+    assert (low, high) == (pytest.approx(0.64), 1.0)  # 40 of 50 pixels and more
 
 
 # --------------------------------------------------------------------------- their parts
 
 
 def test_attention_maps_are_what_attention_multiplies_the_values_with():
-    for encoding in (
-        "none",
-        "learned",
-        "relative",
-        "relative(on='keys_values')",
-        "relative(on='bias')",
-        "rotary",
-    ):
+    for encoding in ("none", "relative(on='keys_values')", "relative(on='bias')", "rotary"):
         model, seen = untrained(encoding), {}
         maps = attention_maps(model, images(2))
         assert set(maps) == {0, 1}

@@ -20,16 +20,9 @@ A, B, C = ({"encoding": text} for text in ("none", "learned", "sine"))
 
 def table(values: dict[str, list[float]], experiment="x", metric=T, **columns) -> pandas.DataFrame:
     """Encoding -> values, one a seed."""
+    same = {"scale": "s", "dataset": "d", "dataset_sha256": "0" * 64}
     rows = [
-        {
-            "experiment": experiment,
-            "encoding": encoding,
-            **columns,
-            "seed": seed,
-            "scale": "s",
-            "dataset": "d",
-        }
-        | {"dataset_sha256": "0" * 64, metric: value}
+        {"experiment": experiment, "encoding": encoding, **columns, "seed": seed, **same, metric: value}
         for encoding, found in values.items()
         for seed, value in enumerate(found)
     ]
@@ -77,10 +70,8 @@ def test_differences_and_combinations_pair_by_seed():
     rows = table({"none": [5.0, 6.0, 9.0], "learned": [1.0, 2.0, 3.0], "sine": [0.0, 1.0]})
     found = stats.paired_difference(rows, A, B, T)
     assert (found.mean, found.n) == (pytest.approx(14 / 3), 3)
-    assert (
-        found == stats.combination(rows, *stats.ahead(A, B))
-        and stats.paired_difference(rows, A, {"encoding": "peg"}, T) is None
-    )
+    assert found == stats.combination(rows, *stats.ahead(A, B))
+    assert stats.paired_difference(rows, A, {"encoding": "peg"}, T) is None
     both = stats.combination(rows, *stats.ahead(A, B), (1, C, T))
     assert both.n == 2 and both.mean == pytest.approx((4 + 5) / 2)
     assert stats.paired_difference(rows, A, B, "top1@28") is None
@@ -130,9 +121,8 @@ def test_a_p_value_is_005_where_the_interval_ends_at_zero():
     at_the_edge = stats.spread([value - found.mean + half for value in (1.0, 2.0, 3.0, 4.0)])
     assert stats.p_value(at_the_edge) == pytest.approx(0.05, abs=1e-9)
     assert stats.p_value(found) < 0.05 < stats.p_value(stats.spread([-1.0, 2.0, 0.5]))
-    assert stats.p_value(stats.spread([5.0, 5.1])) == 1.0 and stats.verdicts([stats.spread([5.0, 5.1])]) == [
-        "not resolved"
-    ]
+    assert stats.p_value(two := stats.spread([5.0, 5.1])) == 1.0
+    assert stats.verdicts([two]) == ["not resolved"]
 
 
 def test_holm_stops_at_the_first_that_fails():
@@ -144,17 +134,11 @@ def test_holm_stops_at_the_first_that_fails():
 def test_verdicts_and_what_is_not_measured():
     clear, against = stats.spread([1.0, 1.1, 0.9]), stats.spread([-2.0, -2.1, -1.9, -2.0])
     noise = stats.spread([1.0, -1.0, 0.5])
-    assert stats.verdicts([clear, against, noise, None]) == [
-        "supported",
-        "contradicted",
-        "not resolved",
-        NOT_YET,
-    ]
+    words = ["supported", "contradicted", "not resolved", NOT_YET]
+    assert stats.verdicts([clear, against, noise, None]) == words
     weak = stats.spread([1.0, 1.3, 0.8])  # below 0.05 alone, above 0.05 / 4 among four
-    assert (
-        stats.verdicts([weak]) == ["supported"]
-        and stats.verdicts([weak, None, None, None])[0] == "not resolved"
-    )
+    assert stats.verdicts([weak]) == ["supported"]
+    assert stats.verdicts([weak, None, None, None])[0] == "not resolved"
 
 
 def test_claims_are_judged_among_all():
@@ -182,10 +166,8 @@ def test_claims_on_length_compare_the_same_seeds_of_a_short_and_a_long_run():
     short = {name: [50 + seed + more for seed in range(3)] for name, more in gain.items()}
     long = {name: [70 - seed + more / 2 for seed in range(3)] for name, more in gain.items()}
     usual = {"global_pool": "token", "distilled": False, "teacher": ""}
-    rows = [
-        table(short, "fashion", max_steps=300, **usual),
-        table(long, "fashion-length", max_steps=900, **usual),
-    ]
+    rows = [table(short, "fashion", max_steps=300, **usual)]
+    rows += [table(long, "fashion-length", max_steps=900, **usual)]
     judged = stats.judge(pandas.concat(rows), stats.CLAIMS["fashion-length"], across=True)
     assert [found.mean for found in judged["difference"]] == [1.0, 0.5, 1.5, 1.0]
     assert set(judged["verdict"]) == {"supported"}
@@ -206,9 +188,8 @@ def test_the_drawn_images_have_these_ceilings(reach):
 def test_order_is_known_up_to_two_spreads():
     assert stats.arrangement_ceiling(0, 2) == 50  # nothing spreads: a coin
     assert [stats.arrangement_ceiling(1, d) for d in (2, 3, 9)] == [100, 50, 50]
-    assert (
-        50 < stats.arrangement_ceiling(2, 5) < 100
-    )  # the borders help, though the order itself is out of reach
+    # The borders help, though the order itself is out of reach.
+    assert 50 < stats.arrangement_ceiling(2, 5) < 100
 
 
 def test_a_prediction_is_judged_by_all_seeds():
@@ -225,8 +206,7 @@ def test_every_recorded_row_is_judged():
     assert set(judged["verdict"]) == {"supported", "contradicted", "not resolved"}
     row = judged.query("task == 'where' and encoding == 'none' and global_pool == 'avg'").iloc[0]
     assert (row["word"], row["verdict"]) == ("chance", "supported") and len(row["values"]) == 3
-    untrained = (
-        read("synthetic").query("task == 'what' and encoding == 'rotary'").assign(**{stats.TRAINED: 60})
-    )
+    rotary = read("synthetic").query("task == 'what' and encoding == 'rotary'")
+    untrained = rotary.assign(**{stats.TRAINED: 60})
     assert set(stats.judge_predictions(untrained)["verdict"]) == {"not resolved"}
     assert len(stats.judge_predictions(read("synthetic")[:0])) == 0

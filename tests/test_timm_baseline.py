@@ -40,11 +40,9 @@ def taken(batches, count, start=0):
 def test_an_epoch_holds_every_image_once(opened):
     """No image is mixed here, so the labels tell: each class comes as often as it has images."""
     batches = opened(augment=AugmentConfig(crop=True))
-    assert batches.sampler.steps_per_epoch == CLASSES * EACH // 8
-    epochs = [
-        taken(batches, batches.sampler.steps_per_epoch, start)
-        for start in (0, batches.sampler.steps_per_epoch)
-    ]
+    steps = batches.sampler.steps_per_epoch
+    assert steps == CLASSES * EACH // 8
+    epochs = [taken(batches, steps, start) for start in (0, steps)]
     for number, epoch in enumerate(epochs):
         labels = torch.cat([batch.targets for batch in epoch])
         assert labels.bincount().tolist() == [EACH] * CLASSES
@@ -111,9 +109,8 @@ def test_repeats_follow_each_other_and_leave_no_process_group(image_folder):
 
 def test_the_loader_alone_mixes_while_it_puts_a_batch_together(image_folder):
     mixup = timm_mixup(ONCE, 0.1, CLASSES, FastCollateMixup)
-    images, targets = next(
-        iter(timm_loader(open_dataset(image_folder, "train"), 8, 16, ONCE, "cpu", 0, mixup))
-    )
+    source = open_dataset(image_folder, "train")
+    images, targets = next(iter(timm_loader(source, 8, 16, ONCE, "cpu", 0, mixup)))
     assert images.shape == (8, 3, 16, 16) and targets.shape == (8, CLASSES)
 
 
@@ -136,10 +133,9 @@ def test_normalised_as_ours(tmp_path):
             Image.new("RGB", (20, 20), (128, 128, 128)).save(tmp_path / split / "n0" / f"{i}.png")
     data = DataConfig(name=str(tmp_path), image_size=16, store="files", workers=0)
     expected = (128 / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    options = {"classes": 1, "global_batch_size": 8, "seed": 0, "augment": AugmentConfig(crop=True)}
     for kind in (first_classes, timm_batches):
-        images = taken(
-            kind(data, classes=1, global_batch_size=8, seed=0, augment=AugmentConfig(crop=True)), 1
-        )[0].images
+        images = taken(kind(data, **options), 1)[0].images
         assert (images - expected[:, None, None]).abs().max() < 1e-5
 
 
