@@ -114,7 +114,7 @@ def test_compiled_steps_side_by_side(monkeypatch, capsys):
     quick = lambda self, mode: compile_with(self, backend=backends[mode])  # noqa: E731
     monkeypatch.setattr(nn.Module, "compile", quick)
     monkeypatch.setattr(benchmark, "ENCODINGS", ("none", "peg"))
-    size = dataclasses.replace(CPU, modes=MODES, model={**CPU.model, "depth": 1}, entrant=100.0)
+    size = dataclasses.replace(CPU, rounds=1, modes=MODES, model={**CPU.model, "depth": 1}, entrant=100.0)
     with each_compiled():
         found = [*benchmark.step(Bench(size, "cpu"))]
     rows = {tuple(columns.values())[1:]: (metrics, told) for columns, metrics, told in found}

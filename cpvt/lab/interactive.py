@@ -29,28 +29,26 @@ def small_multiples(
     columns: int = 4,
     aspect: float = 1.0,
 ) -> Figure:
-    """One frame for each value, `draw(axes, value)` in it, row by row; frames are equal in size.
+    """One frame for each value, `draw(axes, value)` in it, row by row; they must fill their rows.
 
     Tag the cell `frames-RxC`, with the numbers of rows and columns. `aspect`: height / width of a frame's axes.
-    Raises ValueError where the frames do not fill their rows, or a title is missing.
     """
     if len(values) != len(titles) or not values or len(values) % columns:
         raise ValueError(
-            f"{len(values)} frames, {len(titles)} titles, {columns} columns: give a title a frame, and full rows"
+            f"{len(values)} frames, {len(titles)} titles, {columns} columns: fill rows, title each"
         )
     rows, width, title, margin = len(values) // columns, WIDTH / columns, 0.34, 0.12  # inches
     wide = width - 2 * margin
     height = wide * aspect + title + margin
+    whole = WIDTH, rows * height
     with mpl.rc_context(RC):
-        figure = plt.figure(figsize=(WIDTH, rows * height))
+        figure = plt.figure(figsize=whole)
         # All of it counts as drawn on, or a notebook would cut off what is empty at its edges.
         figure.add_artist(Rectangle((0, 0), 1, 1, fill=False, edgecolor=PALE, linewidth=0.5))
         for i, (value, words) in enumerate(zip(values, titles, strict=True)):
             left, bottom = i % columns * width + margin, (rows - 1 - i // columns) * height + margin
-            whole = WIDTH, rows * height
-            axes = figure.add_axes(
-                (left / whole[0], bottom / whole[1], wide / whole[0], wide * aspect / whole[1])
-            )
+            size = wide / whole[0], wide * aspect / whole[1]
+            axes = figure.add_axes((left / whole[0], bottom / whole[1], *size))
             draw(axes, value)
             axes.set(xticks=[], yticks=[])
             axes.set_title(words, fontsize=10)

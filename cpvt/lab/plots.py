@@ -10,34 +10,21 @@ from dataclasses import replace
 
 import pandas
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from cpvt.data.sampler import Sampler
 from cpvt.lab.results import NOT_YET
-from cpvt.lab.styles import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    VERMILLION,
-    WIDTH,
-    figure,
-    style_of,
-)
+from cpvt.lab.styles import BLACK, BLUE, GREEN, GREY, VERMILLION, WIDTH, figure, style_of
 from cpvt.rng import uniform
 
 # --------------------------------------------------------------------------- accuracy by distance
 
 
 def accuracy_by_distance(results: pandas.DataFrame, metric: str, *, chance: float, xlabel: str) -> Figure:
-    """Accuracy against distance, a line for each encoding; its band runs from the worst seed to the best.
-
-    results  a row a training run: `encoding`, and a column for each distance: `metric`/d0, `metric`/d1, ...
-    chance   in percent: the dashed line
-    """
+    """Accuracy against distance (columns `metric`/d0, `metric`/d1, ...), a line for each encoding; its band
+    runs from the worst seed to the best, the dashed line shows `chance`, in percent."""
     known = results.dropna(axis="columns", how="all")
     distances = sorted(int(name.rpartition("/d")[2]) for name in known if name.startswith(f"{metric}/d"))
     with figure(4.4) as fig:
@@ -79,11 +66,7 @@ def show_images(images: Sequence[Tensor], titles: Sequence[str], columns: int = 
 
 
 def drawn_image(seed: int = 0, height: int = 240, width: int = 320) -> Tensor:
-    """A house in front of hills, drawn by formula: (3, height, width) uint8. Another seed, another house.
-
-    It stands in for a photograph where a figure shows what is done to one. Without grain or texture: the files
-    of such figures stay small.
-    """
+    """A house in front of hills instead of a photograph: (3, height, width) uint8. Another seed, another house."""
     y = torch.linspace(0, 1, height, dtype=torch.float64)[:, None]
     x = torch.linspace(0, width / height, width, dtype=torch.float64)[None, :]
     u = uniform("scene", seed, torch.arange(7)).tolist()
@@ -126,21 +109,19 @@ def batch_layout(sampler: Sampler, marked: Sequence[int] = (0, 5)) -> Figure:
             axes.add_patch(Rectangle((column, row + 0.19), 1, 0.62, **square))
             ink = {"color": "white", "fontweight": "bold"} if image in colours else {}
             axes.text(column + 0.5, row + 0.5, str(image), ha="center", va="center", **ink)
+
+        def around(first: int, last: int, gap: float, linewidth: float) -> None:
+            corner, wide, high = (gap - 0.12, first + gap), size + 0.24 - 2 * gap, last - first - 2 * gap
+            axes.add_patch(Rectangle(corner, wide, high, fill=False, linewidth=linewidth))
+
         for rank, parts in enumerate(shares):
             first, last = parts[0].start // size, parts[-1].stop // size
             for part in parts:
-                _around(axes, part.start // size, part.stop // size, size, 0.09, 1.2)
-            _around(axes, first, last, size, 0.03, 3.0)
+                around(part.start // size, part.stop // size, 0.09, 1.2)
+            around(first, last, 0.03, 3.0)
             axes.text(-0.35, (first + last) / 2, f"process {rank}", ha="right", va="center")
         for row in range(groups):
             axes.text(size + 0.35, row + 0.5, f"group {row}", ha="left", va="center")
         axes.set(xlim=(-2.6, size + 2.2), ylim=(groups + 0.05, -0.05))
         axes.set_axis_off()
     return fig
-
-
-def _around(axes: Axes, first: int, last: int, wide: int, gap: float, linewidth: float) -> None:
-    """A frame around rows `first` to `last`."""
-    corner, high = (-0.12 + gap, first + gap), last - first - 2 * gap
-    look = {"fill": False, "edgecolor": BLACK, "linewidth": linewidth}
-    axes.add_patch(Rectangle(corner, wide + 0.24 - 2 * gap, high, **look))

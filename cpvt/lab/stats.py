@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas
 import torch
-from scipy import stats as scipy_stats
+from scipy.stats import t
 
 from cpvt.errors import ResultsError
 from cpvt.lab.experiments import DENSE, FIVE, POOLED, TAUGHT
@@ -47,15 +47,13 @@ class Spread:
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Numbers, one a seed -> their Spread. Raises ResultsError without any."""
     values = [float(value) for value in values]
     if not values:
         raise ResultsError("the spread of no values; expected one a seed")
     mean, n = fmean(values), len(values)
-    if n < 3:
-        return Spread(mean, min(values), max(values), n)
-    half = scipy_stats.t.ppf(0.975, n - 1) * stdev(values) / math.sqrt(n)
-    return Spread(mean, min(values), max(values), n, float(mean - half), float(mean + half))
+    half = float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n) if n > 2 else None
+    interval = () if half is None else (mean - half, mean + half)
+    return Spread(mean, min(values), max(values), n, *interval)
 
 
 def by_seed(rows: pandas.DataFrame, columns: dict[str, Any], metric: str) -> pandas.DataFrame:
@@ -64,9 +62,7 @@ def by_seed(rows: pandas.DataFrame, columns: dict[str, Any], metric: str) -> pan
     found = found[found[metric].notna()] if metric in found else found[:0]
     if found["seed"].duplicated().any():
         which = ", ".join(sorted(found["experiment"].unique()))
-        raise ResultsError(
-            f"{describe(columns)}: more than one row a seed, of {which}; select one experiment"
-        )
+        raise ResultsError(f"{describe(columns)}: more than one row a seed, of {which}; select one")
     return found.set_index("seed")
 
 
@@ -81,7 +77,7 @@ def over_seeds(rows: pandas.DataFrame, metric: str, by: Sequence[str] = ()) -> p
         raise ResultsError(f"more than one row a seed for one {', '.join(by)}: select, or name more columns")
     table = found.groupby(by, sort=False)[metric].agg(["mean", "min", "max", "count", "std"])
     n = table["count"].where(table["count"] >= 3)
-    half = scipy_stats.t.ppf(0.975, n - 1) * table.pop("std") / n**0.5
+    half = t.ppf(0.975, n - 1) * table.pop("std") / n**0.5
     table = table.rename(columns={"count": "seeds"})
     return table.assign(low=table["mean"] - half, high=table["mean"] + half)
 
@@ -89,9 +85,8 @@ def over_seeds(rows: pandas.DataFrame, metric: str, by: Sequence[str] = ()) -> p
 def combination(rows: pandas.DataFrame, *terms: tuple, across: bool = False) -> Spread | None:
     """The Spread, over the seeds that have them all, of a weighted sum: (weight, columns, metric), ...
 
-    Two terms of weight 1 and -1 are a paired difference, four a difference of differences. None without a common
-    seed. Raises ResultsError where rows of a seed differ in scale, data or experiment (unless `across`: rows of
-    several experiments on the same images).
+    None without a common seed. Raises ResultsError where rows of a seed differ in scale, data or experiment
+    (unless `across`: rows of several experiments on the same images).
     """
     parts = [(weight, by_seed(rows, columns, metric), metric) for weight, columns, metric in terms]
     alike = ["scale", "dataset", "dataset_sha256"] + ["experiment"] * (not across)
@@ -117,8 +112,8 @@ def gap_by_image(
 ) -> tuple[float, float] | None:
     """-> by how many points of top-1 row `first` is ahead of `second`, and half of a 95 % interval over images.
 
-    The mean over the seeds that both rows have is taken image by image, so that what is hard for both cancels; the
-    interval says how far other images would move it, and nothing of other seeds. None without a common seed.
+    Image by image, the mean over common seeds (None without any): what is hard for both cancels. The interval says
+    how far other images would move it, and nothing of other seeds.
     """
     one, other = (read_arrays(experiment, "correct", folder, **columns) for columns in (first, second))
     if not (seeds := one.keys() & other.keys()):
@@ -132,23 +127,18 @@ def gap_by_image(
 
 
 def p_value(found: Spread) -> float:
-    """How often seeds alone give a mean this far from zero, on either side: Student's t over three seeds or more.
-
-    1 for fewer seeds, which resolve nothing.
-    """
+    """How often seeds alone give a mean this far from zero, on either side, by Student's t; 1 below three."""
     if found.n < 3:
         return 1.0
     if found.high == found.mean:  # no spread at all
         return 0.0 if found.mean else 1.0
-    error = (found.high - found.mean) / scipy_stats.t.ppf(0.975, found.n - 1)
-    return float(2 * scipy_stats.t.sf(abs(found.mean) / error, found.n - 1))
+    error = (found.high - found.mean) / t.ppf(0.975, found.n - 1)
+    return float(2 * t.sf(abs(found.mean) / error, found.n - 1))
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """For each p-value whether it stands among all of them, by Holm's correction.
-
-    The smallest of m must be below level / m, the next below level / (m - 1), up to the first that fails.
-    """
+    """For each p-value whether it stands among all of them: the smallest of m must be below level / m, the next
+    below level / (m - 1), up to the first that fails."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     stands = [False] * len(p_values)
     for rank, i in enumerate(order):
@@ -159,10 +149,7 @@ def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
 
 
 def verdicts(found: Sequence[Spread | None], level: float = 0.05) -> list[str]:
-    """Differences that were each claimed to be above zero, None while not measured -> a verdict on each.
-
-    Supported or contradicted is what stands after Holm among all of them, measured or not.
-    """
+    """Differences claimed to be above zero, None while not measured -> a verdict on each, after Holm among all."""
     stands = holm([1.0 if one is None else p_value(one) for one in found], level)
     words = []
     for one, firm in zip(found, stands, strict=True):
@@ -174,9 +161,9 @@ def verdicts(found: Sequence[Spread | None], level: float = 0.05) -> list[str]:
 def judge(rows: pandas.DataFrame, claims: dict[str, Terms], across: bool = False) -> pandas.DataFrame:
     """Claims, each that a `combination` is above zero -> a line each: `difference` (Spread or None), `verdict`."""
     found = [combination(rows, *terms, across=across) for terms in claims.values()]
-    return pandas.DataFrame(
-        {"difference": pandas.Series(found, dtype=object), "verdict": verdicts(found)}
-    ).set_index(pandas.Index(claims, name="claim"))
+    index = pandas.Index(claims, name="claim")
+    differences = pandas.Series(found, index, dtype=object)
+    return pandas.DataFrame({"difference": differences, "verdict": verdicts(found)}, index)
 
 
 # --------------------------------------------------------------------------- claims, written before the rows
@@ -247,11 +234,8 @@ def where_ceiling(reach: int, distance: int, size: int = 10) -> float:
 
 
 def arrangement_ceiling(spread: int, separation: int, columns: int = 14, margin: int = 2) -> float:
-    """-> the best accuracy in percent on *arrangement*, at that separation, of PEGs that spread that far in all.
-
-    The order shows up to 2 * spread columns; a column shows up to 2 * spread - 1 tokens from a side border, and
-    tells something of the order.
-    """
+    """-> the best accuracy in percent on *arrangement*, at that separation, of PEGs that spread that far in all:
+    the order shows up to 2 * spread columns; a column hints at it up to 2 * spread - 1 tokens from a border."""
     seen: Counter = Counter()
     for first in range(margin, columns - margin - separation):
         for label, pair in enumerate(((first, first + separation), (first + separation, first))):
@@ -274,10 +258,8 @@ class Prediction:
 
     def verdict(self, values: Iterable[float]) -> str:
         """Accuracies, one a seed -> supported: all inside; contradicted: none; not resolved: they disagree."""
-        inside = [self.low <= value <= self.high for value in values]
-        if all(inside):
-            return "supported"
-        return "not resolved" if any(inside) else "contradicted"
+        inside = {self.low <= value <= self.high for value in values}
+        return "not resolved" if len(inside) > 1 else "supported" if True in inside else "contradicted"
 
 
 def predicted(task: str, encoding: str) -> Prediction:
@@ -306,10 +288,8 @@ def predicted(task: str, encoding: str) -> Prediction:
 
 def judge_predictions(rows: pandas.DataFrame) -> pandas.DataFrame:
     """Rows of `synthetic` -> a line for each task, encoding and global_pool: `values` (percent, a tuple, one a
-    seed), their `mean`, what was predicted (`word`, `low`, `high`), and the `verdict`.
-
-    *What* counts only where every seed solves the trained side; else it is not resolved.
-    """
+    seed), their `mean`, what was predicted (`word`, `low`, `high`), and the `verdict`: on *what* not resolved
+    unless every seed solves the trained side."""
     lines = []
     for key, part in rows.groupby(list(COLUMNS["synthetic"]), sort=False):
         task, encoding, _ = key

@@ -80,8 +80,7 @@ def style_of(encoding: str) -> Style:
     """
     parts = parse_encoding(PUBLISHED.get(encoding, encoding))
     pegs = [part for part in parts if isinstance(part, Peg)]
-    tables = [part for part in parts if not isinstance(part, Peg)]
-    if tables:
+    if tables := [part for part in parts if not isinstance(part, Peg)]:
         return _table_style(tables, pegs)
     return _peg_style(pegs) if pegs else NONE
 
@@ -123,7 +122,6 @@ def _number(pegs: Sequence[Peg]) -> int:
 
 
 def _count(pegs: Sequence[Peg]) -> str:
-    """In words."""
     return "1 PEG" if _number(pegs) == 1 else f"{_number(pegs)} PEGs"
 
 
