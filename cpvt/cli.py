@@ -193,13 +193,8 @@ def _benchmark(arguments: list[str]) -> None:
     _parse(Benchmark, arguments, "benchmark")()
 
 
-COMMANDS = {
-    "train": _train,
-    "evaluate": Evaluate,
-    "pack": Pack,
-    "experiments": Experiments,
-    "benchmark": _benchmark,
-}
+COMMANDS = {"train": _train, "evaluate": Evaluate, "pack": Pack}
+COMMANDS |= {"experiments": Experiments, "benchmark": _benchmark}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

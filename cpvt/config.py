@@ -115,15 +115,11 @@ class Sine:
 
 @dataclass(frozen=True)
 class Relative:
-    """Offsets between tokens, clipped at +-clip, one row and one column table a block (Shaw et al.).
-
-    `on="keys"` adds to the logits, `"keys_values"` to the values too, `"bias"` is one scalar a head
-    and offset. `wrap=True` measures offsets on a torus: no border, hence no leak of absolute position.
-    """
+    """Offsets between tokens, clipped at +-clip, one row and one column table a block (Shaw et al.)."""
 
     clip: int = 8
-    on: Literal["keys", "keys_values", "bias"] = "keys"
-    wrap: bool = False
+    on: Literal["keys", "keys_values", "bias"] = "keys"  # bias: one scalar a head and offset
+    wrap: bool = False  # offsets on a torus: no border, hence no leak of absolute position
 
     def __post_init__(self):
         _need(self, self.clip >= 1, "1 or more", "clip")
@@ -142,13 +138,10 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Peg:
-    """Positional encoding generator: a convolution over the tokens laid out as an image (CPVT).
+    """Positional encoding generator: a convolution over the tokens laid out as an image (CPVT). By default the
+    paper's; the other values are its ablations."""
 
-    Position -1 is before block 0, position i is after block i. The defaults are the paper's PEG;
-    the other values are its ablations.
-    """
-
-    positions: tuple[int, ...] = (0,)
+    positions: tuple[int, ...] = (0,)  # i: after block i; -1: before block 0
     kernel: int = 3
     convolution: Literal["depthwise", "separable", "dense"] = "depthwise"
     padding: Literal["zero", "none", "replicate", "reflect", "circular"] = "zero"
@@ -179,16 +172,13 @@ EncodingPart = Learned | Sine | Relative | Rotary | Peg
 
 
 def parse_encoding(text: str) -> tuple[EncodingPart, ...]:
-    """Encoding text -> its parts, in the order written; `"none"` gives `()`.
-
-    Raises ConfigError, naming the nearest known word, for anything it does not understand.
-    """
+    """Encoding text -> its parts, in the order written; `"none"` gives `()`. Raises ConfigError."""
     if text.strip() in ("none", ""):
         return ()
     try:
         return tuple(_parts(ast.parse(text.strip(), mode="eval").body, text))
     except SyntaxError:
-        raise ConfigError(f"encoding {text!r} cannot be read; a valid one: learned + peg(kernel=5)") from None
+        raise ConfigError(f"encoding {text!r} cannot be read; write, say, peg(kernel=5)") from None
 
 
 def _parts(node: ast.expr, text: str) -> list[EncodingPart]:

@@ -47,10 +47,7 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def only_run(folder: str | Path) -> Iterator[None]:
-    """Keeps a folder to one run, until the block ends or the process dies; nothing to do for the folder "".
-
-    Raises ConfigError where another process has it, or where the file system knows no locks.
-    """
+    """Keeps a folder ("": none) to one run until the block ends or the process dies. Raises ConfigError."""
     if not folder:
         yield
         return
@@ -65,12 +62,11 @@ def only_run(folder: str | Path) -> Iterator[None]:
         yield
 
 
-def save_model(path: str | Path, model: VisionTransformer, config: TrainConfig) -> Path:
+def save_model(path: str | Path, model: VisionTransformer, config: TrainConfig) -> None:
     """Writes weights and configuration as safetensors."""
     state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     with _replacing(Path(path)) as aside:
         save_file(state, aside, metadata={"config": to_json(config)})
-    return Path(path)
 
 
 def load_model(path: str | Path) -> tuple[VisionTransformer, TrainConfig]:
@@ -80,8 +76,7 @@ def load_model(path: str | Path) -> tuple[VisionTransformer, TrainConfig]:
             state = {name: file.get_tensor(name) for name in file.keys()}
             config = from_json(TrainConfig, (file.metadata() or {}).get("config", ""))
     except (SafetensorError, OSError, ConfigError) as error:
-        words = f"{path} cannot be read ({error}); expected a model saved by `cpvt train`"
-        raise ConfigError(words) from None
+        raise ConfigError(f"{path} cannot be read ({error}); give a model of `cpvt train`") from None
     model = VisionTransformer(config.model)
     model.load_state_dict(state)
     return model.eval(), config

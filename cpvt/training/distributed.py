@@ -67,8 +67,7 @@ class World:
     broadcasts: int = 0  # so far
 
     @property
-    def is_main(self) -> bool:
-        """The one that writes and speaks."""
+    def is_main(self) -> bool:  # the one that writes and speaks
         return self.rank == 0
 
     def connect(self) -> None:
@@ -128,8 +127,7 @@ class World:
             dist.all_reduce(found, dist.ReduceOp.MAX, self.control)
         return bool(found)
 
-    def stopped(self) -> bool:
-        """Whether a signal has come to one of the processes."""
+    def stopped(self) -> bool:  # whether a signal has come to one of the processes
         return self.any(bool(self.signals.name))
 
     def wrap(self, model: nn.Module) -> nn.Module:

@@ -26,10 +26,11 @@ def describe(config: TrainConfig, model: nn.Module, loader, world: World) -> str
     """What a run is going to do: its sizes, and the options that are not as they are by default."""
     sampler, parameters = loader.sampler, sum(p.numel() for p in model.parameters())
     options = [f"{name}={value}" for name, (value, _) in changed(config, TrainConfig()).items()]
+    height, width = config.model.grid
     text = (
-        f"{parameters:,} parameters, {config.model.grid[0]} x {config.model.grid[1]} tokens, {loader.num_classes} "
-        f"classes; an epoch has {sampler.distinct_images:,} images in {sampler.steps_per_epoch:,} steps, each of "
-        f"{world.size} processes takes {loader.micro_batches_per_step} micro-batches a step; {', '.join(options)}"
+        f"{parameters:,} parameters, {height} x {width} tokens, {loader.num_classes} classes; "
+        f"{sampler.distinct_images:,} images in {sampler.steps_per_epoch:,} steps an epoch; "
+        f"{loader.micro_batches_per_step} micro-batches a step in {world.size} processes; {', '.join(options)}"
     )
     return textwrap.fill(text, 110, break_long_words=False)
 
@@ -41,9 +42,7 @@ class Logger:
     report: called with each entry.
     """
 
-    def __init__(
-        self, config: TrainConfig, step: int, entries: list[dict], world: World, report=None, bar=False
-    ):
+    def __init__(self, config: TrainConfig, step: int, entries: list, world: World, report=None, bar=False):
         self.config, self.entries, self.world, self.report = config, entries, world, report
         self.folder = Path(config.run.out) if config.run.out else None
         self.faulty: set[str] = set()  # names of images that this process could not use
@@ -51,8 +50,7 @@ class Logger:
         self._told_of_disk, self._board = False, None
         self._first, self._since = step, (time.perf_counter(), step)
         if self.folder and world.is_main:
-            lines = [{"config": dataclasses.asdict(config)}, *entries]
-            aside = self.folder / ".log.jsonl"
+            aside, lines = self.folder / ".log.jsonl", [{"config": dataclasses.asdict(config)}, *entries]
             aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
             aside.replace(self.folder / "log.jsonl")
             if not step:

@@ -10,16 +10,9 @@ from collections.abc import Callable
 from cpvt.config import AugmentConfig, DataConfig, DistillConfig, OptimConfig, RunConfig, TrainConfig, replace
 from cpvt.model.zoo import model_config
 
-DEIT_AUGMENT = AugmentConfig(
-    crop=True,
-    hflip=0.5,
-    randaugment="rand-m9-mstd0.5-inc1",
-    random_erasing=0.25,
-    mixup=0.8,
-    cutmix=1.0,
-    mix_group=128,
-    repeated_aug=3,
-)
+_MIX = {"mixup": 0.8, "cutmix": 1.0, "mix_group": 128}
+_SINGLE = {"crop": True, "hflip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
+DEIT_AUGMENT = AugmentConfig(**_SINGLE, **_MIX, repeated_aug=3)
 
 
 def plain(model: str) -> TrainConfig:
@@ -35,25 +28,14 @@ def deit(model: str) -> TrainConfig:
     Published for this recipe: CPVT-Ti 73.4 (five PEGs), 72.4 (one); DeiT-tiny 72.2. The learning rate grows
     with the batch, so a smaller optim.global_batch_size needs no other change; one GPU takes micro-batches.
     """
-    optim = OptimConfig(
-        global_batch_size=2048,
-        micro_batch_size=1024,
-        epochs=300,
-        lr=5e-4,
-        scale_lr=True,
-        warmup_epochs=5,
-        warmup_lr=1e-6,
-        min_lr=1e-5,
-        weight_decay=0.05,
-        label_smoothing=0.1,
-        clip_grad=0.0,
-        ema_decay=0.99996,
-    )
+    batch = {"global_batch_size": 2048, "micro_batch_size": 1024, "epochs": 300}
+    rate = {"lr": 5e-4, "scale_lr": True, "warmup_epochs": 5, "warmup_lr": 1e-6, "min_lr": 1e-5}
+    rest = {"weight_decay": 0.05, "label_smoothing": 0.1, "clip_grad": 0.0, "ema_decay": 0.99996}
     return TrainConfig(
         model=model_config(model, drop_path=0.1),
         data=DataConfig(image_size=224, store="files", crop_pct=0.875),
         augment=DEIT_AUGMENT,
-        optim=optim,
+        optim=OptimConfig(**batch, **rate, **rest),
         run=RunConfig(precision="bf16", compile="model", log_every=100, evaluate_every=10, tensorboard=True),
     )
 
@@ -74,17 +56,14 @@ def deit_384(model: str) -> TrainConfig:
     config = deit(model)
     constant = {"lr": 5e-6, "min_lr": 5e-6, "warmup_steps": 0, "weight_decay": 1e-8}
     batch = {"global_batch_size": 512, "micro_batch_size": 256}
-    return replace(
-        config,
-        model=replace(config.model, image_size=(384, 384)),
-        data=replace(config.data, image_size=384),
-        optim=OptimConfig(**batch, **constant, epochs=30, label_smoothing=0.1, clip_grad=0.0),
-    )
+    optim = OptimConfig(**batch, **constant, epochs=30, label_smoothing=0.1, clip_grad=0.0)
+    wide = {
+        "model": replace(config.model, image_size=(384, 384)),
+        "data": replace(config.data, image_size=384),
+    }
+    return replace(config, **wide, optim=optim)
 
 
 RECIPES: dict[str, Callable[[str], TrainConfig]] = {
-    "plain": plain,
-    "deit": deit,
-    "deit-distilled": deit_distilled,
-    "deit-384": deit_384,
+    build.__name__.replace("_", "-"): build for build in (plain, deit, deit_distilled, deit_384)
 }

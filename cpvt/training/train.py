@@ -54,9 +54,7 @@ class Trainer:
     Order and learning rate are functions of the step, so that `state` is all that a checkpoint has to hold.
     """
 
-    def __init__(
-        self, config: TrainConfig, world: World, make_loader=make_loader, report=None, announce=None
-    ):
+    def __init__(self, config: TrainConfig, world: World, make=make_loader, report=None, announce=None):
         """The arguments are those of `train`."""
         self.world, run = world, config.run
         if run.deterministic:
@@ -67,7 +65,7 @@ class Trainer:
         options = {name: getattr(config.optim, name) for name in names}
         options |= {"seed": run.seed, "augment": config.augment, "device": world.device}
         options |= {"rank": world.rank, "world_size": world.size}
-        self.loader = world.main_first(lambda: make_loader(config.data, **options))
+        self.loader = world.main_first(lambda: make(config.data, **options))
         found = {"num_classes": self.loader.num_classes, "image_size": self.loader.image_size}
         settled = replace(config, model=replace(config.model, **found))
         self.config = config = resolve(settled, self.loader.sampler.steps_per_epoch)
@@ -104,7 +102,7 @@ class Trainer:
         self.forward = world.wrap(self.model)
         if announce and world.is_main:
             announce(describe(config, self.model, self.loader, world))
-        shown = (report, bool(announce))
+        shown = report, bool(announce)
         self.logger = world.main_first(lambda: Logger(config, self.step, self.log, world, *shown))
         for note in notes:
             self.logger.note(self.step, note)
@@ -123,8 +121,7 @@ class Trainer:
         if saved["fingerprint"] != self.loader.fingerprint:
             found.append("data: other training images there than here")
         if found:
-            words = "; ".join(found)
-            raise ConfigError(f"{out} holds another run ({words}): give the same options, or another folder")
+            raise ConfigError(f"{out} holds another run ({'; '.join(found)}): give another folder")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.log = saved["step"], saved["log"]
