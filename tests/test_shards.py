@@ -54,21 +54,22 @@ def test_a_shard_is_a_plain_tar_of_image_and_class(folder):
     assert i == len(data) == 10
 
 
-def test_an_image_is_the_one_that_was_written(folder):
-    data = Shards(folder)
+def test_images_and_selections_are_those_that_were_written(folder):
+    data = open_dataset(folder.parent, "train")
+    assert isinstance(data, Shards)
     for i in range(10):
         image, label = data[i]
         assert torch.equal(image, decode_image(IMAGES[i])) and label == data.labels[i] == i % 3
         assert image.shape[1:] == tuple(data.sizes[i].tolist()) == (18, 24 + i)
     about = json.loads((folder / "index.json").read_text())
     assert (about["images"], about["min_side"], about["classes"]) == (10, 18, list(CLASSES))
-
-
-def test_a_selection_keeps_classes_and_files(folder):
-    chosen = Shards(folder).select(torch.tensor([7, 2]))
+    chosen = data.select(torch.tensor([7, 2]))
     assert len(chosen) == 2 and chosen.classes == CLASSES and chosen.labels.tolist() == [1, 2]
     assert [chosen.read(0), chosen.read(1)] == [IMAGES[7], IMAGES[2]]
     assert chosen.key(0) == "n00000002/image_7" and chosen.sizes[1].tolist() == [18, 26]
+    tensors = load_tensors(data, 18)
+    assert tensors.images.shape == (10, 3, 18, 18) and torch.equal(tensors.labels, data.labels)
+    assert "no folder 'val'" in refusal(open_dataset, folder.parent, "val")
 
 
 def test_the_fingerprint_tells_packs_apart(folder, tmp_path):
@@ -96,31 +97,13 @@ def test_threads_forks_and_pickled_copies_read_the_same(folder):
     assert forked.exitcode == 0
 
 
-def test_a_data_set_of_shards_opens_like_any_other(folder):
-    data = open_dataset(folder.parent, "train")
-    assert isinstance(data, Shards)
-    tensors = load_tensors(data, 18)
-    assert tensors.images.shape == (10, 3, 18, 18) and torch.equal(tensors.labels, data.labels)
-    assert "no folder 'val'" in refusal(open_dataset, folder.parent, "val")
-
-
-# What is not whole
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("000001.tar", None),
-        ("000001.tar", b"cut"),
-        ("index.json", None),
-        ("index.json", b"[]"),
-        ("index.json", b'{"format": "cpvt shards", "version": 99}'),
-        ("index.npz", b""),
-    ],
-)
+@pytest.mark.parametrize("name, content", [("000001.tar", None), ("000001.tar", b"cut"), ("index.npz", b"")])
 def test_a_damaged_file_is_named_when_the_folder_is_opened(folder, name, content):
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     assert refusal(Shards, folder).startswith(str(folder / name))
+    for content in ("[]", '{"format": "cpvt shards", "version": 99}'):
+        (folder / "index.json").write_text(content)
+        assert refusal(Shards, folder).startswith(str(folder / "index.json"))
 
 
 def test_a_shard_damaged_after_opening_is_an_error_with_a_name(folder):
@@ -156,14 +139,8 @@ def test_two_cannot_write_the_same(tmp_path):
     assert f"{target} exists" in refusal(written_aside(target).__enter__)
 
 
-# Resolution
-
-
-def test_the_side_needed_is_the_crop_s_by_its_share():
-    assert [stored_side_needed(size) for size in (224, 384, 448, 512)] == [256, 438, 512, 585]
-
-
 def test_shrunk_images_are_not_evaluated_above_their_size_unless_asked(folder, tmp_path):
+    assert [stored_side_needed(size) for size in (224, 384, 448, 512)] == [256, 438, 512, 585]
     originals = Shards(folder)  # 18 pixels high
     assert check_resolution(originals, 16) == 0.0  # needs 18
     assert check_resolution(originals, 17) == 1.0  # originals are enlarged as they are, and the share is told

@@ -43,9 +43,6 @@ def shapes(batch):
     return torch.tensor(found)
 
 
-# What an independent reader of the pixels finds
-
-
 @pytest.mark.parametrize("grid, size", [((14, 14), 1), ((9, 17), 1), ((20, 10), 2)])
 def test_where_is_read_back_from_the_pixels(grid, size):
     height, width = grid
@@ -101,9 +98,6 @@ def test_what_is_read_back_from_the_pixels(grid, split):
     assert set(shapes(draw("what", range(99), grid=grid, split=split, pair="diagonals")).tolist()) == {2, 3}
 
 
-# What makes each of them a test
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_a_bag_of_tokens_knows_nothing(task):
     """Every sample holds the same multiset of tokens, whatever its label."""
@@ -149,9 +143,6 @@ def test_distances_are_covered_evenly_and_can_be_fixed(task, allowed):
         assert share == pytest.approx(1 / len(allowed), abs=0.06)
 
 
-# Determinism and resolution
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_a_sample_is_the_same_in_any_batch(task):
     whole = draw(task, range(100), seed=3)
@@ -162,15 +153,10 @@ def test_a_sample_is_the_same_in_any_batch(task):
             assert getattr(part, name).equal(getattr(whole, name)[[*map(int, index)]]), name
 
 
-def test_the_hash_is_splitmix64():
-    """The first numbers of the published generator from seed 0."""
+def test_the_hash_is_splitmix64_and_samples_do_not_change_with_the_version():
     found = [value % 2**64 for value in mix(torch.tensor([1, 2, 3])).tolist()]
-    assert found == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-
-
-def test_samples_do_not_change_with_the_version():
-    # Recorded rows rest on these images; a change of the hash or of the positions shows here.
-    digest = hashlib.sha256()
+    assert found == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F], "as published, from seed 0"
+    digest = hashlib.sha256()  # recorded rows rest on these images
     for task, split in CASES:
         d = draw(task, range(1000, 1100), seed=1, split=split)
         digest.update(d.images.numpy().tobytes() + d.labels.numpy().tobytes())
@@ -198,9 +184,8 @@ def test_a_larger_image_shows_the_same_tokens_or_the_same_share(task):
     assert filled["share", 28] == 4 * filled["share", 14]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
+def test_wrong_arguments_are_refused_in_one_line():
+    for arguments, message in (
         (dict(task="were"), "'were'"),
         (dict(split="validation"), "'validation'"),
         (dict(task="what", pair="bar"), "'bar'"),
@@ -208,16 +193,13 @@ def test_a_larger_image_shows_the_same_tokens_or_the_same_share(task):
         (dict(pixels=0), "pixels=0"),
         (dict(distances=(0, 7)), "0 to 6"),
         (dict(task="what", distances=(3,)), "distances=(3,)"),
-    ],
-)
-def test_wrong_arguments_are_refused_in_one_line(arguments, message):
-    assert message in refusal(draw, **{"task": "where", "index": range(4), **arguments})
-
-
-@pytest.mark.parametrize(
-    "task, size, grid", [("where", 4, (8, 8)), ("arrangement", 1, (5, 7)), ("what", 1, (7, 10))]
-)
-def test_the_smallest_grid_that_an_error_names_is_enough(task, size, grid):
-    assert draw(task, range(20), grid=grid, size=size).images.shape == (20, 3, *grid)
-    for smaller in ((grid[0] - 1, grid[1]), (grid[0], grid[1] - 1)):
-        assert f"{grid[0]} x {grid[1]}" in refusal(draw, task, range(20), grid=smaller, size=size)
+    ):
+        assert message in refusal(draw, **{"task": "where", "index": range(4), **arguments})
+    for task, size, (height, width) in (
+        ("where", 4, (8, 8)),
+        ("arrangement", 1, (5, 7)),
+        ("what", 1, (7, 10)),
+    ):
+        assert len(draw(task, range(20), grid=(height, width), size=size).images) == 20
+        for smaller in ((height - 1, width), (height, width - 1)):
+            assert f"{height} x {width}" in refusal(draw, task, range(20), grid=smaller, size=size)
