@@ -29,7 +29,7 @@ def folder(tmp_path):
     return tmp_path / "tiny"
 
 
-def test_a_folder_is_read_in_the_order_of_its_wordnet_ids(folder):
+def test_a_folder_is_read_in_the_order_of_its_wordnet_ids(folder, tmp_path):
     data, split = open_dataset(folder, "val"), "val"
     assert data.classes == ("n01", "n02", "n03") and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
     names = [str(data.path(i).relative_to(folder / split)) for i in range(len(data))]
@@ -39,9 +39,7 @@ def test_a_folder_is_read_in_the_order_of_its_wordnet_ids(folder):
         assert label == data.labels[i] and torch.equal(image, decode_image(data.read(i)))
     assert [data.select([5, 0])[i][1] for i in range(2)] == [2, 0]
     assert data.sizes.tolist() == [[8, 10]] * 6 and data.others == 3
-
-
-def test_the_fingerprint_of_a_folder_is_of_its_names_wherever_it_lies(folder, tmp_path):
+    # The fingerprint is of its names, wherever it lies.
     first = open_dataset(folder).fingerprint
     assert first == "8da89da7e0ffcba290d10ed4506cc44897342ec5784da1780b0d9ec4091ecac2"
     moved = open_dataset(folder.rename(tmp_path / "moved"))
@@ -62,7 +60,7 @@ def test_which_files_of_a_class_count(folder, tmp_path):
     assert data.others == 4, "three texts and an AVIF"
 
 
-def test_folders_that_cannot_be_used_are_named(folder, tmp_path, monkeypatch):
+def test_folders_and_files_that_cannot_be_used_are_named(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert len(open_dataset("~/tiny")) == 6
     assert "'no-such'" in refusal(open_dataset, "no-such")
@@ -75,9 +73,6 @@ def test_folders_that_cannot_be_used_are_named(folder, tmp_path, monkeypatch):
     (folder / "val" / "n04").rmdir()
     (folder / "val" / "n02").rename(tmp_path / "elsewhere")
     assert refusal(open_dataset, folder, "val").startswith(str(folder / "val" / "n02"))
-
-
-def test_a_file_that_is_not_an_image_is_named(folder):
     file = folder / "train" / "n02" / "b.png"
     file.write_bytes(BROKEN["PNG cut off"])
     data = open_dataset(folder)

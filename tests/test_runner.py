@@ -19,24 +19,25 @@ from cpvt.training.train import train
 
 def job(name: str, seed: int = 0, lr: float = 3e-3, score=score_synthetic, **fields) -> Job:
     config = synthetic_config("where", "none", seed=seed)
-    config = replace(
-        config, model=replace(config.model, depth=1, width=8), data=replace(config.data, test_size=4)
-    )
+    config = replace(config, model=replace(config.model, depth=1, width=8))
     optim = replace(config.optim, steps=2, global_batch_size=4, warmup_steps=0, lr=lr)
     kept = {"arrays": lambda run, cache: {"head": run.model.head.weight.detach()}}
-    return Job("x", {"row": name}, "seconds", replace(config, optim=optim), score, **kept | fields)
+    config = replace(config, optim=optim, data=replace(config.data, test_size=4))
+    return Job("x", {"row": name}, "seconds", config, score, **kept | fields)
 
 
 def names(folder) -> list[str]:
     return list(read("x", folder)["row"])
 
 
-def test_a_new_folder_is_made_and_holds_rows_and_arrays(tmp_path):
-    folder, seen = tmp_path / "new" / "results", []
+def test_a_new_folder_is_made_and_holds_rows_and_arrays(tmp_path, monkeypatch):
+    folder, seen, commits = tmp_path / "new" / "results", [], iter(["before", "after", "later", "last"])
+    monkeypatch.setattr("cpvt.lab.runner.commit", lambda: next(commits))  # files change while a row trains
     report = lambda result, left: seen.append((result.columns["row"], left))  # noqa: E731
     assert run_missing([job("a"), job("b")], folder, report=report) == 0
     assert names(folder) == ["a", "b"] and seen == [("a", 1), ("b", 0)]
     assert read_arrays("x", "head", folder, row="a")[0].shape == (4, 8)
+    assert [result.cpvt_commit for result in recorded("x", folder)] == ["before", "before"]
     size = (folder / "x.jsonl").stat().st_size
     assert run_missing([job("a"), job("b")], folder) == 0  # nothing is measured twice
     assert (folder / "x.jsonl").stat().st_size == size
@@ -44,17 +45,13 @@ def test_a_new_folder_is_made_and_holds_rows_and_arrays(tmp_path):
     assert row["device"] == "cpu" and row["steps"] == 2 and row["config"]["model"]["width"] == 8
 
 
-def never(*_, **__):
-    raise AssertionError("nothing is trained here")
+def test_what_cannot_be_kept_is_refused_before_anything_is_trained(tmp_path):
+    def never(*_, **__):
+        raise AssertionError("nothing is trained here")
 
-
-def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_trained(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises((ResultsError, OSError), match="file"):
         run_missing([job("a", make_loader=never)], tmp_path / "file" / "results")
-
-
-def test_a_row_of_another_configuration_does_not_count_as_done(tmp_path):
     run_missing([job("a")], tmp_path)
     with pytest.raises(ResultsError, match=r"row=a, seed=0.*another configuration.*optim.lr"):
         run_missing([job("a", lr=0.5, make_loader=never)], tmp_path)
@@ -117,21 +114,11 @@ def test_a_row_that_another_process_measured_meanwhile_stays_as_it_is(tmp_path):
     assert read_arrays("x", "head", tmp_path, row="a") == {}  # those of the later run are not laid beside it
 
 
-def test_the_commit_is_that_of_the_code_that_was_loaded(tmp_path, monkeypatch):
-    """Files change while a row trains; it is asked before."""
-    said = iter(["before", "after", "later still"])
-    monkeypatch.setattr("cpvt.lab.runner.commit", lambda: next(said))
-    run_missing([job("a"), job("b")], tmp_path)
-    assert [result.cpvt_commit for result in recorded("x", tmp_path)] == ["before", "before"]
-
-
 def student(clothes, **optim):
     config = fashion_config(encoding="peg", distilled=True, teacher="resnet10t")
     optim = {"global_batch_size": 10, "steps": 2, "warmup_steps": 1, **optim}
-    config = replace(
-        config, model=replace(config.model, width=16, depth=2), optim=replace(config.optim, **optim)
-    )
-    return replace(config, data=replace(config.data, root=str(clothes)))
+    config = replace(config, model=replace(config.model, width=16, depth=2))
+    return replace(config, optim=replace(config.optim, **optim), data=replace(config.data, root=str(clothes)))
 
 
 def test_a_teacher_is_trained_once_on_the_students_images(clothes):
@@ -144,9 +131,6 @@ def test_a_teacher_is_trained_once_on_the_students_images(clothes):
     other = replace(taught, distill=student(clothes).distill, run=replace(taught.run, seed=1))
     assert with_teacher(other)[0].distill.weights != str(file)
     assert with_teacher(fashion_config(encoding="peg")) == (fashion_config(encoding="peg"), {})
-
-
-def test_a_teacher_learns(clothes):
     model, top1 = train_teacher(student(clothes, steps=12, lr=3e-3))
     assert top1 > 20 and not model.training  # of ten classes
 

@@ -54,7 +54,7 @@ def test_a_shard_is_a_plain_tar_of_image_and_class(folder):
     assert i == len(data) == 10
 
 
-def test_images_and_selections_are_those_that_were_written(folder):
+def test_images_selections_and_fingerprints_are_those_that_were_written(folder, tmp_path):
     data = open_dataset(folder.parent, "train")
     assert isinstance(data, Shards)
     for i in range(10):
@@ -70,10 +70,6 @@ def test_images_and_selections_are_those_that_were_written(folder):
     tensors = load_tensors(data, 18)
     assert tensors.images.shape == (10, 3, 18, 18) and torch.equal(tensors.labels, data.labels)
     assert "no folder 'val'" in refusal(open_dataset, folder.parent, "val")
-
-
-def test_the_fingerprint_tells_packs_apart(folder, tmp_path):
-    data = Shards(folder)
     assert data.fingerprint == Shards(write(tmp_path / "again")).fingerprint
     others = [data.select([1, 0]), data.select([0, 1]), Shards(write(tmp_path / "fewer", images=9))]
     assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 4
