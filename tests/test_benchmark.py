@@ -72,13 +72,10 @@ def test_which_files(tmp_path, given, count):
         (data / f"{i}.JPEG").write_bytes(draw_jpeg(i, 30, 50))
     if given == "folder":
         draw_images(data, 4, 1)
+    with pytest.raises(DataError, match="holds no JPEGs: give a folder"):
+        benchmark.open_files(str(tmp_path / "nowhere"), tmp_path, CPU)
     files = benchmark.open_files("" if given == "nothing" else str(data), tmp_path, CPU)
     assert len(files) == len(files.labels) == count and files[0][0].shape[0] == 3
-
-
-def test_no_jpegs_is_one_line(tmp_path):
-    with pytest.raises(DataError, match="holds no JPEGs: give a folder"):
-        benchmark.open_files(str(tmp_path), tmp_path, CPU)
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import EVERYTHING, small_run
 from PIL import Image
-from timm.data import FastCollateMixup
 from torch import distributed
 
 from cpvt.config import AugmentConfig, DataConfig, replace
@@ -16,9 +15,9 @@ from cpvt.data.datasets import open_dataset
 from cpvt.data.transforms import MEAN, STD
 from cpvt.errors import ConfigError
 from cpvt.lab.experiments import jobs
-from cpvt.lab.metrics import first_classes, score_pipeline, selected
+from cpvt.lab.metrics import first_classes, score_pipeline
 from cpvt.lab.runner import run_job
-from cpvt.lab.timm_baseline import _posterize, timm_batches, timm_loader, timm_mixup
+from cpvt.lab.timm_baseline import _posterize, timm_batches, timm_loader
 from cpvt.training.train import train
 
 CLASSES, EACH = 3, 24  # of the small folder
@@ -107,13 +106,6 @@ def test_repeats_follow_each_other_and_leave_no_process_group(image_folder):
     assert order[0::3] == order[1::3] == order[2::3] and len(set(order)) == len(order) // 3
 
 
-def test_the_loader_alone_mixes_while_it_puts_a_batch_together(image_folder):
-    mixup = timm_mixup(ONCE, 0.1, CLASSES, FastCollateMixup)
-    source = open_dataset(image_folder, "train")
-    images, targets = next(iter(timm_loader(source, 8, 16, ONCE, "cpu", 0, mixup)))
-    assert images.shape == (8, 3, 16, 16) and targets.shape == (8, CLASSES)
-
-
 def test_magnitude_ten_is_not_an_error(image_folder):
     """Ten keeps no bit: black. Pillow 13 refuses it, and one image in a hundred would end an epoch."""
     source = open_dataset(image_folder, "train")
@@ -160,12 +152,6 @@ def test_our_loop_trains_through_either(image_folder):
 
 
 # --------------------------------------------------------------------------- the experiment
-
-
-def test_first_classes(image_folder):
-    dataset = open_dataset(image_folder, "train")
-    two = selected(dataset, 2)
-    assert two.classes == dataset.classes[:2] and torch.equal(two.labels, dataset.labels[: 2 * EACH])
 
 
 def test_a_row_of_the_experiment(image_folder):

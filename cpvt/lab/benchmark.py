@@ -356,18 +356,16 @@ class Benchmark:
             files = open_files(self.data, Path(folder), bench.size)
             bench.files = files.select(torch.arange(64 * bench.size.batch_size) % len(files))
             for name in self.only or PARTS:
-                started = time.monotonic()
-                if bench.fits(bench.size.entrant, name):
-                    for columns, metrics, facts in PARTS[name](bench):
-                        took, drawn = (
-                            round(time.monotonic() - started, 1),
-                            Path(self.data).name or "drawn JPEGs",
-                        )
-                        data = (drawn, files.fingerprint) if name in ("decode", "pipeline") else NOISE
-                        append(_result(bench, data, columns, metrics, facts, took), self.out, again=True)
-                        spread = ("/min", "/max", "/low", "/high")
-                        said = [f"{m} {v:.4g}" for m, v in metrics.items() if not m.endswith(spread)]
-                        print(f"{' '.join(map(str, filter(None, columns.values()))):60}", *said, flush=True)
+                if not bench.fits(bench.size.entrant, name):
+                    continue
+                data, started = NOISE, time.monotonic()
+                if name in ("decode", "pipeline"):
+                    data = Path(self.data).name or "drawn JPEGs", files.fingerprint
+                for columns, metrics, facts in PARTS[name](bench):
+                    took = round(time.monotonic() - started, 1)
+                    append(_result(bench, data, columns, metrics, facts, took), self.out, again=True)
+                    medians = [f"{m} {v:.4g}" for m, v in metrics.items() if "/" not in m]
+                    print(f"{' '.join(map(str, filter(None, columns.values()))):60}", *medians, flush=True)
         print(f"rows in {results_folder(self.out)}/benchmark.jsonl")
 
 

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,11 +149,7 @@ GPU = Size("minutes", batch_size=1024, mode="default", group=4, rounds=12, steps
 
 
 def measure_costs(
-    out: str | Path | None = None,
-    device: str = "cpu",
-    budget_minutes: float = 0.0,
-    report: Callable[[Result, int], None] | None = None,
-    size: Size | None = None,
+    out=None, device: str = "cpu", budget_minutes=0.0, report=None, size: Size | None = None
 ) -> int:
     """Times the rows that the folder lacks for this kind of device, group by group -> how many are still missing.
 

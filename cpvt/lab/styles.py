@@ -74,10 +74,7 @@ PUBLISHED = {  # what data/published.csv calls them
 
 
 def style_of(encoding: str) -> Style:
-    """Encoding text, or a name in data/published.csv -> how it is drawn and called in every chapter.
-
-    Raises ConfigError for a text that is no encoding.
-    """
+    """Encoding text, or a name in data/published.csv -> how it is drawn and called in every chapter."""
     parts = parse_encoding(PUBLISHED.get(encoding, encoding))
     pegs = [part for part in parts if isinstance(part, Peg)]
     if tables := [part for part in parts if not isinstance(part, Peg)]:
