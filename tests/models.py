@@ -31,7 +31,6 @@ ENCODINGS = [
     "peg(positions=(0, 1), shared=True)",
     "peg(frozen=True)",
     "peg(on='queries_keys')",
-    "learned + peg",
     "relative(clip=2) + peg + rotary",
 ]
 POOLS = {"token": {}, "avg": {"global_pool": "avg"}, "distilled": {"distilled": True}}
@@ -76,7 +75,6 @@ def logits(model, images):
 
 
 def difference(a, b) -> float:
-    """The largest relative change among the pairs of outputs."""
     return ((a - b).norm(dim=-1) / b.norm(dim=-1)).max().item()
 
 

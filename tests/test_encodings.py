@@ -14,8 +14,6 @@ from cpvt.config import Peg, Rotary
 from cpvt.errors import DataError
 from cpvt.model.encodings import PEG, RotaryEncoding, sine_table
 
-# --------------------------------------------------------------------------- tables
-
 
 def test_sine_table_is_the_formula():
     width, temperature = 16, 100.0
@@ -40,9 +38,6 @@ def test_sine_at_another_grid():
     torch.testing.assert_close(added["rescale", 10][::2, ::2], table)
     larger = F.interpolate(table.permute(2, 0, 1)[None], (10, 12), mode="bicubic")[0].permute(1, 2, 0)
     torch.testing.assert_close(added["resample", 10], larger)
-
-
-# --------------------------------------------------------------------------- inside attention
 
 
 def offset_by_hand(a, b, n, clip, wrap):
@@ -94,11 +89,10 @@ def rotary(grid, **options):
     return RotaryEncoding(Rotary(**options), ModelConfig(image_size=grid, patch_size=1, width=16, heads=2))
 
 
-@pytest.mark.parametrize("theta", [100.0, 10000.0])
-def test_rotary_logits_depend_on_offsets_only(theta):
+def test_rotary_logits_depend_on_offsets_only():
     grid, P = (4, 5), 1
     one = torch.randn(2, 1, 2, 1, 8, dtype=torch.float64)
-    q, k = rotary(grid, theta=theta).rotate(0, *one.expand(-1, -1, -1, P + 20, -1), grid)
+    q, k = rotary(grid).rotate(0, *one.expand(-1, -1, -1, P + 20, -1), grid)
     assert torch.equal(q[:, :, :P], one[0]) and torch.equal(k[:, :, :P], one[1])  # prefixes do not turn
     pairs = (q @ k.transpose(-2, -1))[0, 0, P:, P:]
     by_offset = {}
@@ -129,9 +123,6 @@ def test_a_peg_on_queries_and_keys_leaves_the_values_alone():
             torch.nn.init.zeros_(block.attn.qkv.weight[:32].detach())
             torch.nn.init.zeros_(block.attn.qkv.bias[:32].detach())
     assert difference(logits(encoded, images), logits(plain, images)) < SAME
-
-
-# --------------------------------------------------------------------------- the convolution
 
 
 def peg_image(peg, x):
@@ -197,9 +188,6 @@ def test_initialisations():
     assert own.proj.weight.abs().max() <= 1 / 3 and own.proj.bias.any()
 
 
-# --------------------------------------------------------------------------- every encoding
-
-
 @pytest.mark.parametrize("encoding, pool", PAIRS)
 def test_any_rectangular_grid(encoding, pool):
     """Built for 4 x 5, run at other grids; equal to the model built for that grid where no size is trained in."""
@@ -220,24 +208,15 @@ def test_any_rectangular_grid(encoding, pool):
         assert shown.shape == (2, 16, grid[0] - lost, grid[1] - lost)
 
 
-# --------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    "encoding, options, words",
-    [
+def test_what_cannot_be_taken():
+    for encoding, options, words in (
         ("peg(positions=(0, 4))", {}, ["positions=(0, 4)", "3"]),
         ("peg(on='queries_keys', positions=(3,))", {}, ["2"]),
         ("learned + learned(antialias=True)", {}, ["one learned table"]),
         ("sine", {"width": 18}, ["width=18", "multiple of 4"]),
         ("rotary", {"width": 12}, ["width 6", "multiple of 4"]),
-    ],
-)
-def test_encodings_that_do_not_fit_the_model(encoding, options, words):
-    assert_refused(words, random_model, encoding, (4, 5), **options)
-
-
-def test_tokens_and_images_that_cannot_be_taken():
+    ):
+        assert_refused(words, random_model, encoding, (4, 5), **options)
     for grid in (None, (4, 4)):
         assert_refused(["20 tokens", f"grid={grid}"], PEG(8), torch.zeros(1, 20, 8), grid, error=ValueError)
     patches = {"image_size": (8, 12), "patch_size": 2}

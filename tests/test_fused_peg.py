@@ -1,11 +1,6 @@
 """The fused PEG gives what the convolution gives, in values and gradients.
 
-Without a GPU: the Triton kernels run in Triton's interpreter and are compiled for a Hopper card; the operator's
-CPU form stands in for them in whole models, traced and compiled. What is left for a GPU is marked.
-
-Bounds: 1e-12 in float64 (rounding gives 1e-15); 1e-6 for float32 against float64, sums of at most a few
-thousand terms; bfloat16 results are rounded to 8 bits, 2^-9 at most, root mean square 2^-9 / sqrt(3) = 0.0011
-to twice that, depending on the mantissas.
+Bounds: 1e-12 in float64 (rounding gives 1e-15), 1e-6 for float32 against float64; bfloat16 rounds by 2^-9 at most.
 """
 
 import collections
@@ -61,8 +56,6 @@ def errors(found, expected):
     """Relative, for each pair."""
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
 
-
-# --------------------------------------------------------------------------- the two kernels
 
 # B, P, grid, D, k: widths that fill no block, one and more; images of less and more than a block of tokens.
 CASES = [
@@ -141,15 +134,11 @@ def test_kernels_compile_for_hopper(dtype):
         (fused_peg._peg_backward, backward, {"K": 3, **fused_peg.BACKWARD}),
     ):
         made = compile_for_hopper(kernel, pointers, constants)
-        assert made["cubin"].startswith(b"\x7fELF")
         wide = "v4" if dtype == "*fp32" or kernel is fused_peg._peg_forward else "v2"
         assert f".{wide}." in made["ptx"]
 
 
-# --------------------------------------------------------------------------- the operator
-
-
-@pytest.mark.parametrize("case, bias", [(case, i != 1) for i, case in enumerate(CASES)])
+@pytest.mark.parametrize("case, bias", [(CASES[1], False), (CASES[2], True)])
 def test_operator_is_the_convolution(case, bias):
     x, g, weight, shift = (None if t is None else t.double() for t in example(*case, bias))
     inputs = [t.clone().requires_grad_() for t in (x, weight, shift) if t is not None]
@@ -167,7 +156,7 @@ def test_operator_keeps_pytorchs_rules():
 
 
 @needs_triton
-def test_which_pegs_are_fused():
+def test_which_pegs_are_fused(monkeypatch):
     """The paper's PEG and others of small kernels, on a GPU, in a training precision, unless told otherwise."""
 
     def fuses(x, fused=None, **options):
@@ -183,28 +172,20 @@ def test_which_pegs_are_fused():
         others = [{"kernel": 7}, {"compute": "matrix"}, {"skip": False}, {"padding": "circular"}]
         others += [{"convolution": "separable"}, {"convolution": "dense"}, {"on": "constant"}]
         assert not any(fuses(x, True, **other) for other in others)
-
-
-def test_exporting_where_torch_says_so_to_every_compiler(monkeypatch):
-    """PyTorch 2.11: under torch.compile the fused PEG has to be taken all the same."""
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert fused_peg.exporting()
-    monkeypatch.setattr(fused_peg, "BEFORE_2_14", True)
+    monkeypatch.setattr(fused_peg, "BEFORE_2_14", True)  # which says so under torch.compile, too
     assert not fused_peg.exporting()
 
 
-# --------------------------------------------------------------------------- whole models
+def build(encoding, **options):
+    return small_model(encoding, (5, 6), init_std=0.2, **options), torch.randn(3, 3, 5, 6)
 
 
-def build(encoding, grid=(5, 6), depth=6, **options):
-    model = small_model(encoding, grid, depth=depth, init_std=0.2, **options)
-    return model, torch.randn(3, 3, *grid)
-
-
-def step(model, images, forward=None):
+def step(model, images):
     """-> the logits and every gradient, of a loss that weighs all logits differently."""
     model.zero_grad(set_to_none=True)
-    out = (model if forward is None else forward)(images)
+    out = model(images)
     out = torch.cat(out) if isinstance(out, tuple) else out
     (out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
     return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
@@ -218,8 +199,7 @@ def operators(call) -> collections.Counter:
 @pytest.mark.parametrize(
     "encoding, pegs, options",
     [
-        ("peg(positions=(-1, 2), kernel=5, bias=False)", 2, {"global_pool": "avg"}),
-        ("peg(repeat=3, shared=True, positions=(0, 1))", 6, {"distilled": True}),
+        ("peg(repeat=3, shared=True, positions=(-1, 1), bias=False)", 6, {"distilled": True}),
         ("learned + peg(on='queries_keys')", 1, {}),
     ],
 )
@@ -233,9 +213,6 @@ def test_models_are_the_same_either_way(encoding, pegs, options):
     torch.testing.assert_close(step(model, images), expected, rtol=1e-12, atol=1e-12)
 
 
-# --------------------------------------------------------------------------- what the compiler sees
-
-
 @needs_triton
 def test_five_pegs_are_five_nodes():
     """No convolution but the patches', and the class token is put in front once, not once more a PEG."""
@@ -247,21 +224,6 @@ def test_five_pegs_are_five_nodes():
         seen = operators(lambda: torch.func.functional_call(model, state, (images,)))
     assert seen["cpvt.peg.default"] == 5
     assert seen["aten.convolution.default"] == seen["aten.cat.default"] == 1
-
-
-def test_a_distilled_model_is_one_graph():
-    """In training, with the operator, checkpointing, and the factors of drop path given."""
-    model, images = build("peg(positions=(0, 1))", depth=3, distilled=True, drop_path=0.2)
-    scale = model.drop_path_scale(torch.rand(3, 2, 3))
-    expected = step(model.train(), images, lambda x: model(x, scale))
-    torch.compiler.reset()
-    whole = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
-    set_fused(model, True)
-    model.set_grad_checkpointing()
-    assert max(errors(step(model, images, lambda x: whole(x, scale)), expected)) < 1e-5
-
-
-# --------------------------------------------------------------------------- on a GPU
 
 
 @needs_gpu

