@@ -97,7 +97,7 @@ def test_one_graph(encoding):
 
     torch.compiler.reset()
     bf16 = "learned" in encoding
-    model, images, labels = build(encoding, depth=1, **POOLS["distilled" if bf16 else "avg"])
+    model, images, labels = build(encoding, depth=1 + bf16, **POOLS["distilled" if bf16 else "avg"])
     expected = exact(model, images, labels)
     set_fused(model, True)
     whole = torch.compile(model, backend=keep, fullgraph=True)
