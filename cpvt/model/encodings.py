@@ -245,8 +245,10 @@ class LearnedEncoding(Encoding):
         if position != -1:
             return x, grid
         if self.config.resize == "refuse" and grid != self.grid:
-            new, own = "x".join(map(str, grid)), "x".join(map(str, self.grid))
-            raise DataError(f"grid {new}: the learned table is {own}, and resize='refuse' keeps it so")
+            raise DataError(
+                f"grid {grid[0]}x{grid[1]}: this learned table has {self.grid[0]}x{self.grid[1]} rows and "
+                "resize='refuse'; give images of the trained size, or choose learned(resize='resample')"
+            )
         P = self.prefix_tokens
         patches = resample_table(table[:, P:], self.grid, grid, self.config.antialias)
         return x + torch.cat([table[:, :P], patches], 1), grid
