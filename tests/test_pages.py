@@ -55,7 +55,8 @@ SETTLE = """async () => {  // what follows the load event, or a change of size
   for (const image of images) image.loading = "eager";
   await Promise.all(images.map((image) => image.decode().catch(() => 0)));
   await document.fonts.ready;
-  await Promise.allSettled(document.getAnimations().map((animation) => animation.finished));
+  for (const animation of document.getAnimations())
+    if (animation.effect.getComputedTiming().endTime < Infinity) animation.finish();
 }"""
 
 MEASURE = """() => {
