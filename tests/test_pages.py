@@ -59,6 +59,8 @@ SETTLE = """async () => {  // what follows the load event, or a change of size
     if (animation.effect.getComputedTiming().endTime < Infinity) animation.finish();
 }"""
 
+LATE = f"new Promise((_, late) => setTimeout(late, {PATIENCE}, new Error('the page did not settle')))"
+
 MEASURE = """() => {
   const all = (selector) => [...document.querySelectorAll(selector)];
   const html = (nodes) => nodes.slice(0, 5).map((node) => node.outerHTML.slice(0, 120));
@@ -107,7 +109,7 @@ def reports(html, browser) -> dict[tuple[str, str], dict]:
             if size == "phone":
                 page.goto(path.as_uri())
             page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
-            page.evaluate(SETTLE)
+            page.evaluate(f"Promise.race([({SETTLE})(), {LATE}])")  # evaluate itself has no limit
             found[path.name, size] = page.evaluate(MEASURE) | {
                 "outside": [url for kind, url in heard if kind == "asked" and url.startswith("http")],
                 "failed": [url for kind, url in heard if kind == "failed"],
