@@ -6,6 +6,7 @@ help is there at once, and OpenMP is told how to wait before torch is loaded.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -187,7 +188,7 @@ def _print_row(row, left: int) -> None:
 
 
 def _benchmark(arguments: list[str]) -> None:
-    """Measure training step, data pipeline and inference beside timm's."""
+    """Measure training step and data pipeline beside timm's, in one run."""
     from cpvt.lab.benchmark import Benchmark
 
     _parse(Benchmark, arguments, "benchmark")()
@@ -199,7 +200,7 @@ COMMANDS |= {"experiments": Experiments, "benchmark": _benchmark}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status 0; 2 for wrong input, after a line on stderr that says what was wrong."""
-    # Threads of OpenMP that spin while they wait cost a factor of 2 to 10 wherever anything else runs.
+    # Threads of OpenMP that spin while they wait take the cores from whatever else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
@@ -215,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
+        if not error.filename and error.errno != errno.ENOSPC:  # no path of the user's: a fault of ours
+            raise
         raise _refused(name, f"{error.filename or 'writing'}: {error.strerror}; give another path") from None
 
 

@@ -1,6 +1,7 @@
 """What goes wrong by the user's input: one line that says what was given, what was expected and what to do.
 
-The command line prints these without a traceback and exits with status 2; any other error is a fault of ours.
+The command line prints these, and a path or a full disk, without a traceback and exits with status 2; any
+other error is a fault of ours.
 """
 
 from __future__ import annotations

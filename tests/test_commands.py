@@ -1,5 +1,6 @@
 """The commands that the README and the chapters print are understood by the program, word for word."""
 
+import errno
 import json
 import re
 import shlex
@@ -64,3 +65,24 @@ def test_a_wrong_word_is_not_understood(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["pack", "DOWNLOADS", "imagenet", "--short-sides", "256"])
     assert stop.value.code == 2 and "--short-side" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (OSError("the disk is gone"), False),
+        (ConnectionResetError(errno.ECONNRESET, "reset by a worker"), False),
+        (OSError(errno.ENOSPC, "no space"), True),
+        (PermissionError(errno.EACCES, "not allowed", "/mine"), True),
+    ],
+    ids=["ours", "connection", "full disk", "path"],
+)
+def test_only_a_path_or_a_full_disk_is_refused_without_a_traceback(error, refused, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("cpvt.data.pack.pack", fail)
+    with pytest.raises(SystemExit if refused else type(error)) as end:
+        cli.main(["pack", "DOWNLOADS", "imagenet"])
+    if refused:
+        assert end.value.code == 2 and (error.filename or "no space") in capsys.readouterr().err

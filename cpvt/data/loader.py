@@ -72,7 +72,7 @@ def work(reader: ChunkReader, requests: Iterable, workers: int, finish: Callable
         raise RuntimeError("a DataLoader worker was killed; is there enough memory?") from error
 
 
-SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM announces the end of a job with SIGUSR1
 
 
 def _server() -> multiprocessing.context.BaseContext:

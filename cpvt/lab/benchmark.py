@@ -1,6 +1,6 @@
 """`cpvt benchmark`: our training step and our data pipeline beside timm's, in one run.
 
-    cpvt benchmark --data DIR        everything on one GPU in about ten minutes, compilation included
+    cpvt benchmark --data DIR        everything, as far as it fits nine minutes, compilation included
 
 DIR: a folder with train/CLASS/*.JPEG, shards, or loose JPEGs; shards of shrunk images (cpvt pack --short-side)
 show what shrinking brings. What no longer fits the budget is named; --only gives such parts a run of their own.
@@ -334,7 +334,7 @@ PARTS: dict[str, Callable] = {"peg": peg_operator, "step": step, "decode": decod
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Measure training step and data pipeline beside timm's, in one run of ten minutes on one GPU."""
+    """Measure training step and data pipeline beside timm's, in one run."""
 
     data: str = ""  # JPEGs: a folder with train/CLASS/*.JPEG, shards, or loose files; none: drawn by formula
     out: Path | None = None  # folder of benchmark.jsonl (default: data/results of the repository)

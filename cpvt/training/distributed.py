@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cpvt.data.loader import SIGNALS
 from cpvt.errors import ConfigError, UserError
 
 T = TypeVar("T")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM announces the end of a job with SIGUSR1
 
 
 class Stopped(RuntimeError):

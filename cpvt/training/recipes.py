@@ -1,4 +1,4 @@
-"""Recipes by name: the configuration of a whole run, what it costs and what to expect of it.
+"""Recipes by name: the configuration of a whole run, and what was published for it.
 
 Each is a function of the model's name. Options on the command line change single fields of it.
 """
