@@ -91,7 +91,6 @@ class Evaluate:
     data: str = ""  # other data than it was trained on
     root: str = "data/images"  # where real images lie
     device: str = "auto"
-    allow_upsampling: bool = False  # also where shards were shrunk below what a size needs
 
     def __call__(self) -> None:
         from cpvt.config import replace
@@ -109,24 +108,21 @@ class Evaluate:
             if loader.num_classes != model.num_classes:
                 words = f"{here.name} has {loader.num_classes} classes, the model {model.num_classes}"
                 raise ConfigError(f"{words}: give --data with the classes of its training")
-            enlarged = loader.upsampled(self.allow_upsampling)
             scores = accuracy(model, loader.eval_batches(), precision=config.run.precision)
             words = [f"{here.name} {loader.image_size[0]}x{loader.image_size[1]}"]
             words += [f"{name} {value:g}" for name, value in scores.items()]
-            words += [f"enlarged {100 * enlarged:.1f} % of the images"] if enlarged else []
             words += [f"{len(loader.unread)} unreadable images counted as wrong"] if loader.unread else []
             print("  ".join(words))
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Prepare images for training: check every one, write shards. Originals, or shrunk with --short-side."""
+    """Prepare images for training: check every one, write shards of the originals."""
 
     # a folder: with train/ and val/, with ILSVRC2012's archives, or with Kaggle's ILSVRC/
     source: Annotated[Path, tyro.conf.Positional]
     out: Annotated[Path, tyro.conf.Positional]  # gets OUT/train and OUT/val; then: cpvt train --data OUT
     split: Literal["both", "train", "val"] = "both"  # both: first val, then train
-    short_side: int = 0  # shrink larger training images to this short side in pixels; 0: keep the originals
     partial: bool = False  # accept a part of ImageNet; else its thousand classes must have all their images
     workers: int = 0  # processes that decode; 0: one a core
 

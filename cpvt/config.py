@@ -150,7 +150,6 @@ class Peg:
     frozen: bool = False  # random and never trained
     on: Literal["tokens", "queries_keys", "constant"] = "tokens"  # constant: ones, to show the border
     repeat: int = 1  # how many, one behind the other, at each position
-    shared: bool = False  # the same weights at all positions
     init: Literal["pytorch", "twins"] = "pytorch"
     compute: Literal["convolution", "matrix"] = "convolution"  # matrix: for kernels that cover the grid
 
@@ -380,7 +379,6 @@ class RunConfig:
     save_every: int = 0  # steps between checkpoints; 0: once an epoch
     keep_checkpoints: int = 3
     evaluate_every: int = 0  # epochs between evaluations; 0: only at the end
-    tensorboard: bool = False  # also write the log for TensorBoard
 
     def __post_init__(self):
         _at_least(self, 1, "log_every", "keep_checkpoints")

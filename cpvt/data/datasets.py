@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cpvt.data.decode import ENDINGS, decode_image, open_image, reason, regular
+from cpvt.data.decode import ENDINGS, decode_image, reason, regular
 from cpvt.data.shards import Shards
+from cpvt.data.transforms import centre_resize
 from cpvt.errors import DataError
 
 FOLDERS = {  # below `root`, as torchvision names them
@@ -77,15 +77,6 @@ class ImageDataset(Dataset):
         return regular(self.path(i)).read_bytes()
 
     @cached_property
-    def sizes(self) -> Tensor:
-        """(n, 2) int64: height and width in pixels, EXIF ignored, from the header of every file."""
-        sizes = torch.empty(len(self), 2, dtype=torch.int64)
-        for i in range(len(self)):
-            with _naming(self, i), open_image(self.path(i)) as image:
-                sizes[i] = torch.tensor((image.height, image.width))
-        return sizes
-
-    @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, over classes, labels and the names of the files, wherever their folder lies."""
         digest = hashlib.sha256(repr(self.classes).encode())
@@ -122,19 +113,8 @@ def load_tensors(dataset: ImageDataset | Shards, size: int) -> ImageTensors:
     for i in range(len(dataset)):
         with _naming(dataset, i):
             image, _ = dataset[i]
-        if image.shape[1:] != (size, size):
-            small = resize_short_side(Image.fromarray(image.permute(1, 2, 0).numpy()), size)
-            left, top = (round((side - size) / 2) for side in small.size)
-            pixels = numpy.array(small.crop((left, top, left + size, top + size)))
-            image = torch.from_numpy(pixels).permute(2, 0, 1)
-        images[i] = image
+        images[i] = image if image.shape[1:] == (size, size) else centre_resize([image], size)[0]
     return ImageTensors(images, dataset.labels.clone(), tuple(dataset.classes))
-
-
-def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """As torchvision's `Resize`: Pillow's bicubic filter, antialiased; the long side cut to whole pixels."""
-    width, height = (side * size // min(image.size) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 @contextmanager

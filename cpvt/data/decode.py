@@ -2,9 +2,9 @@
 
 A worker process reads files (`ChunkReader`): plain JPEGs stay bytes where a GPU will decode them, everything else
 is decoded on the spot. The main process decodes the rest, a chunk at a time (`Decoder`). What cannot be decoded
-is replaced by another image, a fixed function of its index, and named.
+is named, and plain grey stands in for it.
 
-Letters: B images of a chunk, h w height and width of one image in pixels.
+Letters: B images of a chunk, h w height and width of one image in pixels, S side of what a model sees, K classes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cpvt.errors import ConfigError, DataError
-from cpvt.rng import integers
 
 # Pillow opens more, some by calling other programs; these are what image folders hold.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
@@ -36,8 +35,7 @@ MAX_BYTES = 1 << 28  # of one file: an image of so many pixels, not compressed
 MAX_GPU_SIDE = 16_384  # of an image for the GPU's decoder
 # Sampling of luma (across, down) over a chroma of (1, 1): 4:4:4, 4:2:2, 4:2:0, 4:4:0.
 LUMA_FACTORS = ((1, 1), (2, 1), (2, 2), (1, 2))
-ATTEMPTS = 8  # replacements tried for one unreadable image
-GREY = b"P5 16 16 255\n" + bytes([128]) * 256  # the image (PGM) where every replacement failed too
+GREY = b"P5 16 16 255\n" + bytes([128]) * 256  # the image (PGM) in the place of one that cannot be decoded
 
 
 class DecodeError(DataError):
@@ -153,36 +151,20 @@ def find_gpu_decoder(device: str | torch.device, decode: str = "auto") -> Callab
 
 @dataclass(frozen=True)
 class Fault:
-    """Image `index`, called `key`, could not be had for `reason`; `replaced_by` is -1 for plain grey."""
+    """Image `index`, called `key`, could not be had for `reason`. Plain grey stands in for it."""
 
     index: int
     key: str
     reason: str
-    replaced_by: int
 
 
-def replacement(index: int, attempt: int, n: int) -> int:
-    """Which of n images stands in for `index` at this attempt: a fixed function, never the image itself."""
-    return (index + 1 + int(integers("replacement", max(n - 1, 1), index, attempt))) % n
-
-
-def first_good(source: Dataset, index: int, take: Callable[[bytes], object], faults: list[Fault]):
-    """The image `index`, or the first of its replacements that can be had: (its index, take(its bytes)).
-
-    After ATTEMPTS replacements: (-1, take's result for a grey image). Every failure is added to `faults`.
-    """
-    failed = []
-    for attempt in range(ATTEMPTS + 1):
-        i = replacement(index, attempt, len(source)) if attempt else index
-        try:
-            item = take(source.read(i))
-            break
-        except (OSError, ValueError, MemoryError) as error:  # DataError and DecodeError among them
-            failed.append((i, reason(error)))
-    else:
-        i, item = -1, take(GREY)
-    faults.extend(Fault(j, source.key(j), reason, i) for j, reason in failed)
-    return i, item
+def take(source: Dataset, index: int, decode: Callable[[bytes], Any], faults: list[Fault]) -> Any:
+    """`decode` of the bytes of an image or, where either is impossible, of a grey one; the fault is added."""
+    try:
+        return decode(source.read(index))
+    except (OSError, ValueError, MemoryError) as error:  # DataError and DecodeError among them
+        faults.append(Fault(index, source.key(index), reason(error)))
+        return decode(GREY)
 
 
 class ReadChunk(NamedTuple):
@@ -191,27 +173,28 @@ class ReadChunk(NamedTuple):
     request  what was asked for, as it was given
     data     uint8, 1-D: the images end to end
     spans    for each image (length, height, width, encoded): its JPEG bytes, or its (h, w, 3) pixels
-    taken    which images these are; another than asked for where one was replaced, -1 for plain grey
-    faults   what could not be had, in the order of reading
+    faults   what could not be had
     """
 
     request: Any
     data: Tensor
     spans: list[tuple[int, int, int, bool]]
-    taken: list[int]
     faults: list[Fault]
 
 
 @dataclass
-class DecodedChunk:
-    """images (3, h, w) uint8 each, on the device; labels (B,) int64 on the CPU, of the images that came.
+class Batch:
+    """A micro-batch. Decoded: images (3, h, w) uint8 on the device, labels (B,) int64 on the CPU. Finished, all on
+    the device: normalised images (B, 3, S, S) float, and labels (B,) or mixed labels (B, K).
 
-    `refused` counts the images that the GPU would not decode and the CPU did.
+    request  what was asked for: epoch and positions say where in the stream
+    faults   images that could not be used, for which plain grey stands in
+    refused  images that the GPU would not decode and the CPU did
     """
 
     request: Any
-    images: list[Tensor]
-    labels: Tensor
+    images: list[Tensor] | Tensor
+    targets: Tensor
     faults: list[Fault] = field(default_factory=list)
     refused: int = 0
 
@@ -230,10 +213,9 @@ class ChunkReader(Dataset):
 
     def __getitem__(self, request) -> ReadChunk:
         faults = []
-        found = [first_good(self.source, i, self._take, faults) for i in request.indices.tolist()]
-        data = torch.from_numpy(numpy.concatenate([piece for _, (piece, *_) in found]))
-        spans = [(len(piece), *about) for _, (piece, *about) in found]
-        return ReadChunk(request, data, spans, [i for i, _ in found], faults)
+        found = [take(self.source, i, self._take, faults) for i in request.indices.tolist()]
+        data = torch.from_numpy(numpy.concatenate([piece for piece, *_ in found]))
+        return ReadChunk(request, data, [(len(piece), *about) for piece, *about in found], faults)
 
     def _take(self, data: bytes) -> tuple[numpy.ndarray, int, int, bool]:
         if self.keep_jpegs:
@@ -261,15 +243,12 @@ def bisect(decode: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor]) 
 
 
 class Decoder:
-    """The main process' side: ReadChunk -> DecodedChunk, in the thread that calls; `reader` is the workers' side.
+    """The main process' side: ReadChunk -> Batch, in the thread that calls; `reader` is the workers' side.
 
     decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; else `find_gpu_decoder`'s
 
-    On CUDA, everything happens on a stream of its own, and the images are ready for the stream that is current
-    at the call. nvJPEG's hardware path does not wait for the stream it is given (torchvision's pull request
-    9606): it may write into a freed block that a queued kernel still reads. So blocks come from the own stream's
-    pool, which gets them back only after the consumer's kernels (`record_stream`), and the own stream is idle
-    before each decode.
+    nvJPEG's hardware path does not wait for the stream it is given (torchvision's pull request 9606): it may write
+    into a freed block that a queued kernel still reads. So the stream is idle before each decode.
     """
 
     def __init__(
@@ -278,27 +257,12 @@ class Decoder:
         self.source, self.device = source, torch.device(device)
         self.decode_jpegs = decode_jpegs or find_gpu_decoder(device, decode)
         self.reader = ChunkReader(source, keep_jpegs=self.decode_jpegs is not None)
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def __call__(self, chunk: ReadChunk) -> DecodedChunk:
-        if self.stream is None:
-            return self._decode(chunk)
-        consumer = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self.stream):
-            self.stream.synchronize()
-            decoded = self._decode(chunk)
-        consumer.wait_stream(self.stream)
-        for image in decoded.images:
-            image.record_stream(consumer)
-        return decoded
-
-    def _decode(self, chunk: ReadChunk) -> DecodedChunk:
-        lengths, taken, faults, refused = (
-            [span[0] for span in chunk.spans],
-            [*chunk.taken],
-            [*chunk.faults],
-            0,
-        )
+    def __call__(self, chunk: ReadChunk) -> Batch:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        lengths, indices = [span[0] for span in chunk.spans], chunk.request.indices
+        faults, refused = [*chunk.faults], 0
         images = [*chunk.data.split(lengths)]
         jpegs = {i: images[i] for i, (*_, encoded) in enumerate(chunk.spans) if encoded}
         if len(jpegs) < len(images):  # what the worker decoded goes to the device in one copy
@@ -311,9 +275,7 @@ class Decoder:
             if isinstance(result, Tensor) and result.shape == (3, *chunk.spans[i][1:3]):
                 images[i] = result
                 continue
-            taken[i], image = first_good(self.source, chunk.taken[i], decode_image, faults)
-            refused += taken[i] == chunk.taken[i]
-            images[i] = image.to(self.device)
-        # Plain grey has the label of the image that was asked for.
-        named = [i if i >= 0 else j for i, j in zip(taken, chunk.request.indices.tolist(), strict=True)]
-        return DecodedChunk(chunk.request, images, self.source.labels[named], faults, refused)
+            known = len(faults)
+            images[i] = take(self.source, int(indices[i]), decode_image, faults).to(self.device)
+            refused += len(faults) == known
+        return Batch(chunk.request, images, self.source.labels[indices], faults, refused)

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from multiprocessing import forkserver, resource_tracker
@@ -28,34 +28,15 @@ from torch.utils.data import DataLoader
 
 from cpvt.config import AugmentConfig, DataConfig
 from cpvt.data.datasets import ImageDataset, ImageTensors, load_tensors, open_dataset
-from cpvt.data.decode import ChunkReader, DecodedChunk, Decoder, Fault, ReadChunk, find_gpu_decoder
-from cpvt.data.resize import centre_resize
+from cpvt.data.decode import Batch, ChunkReader, Decoder, Fault, ReadChunk, find_gpu_decoder
 from cpvt.data.sampler import Request, Sampler
-from cpvt.data.shards import Shards, check_resolution
+from cpvt.data.shards import Shards
 from cpvt.data.synthetic import CLASSES, draw
-from cpvt.data.transforms import TrainTransform, normalise, send
+from cpvt.data.transforms import TrainTransform, centre_resize, normalise, send
 from cpvt.errors import ConfigError, DataError
 
-CHUNK = 128  # images that a worker reads at a time for a GPU
 AHEAD = 3  # micro-batches that are made before the model on a GPU asks for them
 EVAL_BATCH = 256  # images
-
-
-@dataclass
-class Batch:
-    """A micro-batch: normalised images (B, 3, S, S), and labels (B,) or mixed labels (B, K).
-
-    positions  in the stream of the epoch: (B,) int64 on the CPU
-    faults     images that could not be used, and what stands in for them
-    refused    images that the GPU refused to decode and the CPU decoded
-    """
-
-    images: Tensor
-    targets: Tensor
-    epoch: int
-    positions: Tensor
-    faults: list[Fault] = field(default_factory=list)
-    refused: int = 0
 
 
 # --------------------------------------------------------------------------- worker processes
@@ -151,11 +132,6 @@ class Loader:
             parts = list(islice(batches, self.micro_batches_per_step))
         return torch.cat([part.images for part in parts]), torch.cat([part.targets for part in parts])
 
-    def upsampled(self, allow: bool = False) -> float:
-        """The share of held-out images that are smaller than evaluation needs and are enlarged; DataError for
-        shards that were shrunk below it, unless allowed."""
-        return 0.0
-
 
 class SyntheticLoader(Loader):
     """Batches of a synthetic task, drawn as they are needed. (B, 3, H*pixels, W*pixels), (B,)."""
@@ -178,7 +154,8 @@ class SyntheticLoader(Loader):
             for part in self.sampler.micro_batches:
                 # Their order is drawn by formula too, so positions are indices.
                 positions = torch.arange(first + part.start, first + part.stop) % self.data.train_size
-                yield Batch(*self.draw(positions, "train"), epoch, positions)
+                request = Request(epoch, positions, positions, positions)
+                yield Batch(request, *self.draw(positions, "train"))
 
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for index in _own_part(self.data.test_size, self.sampler.rank, self.sampler.world_size):
@@ -224,8 +201,8 @@ class ImageLoader(Loader):
         requests, finish = self.sampler.requests(start_step), partial(_augmented, self.transform)
         with closing(self._batches(self.train_set, requests, finish, self.workers)) as batches:
             for batch in batches:
-                bad, count = len({fault.index for fault in batch.faults}), len(batch.positions)
-                if bad > max(8, count // 2):  # a few are replaced and named; when most are, it is the disk
+                bad, count = len(batch.faults), len(batch.images)
+                if bad > max(8, count // 2):  # a few are grey and named; when most are, it is the disk
                     first = f"{batch.faults[0].key}, {batch.faults[0].reason}"
                     raise DataError(f"{bad} of {count} images cannot be used (as {first}): see to the disk")
                 yield batch
@@ -233,18 +210,13 @@ class ImageLoader(Loader):
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the held-out images, and their labels: -1 for one that cannot be read."""
         parts = _own_part(len(self.val_set.labels), self.rank, self.world_size)
-        requests = [Request(0, index, index, index) for index in parts]  # positions are indices
+        requests = [Request(0, index, index, index) for index in parts]
         finish = partial(_centred, self.data.image_size, self.data.crop_pct, self.device)
         workers = min(self.workers, len(requests))
         with closing(self._batches(self.val_set, requests, finish, workers)) as batches:
             for batch in batches:
                 self.unread |= {fault.key: fault for fault in batch.faults}
                 yield batch.images, batch.targets
-
-    def upsampled(self, allow: bool = False) -> float:
-        if isinstance(self.val_set, ImageTensors):
-            return 0.0
-        return check_resolution(self.val_set, self.data.image_size, allow, self.data.crop_pct)
 
     def _batches(self, images: Images, requests: Iterable[Request], finish, workers: int) -> Iterator[Batch]:
         """`finish`: decoded images -> Batch."""
@@ -255,7 +227,7 @@ class ImageLoader(Loader):
             decoder = Decoder(images, self.device, self.data.decode, self.decode_jpegs)
             if not cuda:
                 return work(decoder.reader, requests, workers, partial(_finished, decoder, finish))
-            batches = (finish(decoded) for decoded in _decoded(decoder, requests, workers))
+            batches = (finish(decoder(read)) for read in work(decoder.reader, requests, workers))
         return make_ahead(batches, torch.cuda.Stream(self.device)) if cuda else batches
 
 
@@ -265,43 +237,29 @@ def _own_part(count: int, rank: int, world_size: int) -> tuple[Tensor, ...]:
     return own.split(EVAL_BATCH) if len(own) else ()
 
 
-def _picked(images: ImageTensors, request: Request) -> DecodedChunk:
+def _picked(images: ImageTensors, request: Request) -> Batch:
     index = send(request.indices, images.images.device)
-    return DecodedChunk(request, images.images[index], images.labels[index])
+    return Batch(request, images.images[index], images.labels[index])
 
 
 def _finished(decoder: Decoder, finish: Callable, read: ReadChunk) -> Batch:
     return finish(decoder(read))
 
 
-def _decoded(decoder: Decoder, requests: Iterable[Request], workers: int) -> Iterator[DecodedChunk]:
-    """Whole requests, read by workers CHUNK images at a time and decoded here."""
-    parts: list[DecodedChunk] = []
-    chunks = (replace(r, indices=some) for r in requests for some in r.indices.split(CHUNK))
-    for read in work(decoder.reader, chunks, workers):
-        parts.append(decoder(read))
-        images, faults = sum((p.images for p in parts), []), sum((p.faults for p in parts), [])
-        if len(images) == len(read.request.positions):
-            labels, refused = torch.cat([p.labels for p in parts]), sum(p.refused for p in parts)
-            yield DecodedChunk(read.request, images, labels, faults, refused)
-            parts = []
+def _augmented(transform: TrainTransform, batch: Batch) -> Batch:
+    where = batch.request.epoch, batch.request.positions, batch.request.groups
+    images, targets = transform(batch.images, batch.targets, *where)
+    return replace(batch, images=images, targets=targets)
 
 
-def _augmented(transform: TrainTransform, decoded: DecodedChunk) -> Batch:
-    where = decoded.request.epoch, decoded.request.positions
-    pixels, targets = transform(decoded.images, decoded.labels, *where, decoded.request.groups)
-    return Batch(pixels, targets, *where, decoded.faults, decoded.refused)
-
-
-def _centred(size: int, crop_pct: float, device: torch.device, decoded: DecodedChunk) -> Batch:
-    images, labels, request = decoded.images, decoded.labels, decoded.request
+def _centred(size: int, crop_pct: float, device: torch.device, batch: Batch) -> Batch:
+    images, labels = batch.images, batch.targets
     # What cannot be read counts as wrong, whatever stands in for it: no guess is -1.
-    bad = {fault.index for fault in decoded.faults}
-    labels[[i for i, index in enumerate(request.positions.tolist()) if index in bad]] = -1
+    bad = {fault.index for fault in batch.faults}
+    labels[[i for i, index in enumerate(batch.request.indices.tolist()) if index in bad]] = -1
     if not (isinstance(images, Tensor) and images.shape[-2:] == (size, size) and crop_pct == 1):
         images = centre_resize(images, size, crop_pct)
-    pixels, labels = normalise(images.float() / 255), send(labels, device)
-    return Batch(pixels, labels, 0, request.positions, decoded.faults, decoded.refused)
+    return replace(batch, images=normalise(images.float() / 255), targets=send(labels, device))
 
 
 # --------------------------------------------------------------------------- by configuration

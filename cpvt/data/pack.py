@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import os
 import re
 import tarfile
@@ -21,12 +20,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cpvt.data.datasets import ImageDataset, listed_dataset, open_dataset, resize_short_side
+from cpvt.data.datasets import ImageDataset, listed_dataset, open_dataset
 from cpvt.data.decode import decode_image, open_image, reason
 from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, written_aside
 from cpvt.errors import DataError
@@ -39,7 +37,7 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 SOLUTION = "LOC_val_solution.csv"  # Kaggle's: ImageId, then "WordNet-id x y x y ..."
 ORDER = "pack/order"  # the key of the order of training images; another key, another order
-QUALITY = 92  # of the JPEG of a shrunk image
+ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of Pillow's formats; of others it is their name
 SHOWN = 20  # refused images that a report names
 
 
@@ -48,7 +46,6 @@ def pack(
     out: str | Path,
     splits: Iterable[str] = ("val", "train"),
     *,
-    short_side: int = 0,
     partial: bool = False,
     workers: int = 0,
     report: Callable[[str], None] = print,
@@ -56,8 +53,6 @@ def pack(
     """Packs the splits of `source` into shards below `out`, one split after the other.
 
     splits      in this order; each is whole in out/<split> or not there at all, whatever happens
-    short_side  pixels: training images whose short side is larger are shrunk to it and stored as JPEG again;
-                all others keep their bytes. 0: never
     partial     accept a part of ImageNet; else a thousand classes named by WordNet ids must have all its images
     workers     processes that decode; 0: one for each core, 1: none but this one
 
@@ -75,9 +70,9 @@ def pack(
                 raise DataError(f"{source}, {split}: other classes than in {splits[0]}; give both the same")
             _check_whole(split, classes, found[split].labels, partial)
         for split in splits:
-            started, side = time.perf_counter(), short_side if split == "train" else 0
+            started = time.perf_counter()
             with written_aside(out / split) as folder:
-                about = _write(ShardWriter(folder), found[split], root, side, workers)
+                about = _write(ShardWriter(folder), found[split], root, workers)
                 report(_report(out / split, about, time.perf_counter() - started))
                 _check_whole(split, classes, Shards(folder).labels, partial)
 
@@ -98,59 +93,49 @@ def _report(path: Path, about: dict, seconds: float) -> str:
     images, classes, refused = about["images"], len(about["classes"]), about["refused"]
     lines = [
         f"{path}: {images:,} images of {classes:,} classes in {len(about['shards'])} shards, {seconds:.1f} s",
-        f"  kinds {about['kinds']}; the smallest side is {about['min_side']} pixels",
-        f"  shrunk {about['shrunk']:,}; left out by their names {about['others']:,}; refused {len(refused):,}",
+        f"  kinds {about['kinds']}; left out by their names {about['others']:,}; refused {len(refused):,}",
     ]
     return "\n".join(lines + [f"    {ascii(name)}: {why}" for name, why in refused[:SHOWN]])
 
 
-def _write(writer: ShardWriter, data: ImageDataset, root: Path, short_side: int, workers: int) -> dict:
+def _write(writer: ShardWriter, data: ImageDataset, root: Path, workers: int) -> dict:
     order = range(len(data))
     if data.split == "train":  # so that images read one after the other are of different classes
         order = permutation(ORDER, len(data)).tolist()
     workers = workers or len(os.sched_getaffinity(0))
     options = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
-    examined = DataLoader(_Examiner(data, short_side), batch_size=None, sampler=order, **options)
+    examined = DataLoader(_Examiner(data), batch_size=None, sampler=order, **options)
     names = [data.path(i).relative_to(root) for i in range(len(data))]
-    keys, kinds, refused, shrunk = _keys(data, names), Counter(), [], 0
+    keys, kinds, refused = _keys(data, names), Counter(), []
     for i, found in zip(order, tqdm(examined, data.split, unit="img", disable=None), strict=True):
         if isinstance(found, str):
             refused.append((str(names[i]), found))
             continue
-        content, kind, ending, height, width, smaller = found
-        writer.add(keys[i], ending, content.numpy().tobytes(), int(data.labels[i]), height, width)
+        content, kind, ending = found
+        writer.add(keys[i], ending, content.numpy().tobytes(), int(data.labels[i]))
         kinds[kind] += 1
-        shrunk += smaller
-    about = {"split": data.split, "classes": data.classes, "short_side": short_side, "shrunk": shrunk}
-    return writer.close(**about, kinds=dict(kinds.most_common()), refused=refused, others=data.others)
+    about = {"split": data.split, "classes": data.classes, "kinds": dict(kinds.most_common())}
+    return writer.close(**about, refused=refused, others=data.others)
 
 
 class _Examiner(Dataset):
-    """Image i -> (its bytes, kind, ending, height, width, whether it was shrunk), or why it is refused.
+    """Image i -> (its bytes, kind, ending), or why it is refused.
 
     The bytes are a tensor, in shared memory: a full pipe would keep a process alive whose parent was killed.
     """
 
-    def __init__(self, data: ImageDataset, short_side: int):
-        self.data, self.short_side = data, short_side
+    def __init__(self, data: ImageDataset):
+        self.data = data
 
-    def __getitem__(self, i: int) -> tuple[Tensor, str, str, int, int, bool] | str:
+    def __getitem__(self, i: int) -> tuple[Tensor, str, str] | str:
         try:
             content = self.data.read(i)
-            pixels = decode_image(content)
+            decode_image(content)
             with open_image(content) as image:
-                kind, grey = f"{image.format} {image.mode}", image.mode in ("L", "I;16", "I;16B")
-                ending = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(image.format, image.format.lower())
+                kind, ending = f"{image.format} {image.mode}", ENDINGS.get(image.format, image.format.lower())
         except (OSError, DataError, MemoryError) as error:
             return reason(error)
-        height, width = pixels.shape[1:]
-        shrunk = 0 < self.short_side < min(height, width)
-        if shrunk:
-            image, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
-            image = resize_short_side(image.getchannel(0) if grey else image, self.short_side)
-            image.save(file, "JPEG", quality=QUALITY, subsampling="4:2:0")
-            content, ending, height, width = file.getvalue(), "jpg", image.height, image.width
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8), kind, ending, height, width, shrunk
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8), kind, ending
 
 
 def _keys(data: ImageDataset, names: list[Path]) -> list[str]:

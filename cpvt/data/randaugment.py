@@ -209,62 +209,29 @@ def sharpen(images: Tensor, factor: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- by moving pixels
 
 
-@fused
-def slide(images: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
-    """Each row moved along itself by slope * (its height) + shift pixels; slope and shift (n,) float64."""
+def move(images: Tensor, across: tuple, down: tuple) -> Tensor:
+    """Pixel (x, y) of the result is read at a x + b y + c, with (a, b, c) of `across` and `down`, in pixels: numbers,
+    or (n,) float64 each."""
     height, width = images.shape[2:]
-    whole, part = _split(slope[:, None] * _centres(height, images) + shift[:, None])  # (n, H)
-    column = whole[:, :, None] + torch.arange(width, device=images.device)  # (n, H, W)
-    row = torch.arange(height, device=images.device)[:, None]
-    value = _along(_pack(images), row, column, part[:, None, :, None])
-    nearest = column + (part >= 0.5)[:, :, None]
-    return _finish(value, (nearest >= 0) & (nearest < width))
-
-
-def shear(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return slide(images, sign * (level * 0.3), 0 * level)
-
-
-def translate(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return slide(images, 0 * level, sign * (level * 0.45) * images.shape[3])
-
-
-def along_columns(move: Callable) -> Callable:
-    return lambda images, *how: move(images.mT.contiguous(), *how).mT
+    y, x = (torch.arange(n, device=images.device, dtype=torch.float64) + 0.5 for n in (height, width))
+    a, b, c, d, e, f = (v[:, None, None] if isinstance(v, Tensor) else v for v in (*across, *down))
+    x, y = torch.broadcast_tensors(a * x + b * y[:, None] + c, d * x + e * y[:, None] + f)  # (n, H, W)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    row, column = (y - 0.5).floor(), (x - 0.5).floor()  # of the nearest centre above, and to the left
+    dy, dx = (y - 0.5 - row).float()[:, None], (x - 0.5 - column).float()[:, None]
+    packed, row, column = _pack(images), row.long(), column.long()
+    # One row of taps at a time is compiled: the compiler takes minutes over all sixteen at once.
+    value = cubic(*(along(packed, (row + i).clamp(0, height - 1), column, dx) for i in (-1, 0, 1, 2)), dy)
+    channels = zip(value.clamp(0, 255).to(torch.uint8).unbind(1), FILL, strict=True)
+    return torch.stack([torch.where(inside, channel, fill) for channel, fill in channels], dim=1)
 
 
 def rotate(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
     """About the centre, by up to 30 degrees."""
-    height, width = images.shape[2:]
+    y, x = (n / 2 for n in images.shape[2:])
     angle = -sign * (level * 30) * (math.pi / 180)
-    cosine, sine = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    down = (_centres(height, images) - height / 2)[:, None]
-    across = _centres(width, images) - width / 2
-    # Where a pixel comes from, as a part that only its column decides and one that only its row does: so all
-    # but the sum of two fractions is done in double precision, on few numbers.
-    x, dx = _sum(_split(cosine * across + (width / 2 - 0.5)), _split(sine * down))
-    y, dy = _sum(_split(cosine * down + (height / 2 - 0.5)), _split(-sine * across))
-    packed, dx, dy = _pack(images), dx[:, None], dy[:, None]
-    # One row of taps at a time is compiled: the compiler takes minutes over all sixteen at once.
-    value = cubic(*(along(packed, (y + tap).clamp(0, height - 1), x, dx) for tap in (-1, 0, 1, 2)), dy)
-    column, row = x + (dx[:, 0] >= 0.5), y + (dy[:, 0] >= 0.5)
-    return _finish(value, (column >= 0) & (column < width) & (row >= 0) & (row < height))
-
-
-def _centres(count: int, like: Tensor) -> Tensor:
-    return torch.arange(count, device=like.device, dtype=torch.float64) + 0.5
-
-
-def _split(place: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 -> whole part, int64, and fraction, float32."""
-    whole = place.floor()
-    return whole.long(), (place - whole).float()
-
-
-def _sum(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    fraction = one[1] + other[1]
-    carry = fraction >= 1
-    return one[0] + other[0] + carry, fraction - carry.float()
+    c, s = angle.cos(), angle.sin()
+    return move(images, (c, s, x - c * x - s * y), (-s, c, y + s * x - c * y))
 
 
 def _pack(images: Tensor) -> Tensor:
@@ -291,12 +258,6 @@ def _cubic(before: Tensor, low: Tensor, high: Tensor, after: Tensor, part: Tenso
 along, cubic = fused(_along), fused(_cubic)
 
 
-def _finish(value: Tensor, inside: Tensor) -> Tensor:
-    """Cuts to uint8 and fills what lies outside."""
-    colours = zip(value.clamp(0, 255).to(torch.uint8).unbind(1), FILL, strict=True)
-    return torch.stack([torch.where(inside, channel, level) for channel, level in colours], dim=1)
-
-
 # --------------------------------------------------------------------------- the fifteen, in timm's order
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -316,9 +277,13 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "ContrastIncreasing": by_table(contrast),
     "BrightnessIncreasing": by_table(lambda old, *how: _blend(0.0, old.float(), _factor(*how[:2]))),
     "SharpnessIncreasing": lambda images, *how: sharpen(images, _factor(*how)),
-    "ShearX": shear,
-    "ShearY": along_columns(shear),
-    "TranslateXRel": translate,
-    "TranslateYRel": along_columns(translate),
+    "ShearX": lambda images, level, sign: move(images, (1, sign * (level * 0.3), 0), (0, 1, 0)),
+    "ShearY": lambda images, level, sign: move(images, (1, 0, 0), (sign * (level * 0.3), 1, 0)),
+    "TranslateXRel": lambda images, level, sign: move(
+        images, (1, 0, sign * (level * 0.45) * images.shape[3]), (0, 1, 0)
+    ),
+    "TranslateYRel": lambda images, level, sign: move(
+        images, (1, 0, 0), (0, 1, sign * (level * 0.45) * images.shape[2])
+    ),
 }
 NAMES = tuple(OPERATIONS)

@@ -30,7 +30,7 @@ from cpvt.data.decode import decode_image, reason
 from cpvt.errors import DataError
 
 FORMAT = {"format": "cpvt shards", "version": 1}
-COLUMNS = {"shard": "<i4", "offset": "<i8", "length": "<i8", "label": "<i4", "height": "<i4", "width": "<i4"}
+COLUMNS = {"shard": "<i4", "offset": "<i8", "length": "<i8", "label": "<i4"}
 BLOCK = tarfile.BLOCKSIZE  # a tar pads each file to 512 bytes and puts a header of as many before it
 KEY_BYTES = 90  # with an ending it fits the 100 bytes of a plain header, which stands right before the image
 
@@ -38,10 +38,8 @@ KEY_BYTES = 90  # with an ending it fits the 100 bytes of a plain header, which 
 class Shards(Dataset):
     """Pairs (image (3, h, w) uint8, label), or the bytes of an image as stored, from a folder of shards.
 
-    labels      (n,) int64, an index into `classes`, which are WordNet ids in sorted order
-    sizes       (n, 2) int64: height and width of the stored image in pixels, EXIF ignored
-    short_side  pixels to which larger images were shrunk; 0: they are the originals
-    about       all of index.json: also what was refused, and why
+    labels  (n,) int64, an index into `classes`, which are WordNet ids in sorted order
+    about   all of index.json: also what was refused, and why
 
     Safe to use from threads and after a fork; a pickled copy opens its files anew. Raises DataError for a
     folder that is not whole.
@@ -51,9 +49,7 @@ class Shards(Dataset):
         self.path = Path(path)
         self.about, columns = _read_index(self.path)
         self.classes = tuple(self.about["classes"])
-        self.short_side = self.about["short_side"]
         self.labels = columns["label"]
-        self.sizes = torch.stack((columns["height"], columns["width"]), dim=1)
         self._spans = torch.stack([columns[name] for name in ("shard", "offset", "length")], dim=1)
         self._opened: dict[int, io.FileIO] = {}
 
@@ -94,7 +90,7 @@ class Shards(Dataset):
         index = torch.as_tensor(index)
         chosen = copy.copy(self)
         chosen.__dict__.pop("fingerprint", None)
-        for name in ("labels", "sizes", "_spans"):
+        for name in ("labels", "_spans"):
             setattr(chosen, name, getattr(self, name)[index])
         return chosen
 
@@ -129,27 +125,6 @@ def _read_index(path: Path) -> tuple[dict, dict[str, Tensor]]:
         return about, {name: torch.from_numpy(columns[name].astype(numpy.int64)) for name in COLUMNS}
 
 
-def stored_side_needed(image_size: int, crop_pct: float = 0.875) -> int:
-    """The short side, in pixels, to which evaluation at `image_size` resizes before it cuts out the centre."""
-    return int(image_size / crop_pct)
-
-
-def check_resolution(dataset, image_size: int, allow: bool = False, crop_pct: float = 0.875) -> float:
-    """The share of images, 0 to 1, that evaluation at `image_size` has to enlarge.
-
-    dataset  anything with `sizes` (n, 2): Shards or an ImageDataset of files
-    allow    accept shards that were shrunk below what this needs, which otherwise raise DataError: an
-             enlarged image shows blur, and a model's answer to blur is not its answer to resolution
-    """
-    needed, stored = stored_side_needed(image_size, crop_pct), getattr(dataset, "short_side", 0)
-    if 0 < stored < needed and not allow:
-        raise DataError(
-            f"{dataset.path} holds images shrunk to a short side of {stored} pixels, size {image_size} needs "
-            f"{needed}: evaluate on originals, pack with --short-side {needed} or more, or allow enlarging"
-        )
-    return (dataset.sizes.amin(dim=1) < needed).double().mean().item()
-
-
 class ShardWriter:
     """Writes images one behind the other into numbered tars; the same images give the same bytes."""
 
@@ -159,13 +134,13 @@ class ShardWriter:
         self.shards: list[dict] = []
         self.archive = None
 
-    def add(self, key: str, ending: str, data: bytes, label: int, height: int, width: int) -> None:
+    def add(self, key: str, ending: str, data: bytes, label: int) -> None:
         if self.archive and self.archive.offset + 3 * BLOCK + len(data) > self.limit:
             self._finish()
         if not self.archive:
             file = self.folder / f"{len(self.shards):06}.tar"
             self.archive = tarfile.open(file, "w", format=tarfile.USTAR_FORMAT)
-        self.rows.append((len(self.shards), self.archive.offset + BLOCK, len(data), label, height, width))
+        self.rows.append((len(self.shards), self.archive.offset + BLOCK, len(data), label))
         for name, content in ((f"{key}.{ending}", data), (f"{key}.cls", str(label).encode())):
             entry = tarfile.TarInfo(name)  # owner and times stay 0
             entry.size = len(content)
@@ -177,8 +152,7 @@ class ShardWriter:
             self._finish()
         rows, index = numpy.array(self.rows).reshape(-1, len(COLUMNS)), io.BytesIO()
         numpy.savez(index, **{name: rows[:, i].astype(COLUMNS[name]) for i, name in enumerate(COLUMNS)})
-        min_side = int(rows[:, 4:].min()) if self.rows else 0  # pixels
-        about = {**FORMAT, **about, "images": len(rows), "min_side": min_side, "shards": self.shards}
+        about = {**FORMAT, **about, "images": len(rows), "shards": self.shards}
         about["index_sha256"] = hashlib.sha256(index.getbuffer()).hexdigest()
         (self.folder / "index.npz").write_bytes(index.getvalue())
         (self.folder / "index.json").write_text(json.dumps(about, indent=1))

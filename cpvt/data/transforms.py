@@ -11,23 +11,46 @@ Letters: B images, G groups of g images mixed among each other, S side of what t
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cpvt.config import AugmentConfig
 from cpvt.data.randaugment import draw_policy, fused, parse, rand_augment, send
-from cpvt.data.resize import centre_resize, crop_resize
 from cpvt.errors import ConfigError
-from cpvt.rng import bits, mix, uniform
+from cpvt.rng import bits, uniform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, the field's convention
 TRIES = 10  # boxes drawn for a crop or for what is erased, of which the first that fits is taken
+
+# --------------------------------------------------------------------------- resize
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, h, w) uint8 -> (3, *size) uint8, by the antialiased bicubic filter of Pillow and torchvision."""
+    if not image.is_cuda:
+        return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+    pixels = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True)[0]  # knows no uint8
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def centre_resize(images: Sequence[Tensor] | Tensor, side: int, crop_pct: float = 1.0) -> Tensor:
+    """B images (3, h, w) uint8 -> (B, 3, side, side): short side to side / crop_pct, then the centre.
+
+    Roundings are those of torchvision's `Resize` and `CenterCrop`.
+    """
+    short, centres = int(side / crop_pct), []
+    for image in images:
+        height, width = (int(short * length / min(image.shape[1:])) for length in image.shape[1:])
+        top, left = round((height - side) / 2), round((width - side) / 2)
+        centres.append(resize(image, (height, width))[:, top : top + side, left : left + side])
+    return torch.stack(centres)
+
 
 # --------------------------------------------------------------------------- boxes to crop, boxes to erase
 
@@ -99,30 +122,15 @@ def _normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
-def noise_levels() -> Tensor:
-    """(2^16,) float32: the middles of as many equal shares of the standard normal distribution."""
-    return torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).float()
+def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> None:
+    """Fills a box (B, 4) of each image (B, 3, H, W) float with N(0, 1) noise from its seed (B,), in place.
 
-
-def erase(images: Tensor, boxes: Tensor, start: Tensor, levels: Tensor) -> None:
-    """Fills a box (B, 4) of each image (B, 3, H, W) float with N(0, 1) noise, in place.
-
-    A hash a pixel, counted from `start` (B,), gives its three values: 16 bits each choose among the noise
-    `levels`, the same on every device. How many pixels are erased is known on the CPU: no GPU is asked.
+    Boxes and seeds are known on the CPU, so no GPU is asked; its noise is another one than the CPU's.
     """
-    image = boxes[:, 2:].prod(dim=1).nonzero()[:, 0]
-    top, left, high, wide = boxes[image].T
-    area = high * wide
-    total, device = int(area.sum()), images.device
-    if not total:
-        return
-    facts = send(torch.stack((image, top, left, wide, area.cumsum(0) - area, start[image])), device)
-    box = torch.arange(len(image), device=device).repeat_interleave(send(area, device), output_size=total)
-    image, top, left, wide, before, start = facts[:, box]
-    pixel = torch.arange(total, device=device) - before  # counted along the rows of its box
-    noise = mix(start + pixel)[:, None] >> torch.arange(0, 48, 16, device=device) & (2**16 - 1)
-    row, column, channels = top + pixel // wide, left + pixel % wide, torch.arange(3, device=device)
-    images[image[:, None], channels, row[:, None], column[:, None]] = levels[noise].to(images.dtype)
+    noise = torch.Generator(images.device)
+    for image, (top, left, high, wide), seed in zip(images, boxes.tolist(), seeds.tolist(), strict=True):
+        if high:
+            image[:, top : top + high, left : left + wide].normal_(generator=noise.manual_seed(seed))
 
 
 # --------------------------------------------------------------------------- mix
@@ -189,25 +197,10 @@ def mix_labels(labels: Tensor, classes: int, smoothing: float, share: Tensor) ->
 
 
 def beta(key: str, alpha: float, *counters: int | Tensor) -> Tensor:
-    """From the Beta distribution with both parameters `alpha`, float64: an even draw, sent through the inverse of
-    the distribution function, from a table (error below 1e-6)."""
-    even, power = uniform(key, *counters), min(alpha, 1.0)
-    share = numpy.interp(torch.minimum(even, 1 - even).numpy(), *_distribution(alpha))
-    lower = torch.as_tensor(share) ** (1 / power)
-    return torch.where(even < 0.5, lower, 1 - lower)
-
-
-@functools.cache
-def _distribution(alpha: float) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """The share of the distribution below x, and x^min(alpha, 1), for x from 0 to 1/2.
-
-    The density x^(alpha - 1) (1 - x)^(alpha - 1) may have a pole at 0; in steps of x^alpha there is none.
-    """
-    power = min(alpha, 1.0)
-    s = numpy.linspace(0, 0.5**power, 2**18 + 1)
-    x = ((s[1:] + s[:-1]) / 2) ** (1 / power)
-    below = numpy.concatenate([[0.0], numpy.cumsum(x ** (alpha - power) * (1 - x) ** (alpha - 1))])
-    return below / (2 * below[-1]), s
+    """From the Beta distribution with both parameters `alpha`: float64, one draw for each of the counters."""
+    seeds = bits(key, *counters)
+    drawn = [numpy.random.default_rng(seed).beta(alpha, alpha) for seed in seeds.flatten().tolist()]
+    return torch.tensor(drawn, dtype=torch.float64).view(seeds.shape)
 
 
 # --------------------------------------------------------------------------- the whole
@@ -226,7 +219,6 @@ class TrainTransform:
         self.label_smoothing, self.seed, self.device = label_smoothing, seed, torch.device(device)
         self.notation = parse(config.randaugment) if config.randaugment else None
         self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
-        self.noise_levels = noise_levels().to(device)
 
     def __call__(
         self, images: Sequence[Tensor] | Tensor, labels: Tensor, epoch: int, positions: Tensor, groups: Tensor
@@ -247,7 +239,7 @@ class TrainTransform:
         pixels, targets = _normalised(pixels, self.mean, self.std), send(labels, self.device)
         if config.random_erasing:
             boxes = erase_boxes(config.random_erasing, *where, self.size)
-            erase(pixels, boxes, bits("erase/noise", *where), self.noise_levels)
+            erase(pixels, boxes, bits("erase/noise", *where))
         if mixes:
             mix = draw_mix(config, self.seed, epoch, groups, self.size)
             pixels = mix_images(pixels, mix)
@@ -257,8 +249,12 @@ class TrainTransform:
     def _resize(self, images: Sequence[Tensor] | Tensor, flip: Tensor, where: tuple) -> Tensor:
         """A random part of each image, or its centre, at the size wanted: a new tensor (B, 3, S, S) uint8."""
         if self.config.crop:
-            sides = torch.tensor([image.shape[1:] for image in images])
-            return crop_resize(images, crop_boxes(self.config, *where, *sides.T), self.size, flip)
-        if isinstance(images, Tensor) and images.shape[2:] == self.size:
-            return torch.where(send(flip, self.device)[:, None, None, None], images.flip(3), images)
-        return centre_resize(images, self.size[0], flip=flip)
+            boxes = crop_boxes(self.config, *where, *torch.tensor([image.shape[1:] for image in images]).T)
+            crops = zip(images, boxes.tolist(), strict=True)
+            pixels = [resize(image[:, y : y + h, x : x + w], self.size) for image, (y, x, h, w) in crops]
+            pixels = torch.stack(pixels)
+        elif isinstance(images, Tensor) and images.shape[2:] == self.size:
+            pixels = images
+        else:
+            pixels = centre_resize(images, self.size[0])
+        return torch.where(send(flip, self.device)[:, None, None, None], pixels.flip(3), pixels)

@@ -164,16 +164,13 @@ class PegEncoding(Encoding):
         super().__init__(config, model)
         self.in_attention = config.on == "queries_keys"
         check_positions(config.positions, model.depth - 1 - self.in_attention)
-        for position in sorted(config.positions)[: 1 if config.shared else None]:
+        for position in sorted(config.positions):
             for i in range(config.repeat):
                 self.add_module(f"{position}_{i}" if i else f"{position}", PEG(model.width, config=config))
 
     def generators(self, position: int) -> list[PEG]:
         """The PEGs of a position, in order; none where it is not configured."""
-        if position not in self.config.positions:
-            return []
-        own = min(self.config.positions) if self.config.shared else position
-        return [peg for name, peg in self.named_children() if name.split("_")[0] == str(own)]
+        return [peg for name, peg in self.named_children() if name.split("_")[0] == str(position)]
 
     def _run(self, position: int, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         for peg in self.generators(position):

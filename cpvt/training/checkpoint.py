@@ -141,7 +141,7 @@ def changed(one: TrainConfig, other: TrainConfig) -> dict[str, tuple]:
 
 def differences(own: TrainConfig, saved: TrainConfig, fingerprint: str = "") -> list[str]:
     """The options, as text, in which a saved run is another run than `own`: what changes no step may differ."""
-    free = {"out", "log_every", "save_every", "keep_checkpoints", "evaluate_every", "tensorboard", "device"}
+    free = {"out", "log_every", "save_every", "keep_checkpoints", "evaluate_every", "device"}
     free |= {"compile", "workers", "decode", "root", "micro_batch_size", "skip_limit", "init", "weights"}
     free |= set() if fingerprint == "drawn" else {"name"}  # wherever images lie: their fingerprint says which
     apart = {name: pair for name, pair in changed(own, saved).items() if name.split(".")[1] not in free}

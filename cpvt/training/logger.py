@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -36,7 +35,7 @@ def describe(config: TrainConfig, model: nn.Module, loader, world: World) -> str
 
 
 class Logger:
-    """Writes `out`/log.jsonl (and TensorBoard's files) and draws the bar; only the main process does either.
+    """Writes `out`/log.jsonl and draws the bar; only the main process does either.
 
     entries: the lines so far, which a checkpoint keeps, so that a run which goes on has one log.
     report: called with each entry.
@@ -47,7 +46,7 @@ class Logger:
         self.folder = Path(config.run.out) if config.run.out else None
         self.faulty: set[str] = set()  # names of images that this process could not use
         self.refused = 0  # images that the GPU did not decode
-        self._told_of_disk, self._board = False, None
+        self._told_of_disk = False
         self._first, self._since = step, (time.perf_counter(), step)
         if self.folder and world.is_main:
             aside, lines = self.folder / ".log.jsonl", [{"config": dataclasses.asdict(config)}, *entries]
@@ -55,10 +54,6 @@ class Logger:
             aside.replace(self.folder / "log.jsonl")
             if not step:
                 (self.folder / "faults.jsonl").unlink(missing_ok=True)
-            if config.run.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter  # half a second that only this option costs
-
-                self._board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
         hidden = not (bar and world.is_main and sys.stderr.isatty())
         self._bar = tqdm(total=config.optim.steps, initial=step, unit="step", disable=hidden)
 
@@ -84,11 +79,6 @@ class Logger:
                 entry |= {"images_per_s": float(f"{speed:.4g}"), "hours_left": float(f"{left:.2g}")}
             entry |= {"gpu_refused": self.refused} if self.refused else {}
         self._keep(entry)
-        if self._board:
-            with contextlib.suppress(OSError):
-                for name, value in entry.items():
-                    if name != "step" and value is not None:
-                        self._board.add_scalar(name, value, step)
         if self.report and self.world.is_main:
             self.report(entry)
 
@@ -104,13 +94,11 @@ class Logger:
         for fault in faults:
             if fault.key not in self.faulty:
                 self.faulty.add(fault.key)
-                line = {"image": fault.key, "reason": fault.reason, "instead": fault.replaced_by}
-                self._append("faults.jsonl", {"step": step, **line})
+                line = {"step": step, "image": fault.key, "reason": fault.reason}
+                self._append("faults.jsonl", line)
 
     def close(self) -> None:
         self._bar.close()
-        if self._board:
-            self._board.close()
 
     def _keep(self, entry: dict) -> None:
         self.entries.append(entry)

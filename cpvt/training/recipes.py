@@ -36,7 +36,7 @@ def deit(model: str) -> TrainConfig:
         data=DataConfig(image_size=224, store="files", crop_pct=0.875),
         augment=DEIT_AUGMENT,
         optim=OptimConfig(**batch, **rate, **rest),
-        run=RunConfig(precision="bf16", compile="model", log_every=100, evaluate_every=10, tensorboard=True),
+        run=RunConfig(precision="bf16", compile="model", log_every=100, evaluate_every=10),
     )
 
 

@@ -200,8 +200,8 @@ def take_steps(t: Trainer) -> dict[str, float]:
             for part in range(1, parts + 1):
                 batch = next(batches)
                 t.logger.faults(t.step, batch.faults, batch.refused)
-                images = batch.images.to(dtype)
-                scale = drop_path_scale(model, batch.epoch, batch.positions, run.seed, like=images)
+                images, at = batch.images.to(dtype), batch.request
+                scale = drop_path_scale(model, at.epoch, at.positions, run.seed, like=images)
                 with t.forward.no_sync() if world.size > 1 and part < parts else nullcontext():
                     with autocast(world.device, run.precision):
                         logits = t.forward(images, scale)
