@@ -31,7 +31,6 @@ FOLDERS = {  # below `root`, as torchvision names them
 }
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 
 
 @dataclass(frozen=True)
@@ -207,33 +206,21 @@ def _folders(path: Path) -> list[str]:
 
 def _open_named(name: str, split: str, root: Path) -> ImageDataset:
     from torchvision.datasets import CIFAR10, FashionMNIST  # takes a second
-    from torchvision.datasets.utils import download_and_extract_archive, extract_archive
+    from torchvision.datasets.utils import download_and_extract_archive
 
     if split not in ("train", "val"):
         raise DataError(f"split={split!r} was given for {name}: use 'train' or 'val'")
     folder = root / FOLDERS[name]
-    debian = name == "fashion-mnist" and not folder.is_dir() and FASHION_MNIST_DEBIAN.is_dir()
-    fetch = not folder.is_dir() and not debian
-    published = {"cifar10": CIFAR10, "fashion-mnist": FashionMNIST}.get(name)
     try:
-        if fetch:
+        if published := {"cifar10": CIFAR10, "fashion-mnist": FashionMNIST}.get(name):
+            data = published(root, split == "train", download=True)  # where it is not there
+            items, labels = numpy.asarray(data.data), torch.as_tensor(data.targets)
+            return ImageDataset(name, split, tuple(data.classes), items, labels)
+        if not folder.is_dir():
             root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=root if fetch else None) as aside:
-            if debian:  # torchvision wants its files unpacked
-                root, raw = Path(aside), Path(aside, FOLDERS[name], "raw")
-                raw.mkdir(parents=True)
-                for file in FASHION_MNIST_DEBIAN.glob("*.gz"):
-                    extract_archive(file, raw)
-            elif fetch:
-                if published:
-                    published(aside, download=True)
-                else:
-                    download_and_extract_archive(TINY_IMAGENET, aside, md5=TINY_IMAGENET_MD5)
+            with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=root) as aside:
+                download_and_extract_archive(TINY_IMAGENET, aside, md5=TINY_IMAGENET_MD5)
                 Path(aside, FOLDERS[name]).rename(folder)  # whole
-            if published:
-                data = published(root, split == "train")
-                items, labels = numpy.asarray(data.data), torch.as_tensor(data.targets)
-                return ImageDataset(name, split, tuple(data.classes), items, labels)
     except (RuntimeError, OSError, ValueError, AssertionError, TypeError, EOFError) as error:
         raise DataError(f"{name} cannot be read or fetched ({reason(error)}): fill {folder}") from error
     return _read_folder(folder, split, name)

@@ -75,10 +75,10 @@ def parse(text: str) -> Notation:
     # Beyond 10 timm only clips, and from mstd100 on it means something else (an even draw).
     fine = m <= LARGEST and n >= 1 and spread <= 100 and p <= 1 and not (m % 1 or n % 1)
     if name != "rand" or len(given) < len(sections) or given.get("inc") != 1 or not fine:
-        raise ConfigError(
-            f"augment.randaugment={text!r}: expected 'rand-m9-n2-p0.5-mstd0.5-inc1' or like it, with whole m to "
-            f"{LARGEST}, whole n from 1, mstd to 100, p to 1, and inc1, the increasing set"
+        words = (
+            f"with whole m to {LARGEST}, whole n from 1, mstd to 100, p to 1, and inc1, the increasing set"
         )
+        raise ConfigError(f"augment.randaugment={text!r}: expected 'rand-m9-n2-p0.5-mstd0.5-inc1', {words}")
     return Notation(int(m), int(n), spread, p)
 
 
@@ -210,8 +210,8 @@ def sharpen(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def move(images: Tensor, across: tuple, down: tuple) -> Tensor:
-    """Pixel (x, y) of the result is read at a x + b y + c, with (a, b, c) of `across` and `down`, in pixels: numbers,
-    or (n,) float64 each."""
+    """Pixel (x, y) of the result is read at a x + b y + c, in pixels, with the (a, b, c) of `across` and of `down`:
+    numbers, or (n,) float64 each."""
     height, width = images.shape[2:]
     y, x = (torch.arange(n, device=images.device, dtype=torch.float64) + 0.5 for n in (height, width))
     a, b, c, d, e, f = (v[:, None, None] if isinstance(v, Tensor) else v for v in (*across, *down))

@@ -73,13 +73,10 @@ class Sampler:
         if batch % (self.world_size * group):
             raise ConfigError(f"{given} for {self.world_size} processes: each needs as many whole groups")
         if group > 1 and batch // group < copies:
-            raise ConfigError(
-                f"{given}, augment.repeated_aug={copies}: choose smaller groups, one for each copy"
-            )
+            raise ConfigError(f"{given}, augment.repeated_aug={copies}: give a group for each copy")
         if 0 < self.micro_batch_size < group:
-            raise ConfigError(
-                f"{given}, optim.micro_batch_size={self.micro_batch_size}: give a group or more"
-            )
+            micro = f"optim.micro_batch_size={self.micro_batch_size}"
+            raise ConfigError(f"{given}, {micro}: give a group or more")
         if not self.steps_per_epoch:
             raise ConfigError(f"{given}: {self.images} training images are too few")
 

@@ -59,9 +59,7 @@ def attach_peg(
     if getattr(model, "pegs", None) is not None:
         raise ConfigError(f"{name} has PEGs at {list(model.pegs)}; attach all positions at once")
     if not isinstance(model.patch_drop, nn.Identity | None):
-        raise ConfigError(
-            f"{name} drops patches (patch_drop_rate > 0), and a PEG needs all; create it without"
-        )
+        raise ConfigError(f"{name} drops patches (patch_drop_rate > 0); create it without: a PEG needs all")
     config = replace(Peg(), positions=tuple(positions), kernel=kernel, padding=padding, init=init)
     check_positions(config.positions, len(model.blocks) - 1)
     pegs = AttachedPegs(config, model.embed_dim, model.num_prefix_tokens)

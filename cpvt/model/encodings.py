@@ -31,9 +31,7 @@ class PEG(nn.Module):
     def __init__(self, width: int, kernel: int = 3, *, config: Peg | None = None):
         super().__init__()
         self.config = config = config or Peg(kernel=kernel)
-        self.fused: bool | None = (
-            None  # by one operator: where it is faster, on a GPU; True, False: always, never
-        )
+        self.fused: bool | None = None  # by one operator: on a GPU; True, False: always, never
         padding = {"padding": 0 if config.padding == "none" else config.kernel // 2}
         padding["padding_mode"] = "zeros" if config.padding in ("zero", "none") else config.padding
         groups = 1 if config.convolution == "dense" else width
@@ -71,9 +69,7 @@ class PEG(nn.Module):
             return grid
         lost = self.config.kernel - 1
         if min(grid) <= lost:
-            raise DataError(
-                f"PEG: grid {grid[0]}x{grid[1]} is too small for kernel {lost + 1} without padding"
-            )
+            raise DataError(f"PEG: grid {grid} is too small for kernel {lost + 1} without padding")
         return grid[0] - lost, grid[1] - lost
 
     def covers(self, grid: Grid) -> bool:
@@ -242,10 +238,8 @@ class LearnedEncoding(Encoding):
         if position != -1:
             return x, grid
         if self.config.resize == "refuse" and grid != self.grid:
-            raise DataError(
-                f"grid {grid[0]}x{grid[1]}: this learned table has {self.grid[0]}x{self.grid[1]} rows and "
-                "resize='refuse'; give images of the trained size, or choose learned(resize='resample')"
-            )
+            words = "give images of the trained size, or choose learned(resize='resample')"
+            raise DataError(f"grid {grid}: a learned table of {self.grid} with resize='refuse'; {words}")
         P = self.prefix_tokens
         patches = resample_table(table[:, P:], self.grid, grid, self.config.antialias)
         return x + torch.cat([table[:, :P], patches], 1), grid

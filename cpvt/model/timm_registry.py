@@ -28,9 +28,7 @@ def _build(name: str, drop_rate: float = 0, global_pool: str | None = None, **kw
         raise ConfigError(f"{name}: drop_rate={drop_rate}; there is no dropout, use drop_path_rate")
     config = model_config(name, **{ARGUMENTS.get(key, key): value for key, value in kw.items()})
     if global_pool not in (None, config.global_pool):
-        raise ConfigError(
-            f"{name}: global_pool={global_pool!r}; it is chosen by the name, with or without _gap"
-        )
+        raise ConfigError(f"{name}: {global_pool=}; it is chosen by the name, with or without _gap")
     model = VisionTransformer(config)
     model.in_chans = config.in_channels  # read by timm's data configuration
     return model

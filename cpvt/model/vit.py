@@ -41,9 +41,7 @@ class PatchEmbed(nn.Module):
         if len(shape) != 4 or shape[1] != C:
             raise DataError(f"images of shape {shape}; expected (B, {C}, height, width)")
         if shape[2] % p or shape[3] % p:
-            raise DataError(
-                f"images of {shape[2]}x{shape[3]} pixels; expected multiples of the patch size {p}"
-            )
+            raise DataError(f"images of {shape[2]}x{shape[3]} pixels; expected multiples of {p}, a patch")
         image = self.proj(self.stem(images))  # (B, D, H, W)
         # Under autocast the convolution gives bfloat16; the stream of tokens keeps the parameters' precision.
         return image.flatten(2).transpose(1, 2).to(self.proj.weight.dtype), tuple(image.shape[2:])
@@ -230,9 +228,7 @@ class VisionTransformer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, or none for 0 classes. The pooling is part of the configuration and stays."""
         if global_pool not in (None, self.config.global_pool):
-            raise ConfigError(
-                f"global_pool={global_pool!r} in a model of {self.config.global_pool!r}: build anew"
-            )
+            raise ConfigError(f"{global_pool=} in a model of {self.config.global_pool!r}: build anew")
         self.num_classes = num_classes
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         for name in ("head", "head_dist")[: 1 + self.config.distilled]:

@@ -80,7 +80,11 @@ def load_weights(model: nn.Module, weights: str | Path | dict, resample: bool | 
     own = model.state_dict()
     if resample and "pos_embed" in state and "pos_embed" in own:
         state = {**state, "pos_embed": _resampled(model, state["pos_embed"], resample)}
-    if wrong := _mismatches(own, state):
+    own, given = ({key: _shape(value) for key, value in values.items()} for values in (own, state))
+    keys = sorted({*own, *given}, key=lambda key: (key != "pos_embed", str(key)))  # a wrong table comes first
+    pairs = {key: (given.get(key, "nothing"), own.get(key, "nothing")) for key in keys}
+    wrong = [f"{key} has {has}, expected {wants}" for key, (has, wants) in pairs.items() if has != wants]
+    if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         more += "; resample=True resamples a table" if "pos_embed" in wrong[0] else ""
         raise UserError(f"weights do not fit the model, nothing was loaded: {'; '.join(wrong[:3])}{more}")
@@ -103,17 +107,10 @@ def _read(path: Path) -> dict:
     return state
 
 
-def _mismatches(own: dict, state: dict) -> list[str]:
-    """One phrase for each key that keeps `state` from being loaded, a wrong learned table first."""
-    keys = sorted({*own, *state}, key=lambda key: (key != "pos_embed", str(key)))
-    pairs = [(key, _shape(state.get(key)), _shape(own.get(key))) for key in keys]
-    return [f"{key} has {given}, expected {wanted}" for key, given, wanted in pairs if given != wanted]
-
-
 def _shape(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return "x".join(map(str, value.shape)) or "a scalar"
-    return "nothing" if value is None else type(value).__name__
+    return (
+        "x".join(map(str, value.shape)) or "a scalar" if isinstance(value, Tensor) else type(value).__name__
+    )
 
 
 def _resampled(model: nn.Module, table: Tensor, old: bool | Grid) -> Tensor:
