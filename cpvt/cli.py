@@ -4,8 +4,6 @@ Options are fields of dataclasses, most of them of `cpvt.config`. What a command
 help is there at once, and OpenMP is told how to wait before torch is loaded.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import sys
@@ -119,8 +117,9 @@ class Evaluate:
 class Pack:
     """Prepare images for training: check every one, write shards of the originals."""
 
-    # a folder: with train/ and val/, with ILSVRC2012's archives, or with Kaggle's ILSVRC/
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[
+        Path, tyro.conf.Positional
+    ]  # a folder, with train/ and val/ or with ILSVRC2012's archives
     out: Annotated[Path, tyro.conf.Positional]  # gets OUT/train and OUT/val; then: cpvt train --data OUT
     split: Literal["both", "train", "val"] = "both"  # both: first val, then train
     partial: bool = False  # accept a part of ImageNet; else its thousand classes must have all their images

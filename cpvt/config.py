@@ -8,8 +8,6 @@ The command line is made from them. An encoding is written as calls and sums, th
 The same text stands in configurations, on the command line and in the measured rows.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import json
@@ -351,17 +349,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """A teacher whose answers the distillation token learns (models named _distilled)."""
+    """A teacher whose best guesses the distillation token learns as labels (models named _distilled)."""
 
     teacher: str = ""  # one of timm's names, such as regnety_160; empty: no teacher
     weights: str = ""  # file of the teacher's weights; empty: timm's download
-    kind: Literal["hard", "soft"] = "hard"
     alpha: float = 0.5  # share of the teacher's term in the loss
-    tau: float = 1.0  # soft: temperature
 
     def __post_init__(self):
         _need(self, 0 <= self.alpha <= 1, "a share, 0 to 1", "alpha")
-        _need(self, self.tau > 0, "a temperature above 0", "tau")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ The command line prints these, and a path or a full disk, without a traceback an
 other error is a fault of ours.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

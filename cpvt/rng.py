@@ -5,8 +5,6 @@ arguments give the same number on any process, in any order and on any device, s
 and then cut among workers, processes and micro-batches stays the same batch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 

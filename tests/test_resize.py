@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from cpvt.data.resize import centre_resize, crop_resize
 from encoded import picture
 from PIL import Image
 from torchvision.transforms import functional as transforms
 
-from cpvt.data.resize import centre_resize, crop_resize
 from cpvt.errors import DataError
 
 ROOT = Path(__file__).parent.parent

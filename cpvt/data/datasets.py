@@ -3,8 +3,6 @@
 Letters: n images, S side of an image in pixels.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile
@@ -13,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy
 import torch
@@ -83,7 +82,7 @@ class ImageDataset(Dataset):
             digest.update(os.fsencode("/".join(self.path(i).parts[-2:]) + f"\t{label}\n"))
         return digest.hexdigest()
 
-    def select(self, index: Iterable[int]) -> ImageDataset:
+    def select(self, index: Iterable[int]) -> Self:
         """The images at these indices, in this order, with all classes."""
         index = torch.as_tensor(index)
         return replace(self, items=self.items[index.numpy()], labels=self.labels[index])
@@ -112,7 +111,7 @@ def load_tensors(dataset: ImageDataset | Shards, size: int) -> ImageTensors:
     for i in range(len(dataset)):
         with _naming(dataset, i):
             image, _ = dataset[i]
-        images[i] = image if image.shape[1:] == (size, size) else centre_resize([image], size)[0]
+        images[i] = centre_resize(image[None], size)[0]
     return ImageTensors(images, dataset.labels.clone(), tuple(dataset.classes))
 
 
@@ -155,7 +154,13 @@ def _read_folder(path: Path, split: str, name: str) -> ImageDataset:
     annotations = here / "val_annotations.txt"
     if annotations.is_file():
         rows = [row.split("\t") for row in annotations.read_text().splitlines()]
-        return listed_dataset(name, split, classes, [(here / "images" / row[0], row[1]) for row in rows])
+        files = [here / "images" / row[0] for row in rows]
+        if lost := [
+            f for f, row in zip(files, rows, strict=True) if not f.is_file() or row[1] not in classes
+        ]:
+            raise DataError(f"{lost[0]} or its class is listed, but not there: unpack all of it again")
+        labels = torch.tensor([classes.index(row[1]) for row in rows])
+        return ImageDataset(name, split, tuple(classes), numpy.array([os.fsencode(f) for f in files]), labels)
     odd = sorted(set(_folders(here)) - set(classes))
     if odd or not classes:
         found = f"{len(odd)} classes that train lacks (the first: {odd[0]})" if odd else "no class folders"
@@ -170,18 +175,6 @@ def _read_folder(path: Path, split: str, name: str) -> ImageDataset:
         labels += [label] * len(images)
         others += len(files) - len(images)
     return ImageDataset(name, split, tuple(classes), numpy.array(items), torch.tensor(labels), others)
-
-
-def listed_dataset(
-    name: str, split: str, classes: Iterable[str], rows: list[tuple[Path, str]], others: int = 0
-) -> ImageDataset:
-    """A data set of which a list says what is of which class."""
-    number = {wnid: label for label, wnid in enumerate(classes)}
-    for path, wnid in rows:
-        if wnid not in number or not path.is_file():
-            raise DataError(f"{path} of class {wnid!r} is listed, but not there: unpack all of it again")
-    items, labels = [os.fsencode(path) for path, _ in rows], [number[wnid] for _, wnid in rows]
-    return ImageDataset(name, split, tuple(number), numpy.array(items), torch.tensor(labels), others)
 
 
 def _files(folder: Path) -> list[str]:

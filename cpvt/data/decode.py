@@ -7,8 +7,6 @@ is named, and plain grey stands in for it.
 Letters: B images of a chunk, h w height and width of one image in pixels, S side of what a model sees, K classes.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Callable, Iterator

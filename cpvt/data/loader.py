@@ -7,8 +7,6 @@
 Letters: B images of a micro-batch, S side of an image in pixels, K classes.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
@@ -246,13 +244,12 @@ def _augmented(transform: TrainTransform, batch: Batch) -> Batch:
 
 
 def _centred(size: int, crop_pct: float, device: torch.device, batch: Batch) -> Batch:
-    images, labels = batch.images, batch.targets
+    labels = batch.targets
     # What cannot be read counts as wrong, whatever stands in for it: no guess is -1.
     bad = {fault.index for fault in batch.faults}
     labels[[i for i, index in enumerate(batch.request.indices.tolist()) if index in bad]] = -1
-    if not (isinstance(images, Tensor) and images.shape[-2:] == (size, size) and crop_pct == 1):
-        images = centre_resize(images, size, crop_pct)
-    return replace(batch, images=normalise(images.float() / 255), targets=send(labels, device))
+    pixels = centre_resize(batch.images, size, crop_pct).float() / 255
+    return replace(batch, images=normalise(pixels), targets=send(labels, device))
 
 
 # --------------------------------------------------------------------------- by configuration

@@ -1,12 +1,9 @@
 """ImageNet as people have it -> shards. Every image is decoded once, and what cannot be decoded is named.
 
-Three layouts are known: folders of classes, Kaggle's, and the archives of ILSVRC2012 as published. torchvision
-unpacks the archives, which need their own size (train 138 GB, val 6.7 GB) once more on the disk for that while.
+Folders of classes are known, and the archives of ILSVRC2012 as published. torchvision unpacks the archives, which
+need their own size (train 138 GB, val 6.7 GB) once more on the disk for that while.
 """
 
-from __future__ import annotations
-
-import csv
 import hashlib
 import os
 import re
@@ -24,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cpvt.data.datasets import ImageDataset, listed_dataset, open_dataset
+from cpvt.data.datasets import ImageDataset, open_dataset
 from cpvt.data.decode import decode_image, open_image, reason
 from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, written_aside
 from cpvt.errors import DataError
@@ -34,8 +31,6 @@ IMAGENET = {"train": 1_281_167, "val": 50_000}  # images of ILSVRC2012 (Russakov
 IMAGENET_CLASSES = 1000
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
-KAGGLE = "ILSVRC/Data/CLS-LOC"
-SOLUTION = "LOC_val_solution.csv"  # Kaggle's: ImageId, then "WordNet-id x y x y ..."
 ORDER = "pack/order"  # the key of the order of training images; another key, another order
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of Pillow's formats; of others it is their name
 SHOWN = 20  # refused images that a report names
@@ -161,11 +156,8 @@ def _open_source(
 ) -> Iterator[tuple[Path, dict[str, ImageDataset]]]:
     """The folder that holds the splits, and what is to be packed of each."""
     if not source.is_dir():
-        raise DataError(f"no folder {source}: give one with train/ and val/, with {KAGGLE}, or with {DEVKIT}")
-    if (source / KAGGLE).is_dir():
-        root = source / KAGGLE
-        yield root, {s: _read_kaggle_val(source) if s == "val" else open_dataset(root, s) for s in splits}
-    elif any((source / name).exists() for name in (DEVKIT, *ARCHIVES.values())):
+        raise DataError(f"no folder {source}: give one with train/ and val/, or with {DEVKIT}")
+    if any((source / name).exists() for name in (DEVKIT, *ARCHIVES.values())):
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=scratch) as folder:
             _unpack(source, splits, Path(folder))
@@ -193,16 +185,3 @@ def _unpack(source: Path, splits: list[str], folder: Path) -> None:
         raise DataError(f"{source} cannot be unpacked ({reason(error)}): complete the archives") from error
     finally:
         tarfile.TarFile.extraction_filter = before
-
-
-def _read_kaggle_val(source: Path) -> ImageDataset:
-    """All validation images in one folder, their classes, fifty images of each, in a table."""
-    folder = source / KAGGLE / "val"
-    try:
-        with open(source / SOLUTION, newline="", encoding="utf-8-sig") as lines:
-            table = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(lines)}
-    except (OSError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise DataError(f"{source} needs Kaggle's own {SOLUTION} ({error!r})") from error
-    rows = [(folder / f"{name}.JPEG", wnid) for name, wnid in sorted(table.items())]
-    others = sum(1 for _ in folder.glob("*")) - len(rows)
-    return listed_dataset("imagenet", "val", sorted(set(table.values())), rows, others)

@@ -13,8 +13,6 @@ PIL:
 Letters: B images of a batch, n of them that get the same operation, H W rows and columns of pixels, L layers.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re
@@ -210,7 +208,7 @@ def sharpen(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def move(images: Tensor, across: tuple, down: tuple) -> Tensor:
-    """Pixel (x, y) of the result is read at a x + b y + c, in pixels, with the (a, b, c) of `across` and of `down`:
+    """Pixel (x, y) of the result is read at a x + b y + c, in pixels, with (a, b, c) of `across` and of `down`:
     numbers, or (n,) float64 each."""
     height, width = images.shape[2:]
     y, x = (torch.arange(n, device=images.device, dtype=torch.float64) + 0.5 for n in (height, width))

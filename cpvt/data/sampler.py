@@ -7,8 +7,6 @@ micro-batches share them: the same seed gives the same batches for all of these.
 Letters: B images of a micro-batch, G groups of them that are mixed among each other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count

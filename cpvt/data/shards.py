@@ -7,8 +7,6 @@ number of its class as text. Image i is read with one system call, in any order.
 Letters: n images.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import io
@@ -20,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy
 import torch
@@ -85,7 +84,7 @@ class Shards(Dataset):
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_opened": {}}
 
-    def select(self, index) -> Shards:
+    def select(self, index) -> Self:
         """The images at these indices, in this order, with all classes."""
         index = torch.as_tensor(index)
         chosen = copy.copy(self)

@@ -3,8 +3,6 @@
 Letters: n samples, H W grid of tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 

@@ -9,8 +9,6 @@ is made on the CPU: an image meets the same fate in whatever micro-batch, proces
 Letters: B images, G groups of g images mixed among each other, S side of what the model sees, K classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -31,25 +29,27 @@ TRIES = 10  # boxes drawn for a crop or for what is erased, of which the first t
 # --------------------------------------------------------------------------- resize
 
 
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(3, h, w) uint8 -> (3, *size) uint8, by the antialiased bicubic filter of Pillow and torchvision."""
-    if not image.is_cuda:
-        return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
-    pixels = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True)[0]  # knows no uint8
-    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 3, h, w) uint8 -> (B, 3, *size) uint8, by the antialiased bicubic filter of Pillow and torchvision."""
+    if not images.is_cuda:
+        return F.interpolate(images, size, mode="bicubic", antialias=True)
+    images = F.interpolate(
+        images.float(), size, mode="bicubic", antialias=True
+    )  # CUDA has it for floats alone
+    return images.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def centre_resize(images: Sequence[Tensor] | Tensor, side: int, crop_pct: float = 1.0) -> Tensor:
-    """B images (3, h, w) uint8 -> (B, 3, side, side): short side to side / crop_pct, then the centre.
-
-    Roundings are those of torchvision's `Resize` and `CenterCrop`.
-    """
+    """B images (3, h, w) uint8 -> (B, 3, side, side): short side to side / crop_pct, then the centre, with the
+    roundings of torchvision's `Resize` and `CenterCrop`."""
     short, centres = int(side / crop_pct), []
-    for image in images:
-        height, width = (int(short * length / min(image.shape[1:])) for length in image.shape[1:])
+    for part in [images] if isinstance(images, Tensor) else [image[None] for image in images]:
+        lengths = part.shape[2:]
+        height, width = (int(short * length / min(lengths)) for length in lengths)
         top, left = round((height - side) / 2), round((width - side) / 2)
-        centres.append(resize(image, (height, width))[:, top : top + side, left : left + side])
-    return torch.stack(centres)
+        part = part if lengths == (height, width) else resize(part, (height, width))
+        centres.append(part[:, :, top : top + side, left : left + side])
+    return torch.cat(centres)
 
 
 # --------------------------------------------------------------------------- boxes to crop, boxes to erase
@@ -251,10 +251,8 @@ class TrainTransform:
         if self.config.crop:
             boxes = crop_boxes(self.config, *where, *torch.tensor([image.shape[1:] for image in images]).T)
             crops = zip(images, boxes.tolist(), strict=True)
-            pixels = [resize(image[:, y : y + h, x : x + w], self.size) for image, (y, x, h, w) in crops]
-            pixels = torch.stack(pixels)
-        elif isinstance(images, Tensor) and images.shape[2:] == self.size:
-            pixels = images
+            parts = (image[None, :, y : y + h, x : x + w] for image, (y, x, h, w) in crops)
+            pixels = torch.cat([resize(part, self.size) for part in parts])
         else:
             pixels = centre_resize(images, self.size[0])
         return torch.where(send(flip, self.device)[:, None, None, None], pixels.flip(3), pixels)

@@ -17,8 +17,6 @@ For where the time of a step goes, see torch.profiler; for what an encoding cost
 Letters: B images of a batch, T tokens, D width.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

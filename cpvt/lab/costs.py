@@ -11,8 +11,6 @@ adds to the rows of its group.
 Letters: T tokens, D width.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Sequence

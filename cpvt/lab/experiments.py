@@ -6,8 +6,6 @@ as jobs, in the order in which `runner.run_missing` measures them: first seeds f
 has a whole table.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature

@@ -4,8 +4,6 @@ On the page a small script (book/_static/frames.js) turns small multiples into a
 time; where no script runs, all of them are there. With a kernel, `explore` draws any frame anew.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -6,8 +6,6 @@ what was evaluated on; the others give metrics alone. All of them work on the de
 Letters: n images, C channels, p pixels a token, (H, W) grid of tokens.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math

@@ -3,8 +3,6 @@
 Each function returns the matplotlib Figure; a notebook shows it where it is the value of a cell.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

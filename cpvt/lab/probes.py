@@ -5,8 +5,6 @@ Letters: n images, C channels, N = H*W patches, D width, (H, W) grid, p patch si
 Where exactness is the point, a copy of the model runs in float64, in evaluation.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple

@@ -9,8 +9,6 @@ A metric's name carries its resolution in tokens behind @ and its part behind /:
 `top1@14/d3` (at distance 3), `images_per_s`. Accuracies are in percent.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import hashlib

@@ -1,7 +1,5 @@
 """Trains and scores a job; does what is missing of a list of jobs, one after the other."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -3,8 +3,6 @@
 A verdict is *supported*, *contradicted* or *not resolved*; where rows are missing, it is `NOT_YET`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -5,8 +5,6 @@ are, so that they differ in print without colour too; a table with a PEG keeps t
 the PEG's circle; variants of a PEG are hollow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ every round gives a ratio of its own.
 Letters: B images of a batch, K classes, S side of an image in pixels.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable, Hashable, Sequence

@@ -3,8 +3,6 @@
 Letters: B images of a batch, K classes, S side of an image in pixels.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from collections.abc import Iterator
@@ -128,7 +126,7 @@ def _lone_world(needed: bool) -> Iterator[None]:
 # --------------------------------------------------------------------------- its batches in our loop
 
 
-def timm_batches(data: DataConfig, **options) -> TimmLoader:
+def timm_batches(data: DataConfig, **options) -> "TimmLoader":
     """`first_classes` with training batches through timm's loader: a `make_loader` of `train`."""
     if data.store != "files" or options.get("world_size", 1) > 1:
         given = f"data.store={data.store!r}, {options.get('world_size', 1)} processes"

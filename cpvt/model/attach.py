@@ -1,7 +1,5 @@
 """PEGs for timm's own transformers."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -7,8 +7,6 @@ Letters: B batch, N = H*W patches, P prefix tokens (class, distillation), T = P 
 D width, h heads, d = D/h head width, (H, W) grid of tokens, k the width of a kernel.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,7 +79,7 @@ class PEG(nn.Module):
         """Whether one operator (`fused_peg.peg`) computes this PEG of tensors like `x`."""
         c = self.config
         plain = (c.convolution, c.padding, c.skip, c.compute) == ("depthwise", "zero", True, "convolution")
-        plain = plain and c.on != "constant" and c.kernel <= fused_peg.LARGEST_KERNEL
+        plain = plain and c.bias and c.on != "constant" and c.kernel <= fused_peg.LARGEST_KERNEL
         wanted = x.is_cuda if self.fused is None else self.fused
         return plain and wanted and fused_peg.available(x)
 

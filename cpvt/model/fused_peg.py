@@ -6,8 +6,6 @@ where the kernels do not prove right at their first use.
 Letters: B batch, P prefix tokens, T = P + H*W tokens, D width, (H, W) grid of tokens, k the width of a kernel.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 
@@ -42,7 +40,7 @@ def available(x: Tensor) -> bool:
 @_jit
 def _peg_forward(
     x, weight, bias, out, T, P, H, W, D, x_batch, x_token, blocks,
-    HAS_BIAS: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T tokens of one image, BLOCK_D channels. Prefix tokens pass unchanged."""
     unit = tl.program_id(0)
@@ -61,8 +59,7 @@ def _peg_forward(
             value = tl.load(x + other[:, None] * x_token, inside[:, None] & here[None, :], 0)
             factor = tl.load(weight + channel * (K * K) + (i * K + j), here, 0).to(tl.float32)
             total += value.to(tl.float32) * factor[None, :]
-    if HAS_BIAS:
-        total += tl.where(patch[:, None], tl.load(bias + channel, here, 0).to(tl.float32)[None, :], 0.0)
+    total += tl.where(patch[:, None], tl.load(bias + channel, here, 0).to(tl.float32)[None, :], 0.0)
     place = (image * T + token[:, None]) * D + channel[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), (token < T)[:, None] & here[None, :])
 
@@ -119,16 +116,15 @@ BACKWARD = {"BLOCK_T": 8, "BLOCK_D": 64}
 PROGRAMS = 512  # rows of partial sums: a hundredth of the bytes of g and x, and enough to fill any card
 
 
-def launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, H: int, W: int) -> Tensor:
-    """(B, T, D), (D, 1, k, k), (D,) or None -> (B, T, D): runs the kernel, in the strides that x comes with."""
+def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, H: int, W: int) -> Tensor:
+    """(B, T, D), (D, 1, k, k), (D,) -> (B, T, D): runs the kernel, in the strides that x comes with."""
     x, weight = _channels_last(x), weight.contiguous()
     (B, T, D), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     blocks = -(-T // FORWARD["BLOCK_T"])
     sizes = (T, T - H * W, H, W, D, x.stride(0), x.stride(1), blocks)
-    constants = {"HAS_BIAS": bias is not None, "K": weight.shape[-1], **FORWARD}
     with torch.cuda.device_of(x):
         run = _peg_forward[B * blocks, -(-D // FORWARD["BLOCK_D"])]
-        run(x, weight, weight if bias is None else bias, out, *sizes, **constants)
+        run(x, weight, bias, out, *sizes, K=weight.shape[-1], **FORWARD)
     return out
 
 
@@ -153,7 +149,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def by_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, H: int, W: int) -> Tensor:
+def by_convolution(x: Tensor, weight: Tensor, bias: Tensor, H: int, W: int) -> Tensor:
     """`launch_forward` in PyTorch's own operators."""
     with torch.autocast(x.device.type, enabled=False):
         prefix, image = _split(x.to(weight.dtype), H, W)
@@ -204,8 +200,8 @@ def proven(device: torch.device, dtype: torch.dtype, width: int, kernel: int) ->
 # An opaque operator, whose kernel reads the strides when it runs: whatever layout the compiler chooses, the
 # numbers are right. (torch.library.triton_op would fix them as constants while tracing.)
 @torch.library.custom_op("cpvt::peg", mutates_args=())
-def peg(x: Tensor, weight: Tensor, bias: Tensor | None, H: int, W: int) -> Tensor:
-    """(B, P + H*W, D), (D, 1, k, k), (D,) or None -> (B, P + H*W, D): x + depthwise convolution + bias.
+def peg(x: Tensor, weight: Tensor, bias: Tensor, H: int, W: int) -> Tensor:
+    """(B, P + H*W, D), (D, 1, k, k), (D,) -> (B, P + H*W, D): x + depthwise convolution + bias.
 
     Zero padding; prefix tokens pass unchanged; the output has x's precision, sums are float32. Autocast rounds
     nothing here. Not for double backward.
@@ -230,14 +226,12 @@ def _shapes(g, x, weight, H, W):
 
 
 def _remember(ctx, inputs, output):
-    x, weight, bias, *ctx.grid = inputs
-    ctx.has_bias = bias is not None
+    x, weight, _, *ctx.grid = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _differentiate(ctx, g):
-    dx, dw, db = peg_backward(g, *ctx.saved_tensors, *ctx.grid)
-    return dx, dw, db if ctx.has_bias else None, None, None
+    return *peg_backward(g, *ctx.saved_tensors, *ctx.grid), None, None
 
 
 peg.register_fake(lambda x, weight, bias, H, W: x.new_empty(x.shape))

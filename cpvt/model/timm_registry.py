@@ -1,7 +1,5 @@
 """Every name of `cpvt.model.zoo` in timm's registry: `import cpvt` brings this about (see there)."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -5,8 +5,6 @@ T = P + N tokens, D width, h heads, d = D/h head width, (H, W) grid of tokens.
 Names of parameters are timm's and DeiT's.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import OrderedDict

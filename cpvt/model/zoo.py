@@ -10,8 +10,6 @@
 token, `_distilled` adds DeiT's distillation token; as in `cpvt_small_5peg_gap`.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

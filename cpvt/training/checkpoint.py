@@ -4,8 +4,6 @@ Everything is written aside, flushed to the disk and renamed, so that a kill or 
 there before. A checkpoint carries checksums; one whose bytes do not match them is passed over.
 """
 
-from __future__ import annotations
-
 import fcntl
 import io
 import os

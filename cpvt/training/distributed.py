@@ -1,7 +1,5 @@
 """One process or many: who this one is, and the few things that all must agree on."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -13,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from itertools import count
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,7 +33,7 @@ class SignalHandler:
     def __init__(self):
         self.name, self._before = "", {}
 
-    def __enter__(self) -> SignalHandler:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self

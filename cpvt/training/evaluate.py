@@ -1,7 +1,5 @@
 """How often a model is right, image by image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """What a person sees of a run: what it will do, its log, its progress, and the images that could not be used."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -3,8 +3,6 @@
 Letters: B images, C classes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -23,20 +21,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
     return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
-def distillation_loss(logits: Tensor, answers: Tensor, distill: DistillConfig) -> Tensor:
-    """(B, C), the teacher's (B, C) -> the mean: its best guess as a label (hard), or its distribution (soft)."""
-    if distill.kind == "hard":
-        return F.cross_entropy(logits, answers.argmax(-1))
-    own, its = ((x / distill.tau).log_softmax(-1) for x in (logits, answers))
-    return F.kl_div(own, its, reduction="batchmean", log_target=True) * distill.tau**2
-
-
 @dataclass
 class TrainingLoss:
-    """The loss of a model's logits; with a teacher, the second head learns its answers (Touvron et al.)."""
+    """The loss of a model's logits; with a teacher, the second head learns its best guesses as labels (hard
+    distillation, Touvron et al. 2021)."""
 
     label_smoothing: float = 0.0
-    distill: DistillConfig = DistillConfig()
+    alpha: float = 0.5  # share of the teacher's term
     teacher: nn.Module | None = None  # (B, 3, S, S) -> (B, C), in evaluation mode
 
     def __call__(self, logits: Tensor | tuple[Tensor, Tensor], images: Tensor, targets: Tensor) -> Tensor:
@@ -47,9 +38,8 @@ class TrainingLoss:
         if self.teacher is None:  # two heads and no teacher: both learn from the labels
             return sum(labelled) / len(heads)
         with torch.no_grad():
-            answers = self.teacher(images).to(heads[1].dtype)
-        taught, alpha = distillation_loss(heads[1], answers, self.distill), self.distill.alpha
-        return (1 - alpha) * labelled[0] + alpha * taught
+            guesses = self.teacher(images).argmax(-1)
+        return (1 - self.alpha) * labelled[0] + self.alpha * F.cross_entropy(heads[1], guesses)
 
 
 def load_teacher(distill: DistillConfig, model: ModelConfig, device: str) -> nn.Module | None:

@@ -1,7 +1,5 @@
 """What is decayed, how large a step is, which steps are skipped, and the running average of the weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Each is a function of the model's name. Options on the command line change single fields of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from cpvt.config import AugmentConfig, DataConfig, DistillConfig, OptimConfig, RunConfig, TrainConfig, replace

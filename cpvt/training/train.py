@@ -3,8 +3,6 @@
 `Trainer` is what a step works on and what is saved of it, `take_steps` is the loop, `train` opens and closes both.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import sys
@@ -78,7 +76,7 @@ class Trainer:
         self.model.to(world.device, torch.float64 if run.precision == "fp64" else torch.float32)
         if run.init:
             load_weights(self.model, run.init, resample=True)
-        self.loss = TrainingLoss(optim.label_smoothing, config.distill, teacher)
+        self.loss = TrainingLoss(optim.label_smoothing, config.distill.alpha, teacher)
         groups = param_groups(self.model, optim.weight_decay, optim.decay_pegs)
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, fused=True)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
