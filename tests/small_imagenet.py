@@ -9,7 +9,7 @@ from encoded import encoded, picture, put
 from scipy.io import savemat
 from torchvision.datasets import imagenet
 
-from cpvt.data.pack import ARCHIVES, DEVKIT, KAGGLE, SOLUTION, pack
+from cpvt.data.pack import ARCHIVES, DEVKIT, pack
 
 # In the devkit's numbering the order is another one, as it is in ImageNet's.
 NUMBERS = {1: "n00000003", 2: "n00000001", 3: "n00000002"}
@@ -67,18 +67,7 @@ def archives(path, monkeypatch, train=None):
         monkeypatch.setitem(imagenet.ARCHIVE_META, split, (name, hashlib.md5(content).hexdigest()))
 
 
-def kaggle(path, monkeypatch=None):
-    """With a byte-order mark, as a spreadsheet saves."""
-    for (wnid, name), content in TRAIN.items():
-        put(path / KAGGLE / "train" / wnid / name, content)
-    lines = ["ImageId,PredictionString"]
-    for (wnid, name), content in reversed(VAL.items()):
-        put(path / KAGGLE / "val" / name, content)
-        lines.append(f"{name.removesuffix('.JPEG')},{wnid} 1 2 3 4 {wnid} 5 6 7 8 ")
-    put(path / SOLUTION, "\n".join(lines).encode("utf-8-sig"))
-
-
-LAYOUTS = {"folders": folders, "archives": archives, "kaggle": kaggle}
+LAYOUTS = {"folders": folders, "archives": archives}
 
 
 def run(source, out, *splits, **options):

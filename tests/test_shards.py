@@ -14,20 +14,20 @@ from encoded import encoded, picture, refusal
 
 from cpvt.data.datasets import load_tensors, open_dataset
 from cpvt.data.decode import decode_image
-from cpvt.data.shards import Shards, ShardWriter, check_resolution, stored_side_needed, written_aside
+from cpvt.data.shards import Shards, ShardWriter, written_aside
 from cpvt.errors import DataError
 
 CLASSES = ("n00000001", "n00000002", "n00000003")
 IMAGES = [encoded(picture(18, 24 + i, seed=i), "PNG" if i == 4 else "JPEG") for i in range(10)]
 
 
-def write(target, images=10, short_side=0):
+def write(target, images=10):
     with written_aside(target) as folder:
         writer = ShardWriter(folder, shard_bytes=6000)
         for i in range(images):
             ending = "png" if i == 4 else "jpg"
-            writer.add(f"{CLASSES[i % 3]}/image_{i}", ending, IMAGES[i], i % 3, 18, 24 + i)
-        writer.close(classes=CLASSES, short_side=short_side)
+            writer.add(f"{CLASSES[i % 3]}/image_{i}", ending, IMAGES[i], i % 3)
+        writer.close(classes=CLASSES)
     return target
 
 
@@ -60,13 +60,12 @@ def test_images_selections_and_fingerprints_are_those_that_were_written(folder, 
     for i in range(10):
         image, label = data[i]
         assert torch.equal(image, decode_image(IMAGES[i])) and label == data.labels[i] == i % 3
-        assert image.shape[1:] == tuple(data.sizes[i].tolist()) == (18, 24 + i)
     about = json.loads((folder / "index.json").read_text())
-    assert (about["images"], about["min_side"], about["classes"]) == (10, 18, list(CLASSES))
+    assert (about["images"], about["classes"]) == (10, list(CLASSES))
     chosen = data.select(torch.tensor([7, 2]))
     assert len(chosen) == 2 and chosen.classes == CLASSES and chosen.labels.tolist() == [1, 2]
     assert [chosen.read(0), chosen.read(1)] == [IMAGES[7], IMAGES[2]]
-    assert chosen.key(0) == "n00000002/image_7" and chosen.sizes[1].tolist() == [18, 26]
+    assert chosen.key(0) == "n00000002/image_7"
     tensors = load_tensors(data, 18)
     assert tensors.images.shape == (10, 3, 18, 18) and torch.equal(tensors.labels, data.labels)
     assert "no folder 'val'" in refusal(open_dataset, folder.parent, "val")
@@ -133,15 +132,3 @@ def test_two_cannot_write_the_same(tmp_path):
         assert ".train.unfinished exists" in refusal(written_aside(target).__enter__)
     assert [p.name for p in target.iterdir()] == ["mine"]
     assert f"{target} exists" in refusal(written_aside(target).__enter__)
-
-
-def test_shrunk_images_are_not_evaluated_above_their_size_unless_asked(folder, tmp_path):
-    assert [stored_side_needed(size) for size in (224, 384, 448, 512)] == [256, 438, 512, 585]
-    originals = Shards(folder)  # 18 pixels high
-    assert check_resolution(originals, 16) == 0.0  # needs 18
-    assert check_resolution(originals, 17) == 1.0  # originals are enlarged as they are, and the share is told
-    shrunk = Shards(write(tmp_path / "small", short_side=18))
-    assert check_resolution(shrunk, 16) == 0.0
-    assert "side of 18 pixels, size 17 needs 19" in refusal(check_resolution, shrunk, 17)
-    assert check_resolution(shrunk, 17, allow=True) == 1.0
-    assert check_resolution(shrunk, 17, crop_pct=1.0) == 0.0
