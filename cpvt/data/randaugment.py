@@ -207,21 +207,34 @@ def sharpen(images: Tensor, factor: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- by moving pixels
 
 
-def move(images: Tensor, across: tuple, down: tuple) -> Tensor:
+def move(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
     """Pixel (x, y) of the result is read at a x + b y + c, in pixels, with (a, b, c) of `across` and of `down`:
-    numbers, or (n,) float64 each."""
+    numbers, or (n,) float64 each. `down` None: in its own row."""
     height, width = images.shape[2:]
     y, x = (torch.arange(n, device=images.device, dtype=torch.float64) + 0.5 for n in (height, width))
-    a, b, c, d, e, f = (v[:, None, None] if isinstance(v, Tensor) else v for v in (*across, *down))
+    a, b, c, d, e, f = (
+        v[:, None, None] if isinstance(v, Tensor) else v for v in (*across, *(down or (0, 1, 0)))
+    )
     x, y = torch.broadcast_tensors(a * x + b * y[:, None] + c, d * x + e * y[:, None] + f)  # (n, H, W)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     row, column = (y - 0.5).floor(), (x - 0.5).floor()  # of the nearest centre above, and to the left
     dy, dx = (y - 0.5 - row).float()[:, None], (x - 0.5 - column).float()[:, None]
     packed, row, column = _pack(images), row.long(), column.long()
-    # One row of taps at a time is compiled: the compiler takes minutes over all sixteen at once.
-    value = cubic(*(along(packed, (row + i).clamp(0, height - 1), column, dx) for i in (-1, 0, 1, 2)), dy)
+    if not down:
+        value = along(packed, row, column, dx)
+    else:  # one row of taps at a time is compiled: the compiler takes minutes over all sixteen at once
+        taps = (along(packed, (row + i).clamp(0, height - 1), column, dx) for i in (-1, 0, 1, 2))
+        value = cubic(*taps, dy)
     channels = zip(value.clamp(0, 255).to(torch.uint8).unbind(1), FILL, strict=True)
     return torch.stack([torch.where(inside, channel, fill) for channel, fill in channels], dim=1)
+
+
+def shear(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    return move(images, (1, sign * (level * 0.3), 0))
+
+
+def translate(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    return move(images, (1, 0, sign * (level * 0.45) * images.shape[3]))
 
 
 def rotate(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
@@ -275,13 +288,9 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "ContrastIncreasing": by_table(contrast),
     "BrightnessIncreasing": by_table(lambda old, *how: _blend(0.0, old.float(), _factor(*how[:2]))),
     "SharpnessIncreasing": lambda images, *how: sharpen(images, _factor(*how)),
-    "ShearX": lambda images, level, sign: move(images, (1, sign * (level * 0.3), 0), (0, 1, 0)),
-    "ShearY": lambda images, level, sign: move(images, (1, 0, 0), (sign * (level * 0.3), 1, 0)),
-    "TranslateXRel": lambda images, level, sign: move(
-        images, (1, 0, sign * (level * 0.45) * images.shape[3]), (0, 1, 0)
-    ),
-    "TranslateYRel": lambda images, level, sign: move(
-        images, (1, 0, 0), (0, 1, sign * (level * 0.45) * images.shape[2])
-    ),
+    "ShearX": shear,
+    "ShearY": lambda images, *how: shear(images.mT, *how).mT,
+    "TranslateXRel": translate,
+    "TranslateYRel": lambda images, *how: translate(images.mT, *how).mT,
 }
 NAMES = tuple(OPERATIONS)
