@@ -117,20 +117,16 @@ class Evaluate:
 class Pack:
     """Prepare images for training: check every one, write shards of the originals."""
 
-    source: Annotated[
-        Path, tyro.conf.Positional
-    ]  # a folder, with train/ and val/ or with ILSVRC2012's archives
+    source: Annotated[Path, tyro.conf.Positional]  # folder with train/ and val/, or ILSVRC2012's archives
     out: Annotated[Path, tyro.conf.Positional]  # gets OUT/train and OUT/val; then: cpvt train --data OUT
-    split: Literal["both", "train", "val"] = "both"  # both: first val, then train
+    splits: tuple[Literal["train", "val"], ...] = ("val", "train")  # one after the other
     partial: bool = False  # accept a part of ImageNet; else its thousand classes must have all their images
     workers: int = 0  # processes that decode; 0: one a core
 
     def __call__(self) -> None:
         from cpvt.data.pack import pack
 
-        options = {**vars(self), "report": lambda text: print(text, flush=True)}
-        split = options.pop("split")
-        pack(splits=("val", "train") if split == "both" else (split,), **options)
+        pack(**vars(self), report=lambda text: print(text, flush=True))
 
 
 @dataclass(frozen=True)

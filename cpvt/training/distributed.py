@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from itertools import count
-from typing import Self, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from cpvt.data.loader import SIGNALS
 from cpvt.errors import ConfigError, UserError
-
-T = TypeVar("T")
 
 
 class Stopped(RuntimeError):
@@ -98,7 +96,7 @@ class World:
                 raise Stopped(f"{self.signals.name} while waiting for the other processes")
             time.sleep(0.1)
 
-    def main_first(self, work: Callable[[], T]) -> T:
+    def main_first(self, work: Callable[[], Any]) -> Any:
         """`work()`, by the main process before the others: these find what it downloads, and fail if it fails."""
         if not self.is_main:
             if failure := self.broadcast():
