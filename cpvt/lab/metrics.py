@@ -17,11 +17,11 @@ from itertools import islice
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from cpvt.config import DataConfig, Grid, replace
 from cpvt.data.datasets import ImageDataset, open_dataset
 from cpvt.data.loader import ImageLoader, make_loader, open_split
-from cpvt.data.resize import crop_resize
 from cpvt.data.synthetic import draw
 from cpvt.data.transforms import normalise
 from cpvt.lab import probes
@@ -291,10 +291,10 @@ def score_oblong(model: VisionTransformer, loader: ImageLoader) -> dict[str, flo
     """
     held, size, right = loader.val_set, model.config.image_size[0], []
     for part in torch.arange(len(held.labels)).split(256):
-        pixels, labels = held.images[part], held.labels[part].to(device_of(model))
+        pixels, labels = held.images[part].float(), held.labels[part].to(device_of(model))
         S = pixels.shape[-1]
-        band = torch.tensor([[S / 4, 0.0, S / 2, float(S)]] * len(part), dtype=torch.float64)
-        wide = crop_resize(pixels, band, (size, 2 * size), bound="image").to(device_of(model))
-        right.append(correct(model, normalise(wide.float() / 255), labels))
+        wide = {"size": (size, 2 * size), "mode": "bicubic", "antialias": True}
+        band = interpolate(pixels[:, :, S // 4 : S - S // 4], **wide).clamp(0, 255).to(device_of(model))
+        right.append(correct(model, normalise(band / 255), labels))
     H, W = model.config.grid
     return {f"top1@{H}x{2 * W}": 100 * torch.cat(right).double().mean().item()}

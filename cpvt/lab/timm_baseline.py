@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import chain, repeat
 
 import numpy
 import timm
@@ -18,7 +19,7 @@ from PIL import Image
 from timm.data import FastCollateMixup, Mixup, create_loader
 from timm.data import ImageDataset as TimmDataset
 from timm.data.auto_augment import posterize
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader
 
 from cpvt.config import AugmentConfig, DataConfig, ModelConfig
@@ -29,11 +30,12 @@ from cpvt.errors import ConfigError
 from cpvt.lab.metrics import first_classes
 
 
-def timm_model(config: ModelConfig, name: str = "deit_tiny_patch16_224") -> nn.Module:
+def timm_model(config: ModelConfig) -> nn.Module:
     """timm's DeiT of the given sizes, with new weights under the names that cpvt.model.zoo understands."""
     sizes = {"img_size": config.image_size, "patch_size": config.patch_size, "embed_dim": config.width}
     sizes |= {"depth": config.depth, "num_heads": config.heads, "mlp_ratio": config.mlp_ratio}
-    return timm.create_model(name, num_classes=config.num_classes, drop_path_rate=config.drop_path, **sizes)
+    sizes |= {"num_classes": config.num_classes, "drop_path_rate": config.drop_path}
+    return timm.create_model("deit_tiny_patch16_224", **sizes)
 
 
 # --------------------------------------------------------------------------- its loader
@@ -130,9 +132,10 @@ def _lone_world(needed: bool) -> Iterator[None]:
 
 def timm_batches(data: DataConfig, **options) -> TimmLoader:
     """`first_classes` with training batches through timm's loader: a `make_loader` of `train`."""
-    if data.store != "files" or options.get("world_size", 1) > 1:
-        given = f"data.store={data.store!r}, {options.get('world_size', 1)} processes"
-        raise ConfigError(f"{given}: timm's loader reads data.store='files' in one process")
+    processes, repeated = options.get("world_size", 1), options["augment"].repeated_aug
+    if data.store != "files" or processes > 1 or repeated > 1:
+        given = f"data.store={data.store!r}, {processes} processes, augment.repeated_aug={repeated}"
+        raise ConfigError(f"{given}: timm's loader reads data.store='files' in one process, each image once")
     loader = first_classes(data, **options)
     return TimmLoader(**{field.name: getattr(loader, field.name) for field in dataclasses.fields(loader)})
 
@@ -152,16 +155,8 @@ class TimmLoader(ImageLoader):
         mixup = timm_mixup(augment, self.transform.label_smoothing, self.num_classes)
         side, device = self.image_size[0], str(self.device)
         loader = timm_loader(self.train_set, size, side, augment, device, self.workers)
-        while True:
-            if augment.repeated_aug > 1:
-                loader.sampler.set_epoch(start_step // self.sampler.steps_per_epoch)
-            for i, batch in enumerate(loader, start=1):
-                request = next(requests)
-                images, targets = _in_groups(mixup, augment.mix_group, *batch) if mixup else batch
-                yield Batch(images, targets, request.epoch, request.positions)
-                start_step += i % parts == 0
-
-
-def _in_groups(mixup: Mixup, size: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    pairs = [mixup(*pair) for pair in zip(images.split(size), labels.split(size), strict=True)]
-    return torch.cat([images for images, _ in pairs]), torch.cat([targets for _, targets in pairs])
+        for batch, request in zip(chain.from_iterable(repeat(loader)), requests, strict=False):
+            if mixup:
+                groups = zip(*(part.split(augment.mix_group) for part in batch), strict=True)
+                batch = map(torch.cat, zip(*(mixup(*group) for group in groups), strict=True))
+            yield Batch(*batch, request.epoch, request.positions)
