@@ -32,7 +32,7 @@ def names(folder) -> list[str]:
 
 def test_a_new_folder_is_made_and_holds_rows_and_arrays(tmp_path, monkeypatch):
     folder, seen, commits = tmp_path / "new" / "results", [], iter(["before", "after", "later", "last"])
-    monkeypatch.setattr("cpvt.lab.runner.commit", lambda: next(commits))  # files change while a row trains
+    monkeypatch.setattr("cpvt.lab.results.commit", lambda: next(commits))  # files change while a row trains
     report = lambda result, left: seen.append((result.columns["row"], left))  # noqa: E731
     assert run_missing([job("a"), job("b")], folder, report=report) == 0
     assert names(folder) == ["a", "b"] and seen == [("a", 1), ("b", 0)]

@@ -146,7 +146,7 @@ GPU = Size("minutes", batch_size=1024, mode="default", group=4, rounds=12, steps
 
 
 def measure_costs(
-    out=None, device: str = "cpu", budget_minutes=0.0, report=None, size: Size | None = None
+    out=None, device="cpu", budget_minutes=0.0, report=lambda result, left: None, size: Size | None = None
 ) -> int:
     """Times the rows that the folder lacks for this kind of device, group by group -> how many are still missing.
 
@@ -167,8 +167,7 @@ def measure_costs(
                 left -= len(group)
                 for result in time_group(group, size, device, commit):
                     results.append(result, out)
-                    if report:
-                        report(result, left)
+                    report(result, left)
     finally:
         torch.set_num_threads(threads)
     return left

@@ -1,29 +1,20 @@
-"""Figures: images side by side, the layout of a batch.
-
-Each function returns the matplotlib Figure; a notebook shows it where it is the value of a cell.
-"""
+"""Images side by side, and a drawn one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from cpvt.data.sampler import Sampler
-from cpvt.lab.styles import BLUE, GREY, VERMILLION, WIDTH, figure
+from cpvt.lab.styles import WIDTH, figure
 from cpvt.rng import uniform
-
-# --------------------------------------------------------------------------- images
 
 
 def show_images(images: Sequence[Tensor], titles: Sequence[str], columns: int = 4) -> Figure:
     """Images (3, height, width) in [0, 1], all of one size, each under its title; they must fill their rows."""
     height, width = images[0].shape[1:]
-    columns = min(columns, len(images))
     rows = len(images) // columns
     with figure(rows * (WIDTH / columns * height / width * 0.95 + 0.35)) as fig:
         every = fig.subplots(rows, columns, squeeze=False).flat
@@ -57,41 +48,3 @@ def drawn_image(seed: int = 0, height: int = 240, width: int = 320) -> Tensor:
     paint((abs(x - 0.08) < 0.035) & (abs(y - 0.77) < 0.08), 0.25, 0.15, 0.1)  # the door
     paint((abs(x - 0.21) < 0.04) & (abs(y - 0.69) < 0.045), 0.95, 0.9, 0.6)  # a window
     return (255 * image).round().clamp(0, 255).to(torch.uint8)
-
-
-# --------------------------------------------------------------------------- a batch
-
-
-def batch_layout(sampler: Sampler) -> Figure:
-    """The images of one batch: a row a mixing group, in each square the number of the image in the stream.
-
-    Thin frames are micro-batches, thick ones processes. The copies of images 0 and 5 are set in colour.
-    """
-    groups, size = sampler.global_batch_size // sampler.mix_group, sampler.mix_group
-    shares = [replace(sampler, rank=rank).micro_batches for rank in range(sampler.world_size)]
-    colours = {0: VERMILLION, 5: BLUE}
-    with figure(0.62 * groups + 0.65) as fig:
-        axes = fig.subplots()
-        for place, position in enumerate(sampler.positions(0)[1].tolist()):
-            row, column = divmod(place, size)
-            image = position // sampler.repeated_aug
-            square = {"facecolor": colours.get(image, "white"), "edgecolor": GREY, "linewidth": 0.6}
-            axes.add_patch(Rectangle((column, row + 0.19), 1, 0.62, **square))
-            ink = {"color": "white", "fontweight": "bold"} if image in colours else {}
-            axes.text(column + 0.5, row + 0.5, str(image), ha="center", va="center", **ink)
-
-        def around(first: int, last: int, gap: float, linewidth: float) -> None:
-            corner, wide, high = (gap - 0.12, first + gap), size + 0.24 - 2 * gap, last - first - 2 * gap
-            axes.add_patch(Rectangle(corner, wide, high, fill=False, linewidth=linewidth))
-
-        for rank, parts in enumerate(shares):
-            first, last = parts[0].start // size, parts[-1].stop // size
-            for part in parts:
-                around(part.start // size, part.stop // size, 0.09, 1.2)
-            around(first, last, 0.03, 3.0)
-            axes.text(-0.35, (first + last) / 2, f"process {rank}", ha="right", va="center")
-        for row in range(groups):
-            axes.text(size + 0.35, row + 0.5, f"group {row}", ha="left", va="center")
-        axes.set(xlim=(-2.6, size + 2.2), ylim=(groups + 0.05, -0.05))
-        axes.set_axis_off()
-    return fig

@@ -53,8 +53,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "fashion": _FASHION,
     "fashion-length": _FASHION,
     "costs": {**_MODEL, "again": False},
+    "benchmark": {"part": None, "model": "", "mode": "", "loader": "", "size": 0},
 }
-COLUMNS["benchmark"] = {"part": None, "model": "", "mode": "", "loader": "", "size": 0}
 NOT_YET = "not yet measured"
 DATA = Path(__file__).resolve().parents[2] / "data"  # the repository's, wherever the working directory is
 _METRIC = re.compile(r"[a-z][a-z0-9_]*(@\d+(x\d+)?)?(/[a-z][a-z0-9_.-]*)*")
@@ -107,9 +107,8 @@ class Result:
         for name in ("columns", "config", "metrics"):
             value = getattr(self, name)
             expect(name, isinstance(value, dict) and value, "at least one name and value")
-        expect("columns", self.columns.keys() == own.keys(), f"those of {self.experiment}: {', '.join(own)}")
-        taken = self.columns.keys() & {*FIELDS, *self.metrics}
-        expect("columns", not taken, "names that no field and no metric has")
+        fine = self.columns.keys() == own.keys() and not own.keys() & {*FIELDS, *self.metrics}
+        expect("columns", fine, f"those of {self.experiment}: {', '.join(own)}; no field, no metric")
         for name, value in self.metrics.items():
             _check_metric(name, value)
         object.__setattr__(self, "columns", {name: self.columns[name] for name in own})  # in one order
@@ -202,16 +201,13 @@ def append(
 
 def recorded(experiment: str | None = None, folder: str | Path | None = None) -> list[Result]:
     """The results of an experiment, or all; of superseded ones only the newest. See `read`."""
-    folder, found = results_folder(folder), {}
+    folder = results_folder(folder)
     if not folder.is_dir():
         raise ResultsError(f"there is no folder {folder}")
     if experiment not in (None, *COLUMNS) and not (folder / f"{experiment}.jsonl").exists():
         raise ResultsError(f"no experiment {experiment!r}; {nearest(experiment, COLUMNS)}")
-    for path in sorted(folder.glob("*.jsonl" if experiment is None else f"{experiment}.jsonl")):
-        for result in _lines(path):
-            found.pop(result.key, None)
-            found[result.key] = result
-    return list(found.values())
+    paths = sorted(folder.glob("*.jsonl" if experiment is None else f"{experiment}.jsonl"))
+    return list({result.key: result for path in paths for result in _lines(path)}.values())
 
 
 def _lines(path: Path) -> Iterator[Result]:

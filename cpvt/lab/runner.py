@@ -23,16 +23,8 @@ from torch import Tensor, nn
 from cpvt.config import DataConfig, TrainConfig, from_json, replace, to_json
 from cpvt.data.loader import make_loader
 from cpvt.errors import ResultsError, TrainingError
-from cpvt.lab.results import (
-    AlreadyMeasured,
-    Result,
-    append,
-    commit,
-    describe,
-    device_name,
-    recorded,
-    results_folder,
-)
+from cpvt.lab import results
+from cpvt.lab.results import AlreadyMeasured, Result, describe
 from cpvt.lab.timing import deadline, until
 from cpvt.training.checkpoint import differences
 from cpvt.training.distributed import Stopped, pick_device
@@ -87,6 +79,8 @@ def run_job(job: Job, version: str, cache: dict) -> tuple[Result, dict[str, Tens
     for module in run.model.modules():  # scored as written: hooks are set, and sizes asked for once
         module._compiled_call_impl = None
     metrics, dataset, digest = job.score(run, cache)
+    metrics |= teacher_top1 | {"steps": run.steps, "loss": run.history[-1]["loss"]}
+    metrics["parameters"] = sum(p.numel() for p in run.model.parameters())
     anywhere = replace(job.config.data, root=DataConfig.root)  # wherever the images lay
     result = Result(
         experiment=job.experiment,
@@ -96,15 +90,9 @@ def run_job(job: Job, version: str, cache: dict) -> tuple[Result, dict[str, Tens
         dataset_sha256=digest,
         seed=job.config.run.seed,
         config=dataclasses.asdict(replace(job.config, data=anywhere)),
-        metrics={
-            **metrics,
-            **teacher_top1,
-            "steps": run.steps,
-            "loss": run.history[-1]["loss"],
-            "parameters": sum(p.numel() for p in run.model.parameters()),
-        },
+        metrics=metrics,
         seconds=round(time.perf_counter() - started, 1),
-        device=device_name(next(run.model.parameters()).device),
+        device=results.device_name(next(run.model.parameters()).device),
         cpvt_commit=version,
     )
     return result, job.arrays(run, cache)
@@ -114,7 +102,7 @@ def run_missing(
     jobs: Iterable[Job],
     folder: str | Path | None = None,
     budget_minutes: float = 0.0,
-    report: Callable[[Result, int], None] | None = None,
+    report: Callable[[Result, int], None] = lambda result, left: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Runs the jobs that the folder's results lack, in their order; -> how many are still missing.
@@ -126,8 +114,8 @@ def run_missing(
     Raises ResultsError for a row that stands there with another configuration, for a folder that cannot be
     written to, and for what was passed over.
     """
-    folder, end = results_folder(folder), deadline(budget_minutes, clock)
-    version = commit()  # asked now: files may change while this code trains
+    folder, end = results.results_folder(folder), deadline(budget_minutes, clock)
+    version = results.commit()  # asked now: files may change while this code trains
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ResultsError(f"{folder} cannot be written to; give another folder")
@@ -141,9 +129,8 @@ def run_missing(
                 failed.append(f"{job.label}: {error}")
             else:
                 with suppress(AlreadyMeasured):  # by another process, meanwhile
-                    append(result, folder, arrays=arrays)
-                if report:
-                    report(result, left - 1)
+                    results.append(result, folder, arrays=arrays)
+                report(result, left - 1)
             left -= 1
     if failed:
         raise ResultsError("not measured: " + "; ".join(failed))
@@ -155,7 +142,7 @@ def _missing(jobs: list[Job], folder: Path) -> list[Job]:
     stored: dict[tuple, Result] = {}
     for experiment in {job.experiment for job in jobs}:
         if (folder / f"{experiment}.jsonl").exists():
-            stored |= {result.key: result for result in recorded(experiment, folder)}
+            stored |= {result.key: result for result in results.recorded(experiment, folder)}
     for job in jobs:
         if result := stored.get(job.key):
             if apart := differences(job.config, from_json(TrainConfig, json.dumps(result.config))):

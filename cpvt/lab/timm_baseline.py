@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from itertools import chain, repeat
 
@@ -59,7 +59,7 @@ def timm_loader(
     if augment.randaugment and not augment.crop:
         raise ConfigError("augment.crop=False: timm's training loader always crops; use augment.crop=True")
     dataset, repeats = TimmDataset("", reader=_Reader(images)), augment.repeated_aug > 1
-    with _lone_world(repeats):  # timm repeats for several processes only; one will do
+    with _lone_world() if repeats else nullcontext():  # timm repeats images only within a group
         loader = create_loader(
             dataset,
             (3, image_size, image_size),
@@ -115,16 +115,13 @@ class _Reader:
 
 
 @contextmanager
-def _lone_world(needed: bool) -> Iterator[None]:
-    """One process that is a group of its own, unless there is a group already."""
-    lone = needed and not distributed.is_initialized()
-    if lone:
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+def _lone_world() -> Iterator[None]:
+    """One process as a group of its own."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
-        if lone:
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 # --------------------------------------------------------------------------- its batches in our loop
@@ -143,8 +140,9 @@ def timm_batches(data: DataConfig, **options) -> TimmLoader:
 class TimmLoader(ImageLoader):
     """The same images and the same recipe through timm's loader, in one process; held-out images are ours.
 
-    Its chances come from the three global generators, seeded when the batches are first asked for: the same seed
-    and number of workers give the same batches. A run that goes on begins with a new epoch of the loader.
+    A batch is one group of mixed images. Chances come from the three global generators, seeded when the batches
+    are first asked for: the same seed and number of workers give the same batches. A run that goes on begins with
+    a new epoch of the loader.
     """
 
     def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
@@ -156,7 +154,4 @@ class TimmLoader(ImageLoader):
         side, device = self.image_size[0], str(self.device)
         loader = timm_loader(self.train_set, size, side, augment, device, self.workers)
         for batch, request in zip(chain.from_iterable(repeat(loader)), requests, strict=False):
-            if mixup:
-                groups = zip(*(part.split(augment.mix_group) for part in batch), strict=True)
-                batch = map(torch.cat, zip(*(mixup(*group) for group in groups), strict=True))
-            yield Batch(*batch, request.epoch, request.positions)
+            yield Batch(*(mixup(*batch) if mixup else batch), request.epoch, request.positions)
