@@ -46,10 +46,9 @@ from cpvt.data.decode import Decoder, find_gpu_decoder, find_jpeg_decoder
 from cpvt.data.loader import make_loader
 from cpvt.data.shards import Shards
 from cpvt.errors import ConfigError, nearest
-from cpvt.lab import timing
 from cpvt.lab.experiments import FIVE, KERNEL_27
 from cpvt.lab.results import Result, append, commit, complete, device_name, fingerprint, results_folder
-from cpvt.lab.timing import Step, deadline, in_rounds, noise, ratios, seconds_of, summary
+from cpvt.lab.timing import Step, deadline, in_rounds, noise, ratios, seconds_of, summary, wait
 from cpvt.lab.timm_baseline import timm_loader, timm_mixup, timm_model
 from cpvt.model.fused_peg import peg
 from cpvt.model.vit import VisionTransformer
@@ -265,13 +264,13 @@ def rate(batches: Batches, seconds: float, device: str, use: Callable, clock=tim
     """Images a second of a loader with what uses its batches; after as long a time uncounted."""
     use(*next(batches))  # processes start, kernels are compiled
     for _ in ("not counted", "counted"):
-        timing.wait(device)
+        wait(device)
         images, started = 0, clock()
         while clock() < started + seconds:
             batch = next(batches)
             use(*batch)
             images += len(batch[0])
-        timing.wait(device)
+        wait(device)
     return images / (clock() - started)
 
 
@@ -317,7 +316,7 @@ class Benchmark:
                 raise ConfigError(f"benchmark: no part {name!r}; {nearest(name, PARTS)}")
         device = pick_device({"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[self.size])
         bench = Bench(GPU if device == "cuda" else CPU, device, end=deadline(self.budget_minutes))
-        with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder, timing.each_compiled():
+        with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder:
             files = open_files(self.data, Path(folder), bench.size)
             bench.files = files.select(torch.arange(64 * bench.size.batch_size) % len(files))
             for name in self.only or PARTS:

@@ -162,12 +162,13 @@ def measure_costs(
     if "cuda" not in device:
         torch.set_num_threads(1)  # two would wait for whatever else runs there
     try:
-        with timing.each_compiled():
-            for group in timing.until(end, groups):
-                left -= len(group)
-                for result in time_group(group, size, device, commit):
-                    results.append(result, out)
-                    report(result, left)
+        for group in timing.until(end, groups):
+            if size.mode != "eager":
+                torch.compiler.reset()  # after 256 graphs it would compile no more, and only warn
+            left -= len(group)
+            for result in time_group(group, size, device, commit):
+                results.append(result, out)
+                report(result, left)
     finally:
         torch.set_num_threads(threads)
     return left

@@ -12,7 +12,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from statistics import median
 
@@ -140,10 +139,3 @@ class Step:
             self(*batch)
             facts["gigabytes"] = (torch.cuda.max_memory_allocated() - self.held) / 1e9
         return facts
-
-
-def each_compiled() -> AbstractContextManager:
-    """A context in which more than 8 models of a class can be compiled: torch.compile would give up, and warn."""
-    import torch._dynamo.config  # a second that only this costs
-
-    return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
