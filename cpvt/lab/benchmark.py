@@ -2,8 +2,8 @@
 
     cpvt benchmark --data DIR        everything, as far as it fits nine minutes, compilation included
 
-DIR: a folder with train/CLASS/*.JPEG, shards, or loose JPEGs; shards of shrunk images (cpvt pack --short-side)
-show what shrinking brings. What no longer fits the budget is named; --only gives such parts a run of their own.
+DIR: a folder with train/CLASS/*.JPEG, or shards; those of shrunk images (cpvt pack --short-side) show what
+shrinking brings. What no longer fits the budget is named; --only gives such parts a run of their own.
 
     peg       gigabytes a second of the PEG's operator, beside those of a plain copy
     step      training steps on images of noise: the same batch, autocast, drop path, loss and optimiser, once the
@@ -22,9 +22,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
+from itertools import chain, islice, repeat
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -33,19 +34,19 @@ from typing import Literal
 import numpy
 import timm
 import torch
-import torchvision
 from PIL import Image
 from timm.data import FastCollateMixup
 from torch import Tensor
 
 from cpvt.config import ModelConfig, TrainConfig
 from cpvt.data.datasets import ImageDataset, open_dataset
-from cpvt.data.decode import Decoder, find_jpeg_decoder
+from cpvt.data.decode import Decoder, find_gpu_decoder, find_jpeg_decoder
 from cpvt.data.loader import make_loader
 from cpvt.data.shards import Shards
-from cpvt.errors import ConfigError, DataError, nearest
-from cpvt.lab.results import Result, append, commit, device_name, fingerprint, results_folder
-from cpvt.lab.timing import Step, each_compiled, in_rounds, noise, ratios, seconds_of, summary, wait
+from cpvt.errors import ConfigError, nearest
+from cpvt.lab.experiments import FIVE, KERNEL_27
+from cpvt.lab.results import Result, append, commit, complete, device_name, fingerprint, results_folder
+from cpvt.lab.timing import Step, deadline, in_rounds, noise, ratios, seconds_of, summary, wait
 from cpvt.lab.timm_baseline import timm_loader, timm_mixup, timm_model
 from cpvt.model.fused_peg import peg
 from cpvt.model.vit import VisionTransformer
@@ -54,10 +55,9 @@ from cpvt.training.distributed import pick_device
 from cpvt.training.loss import cross_entropy
 from cpvt.training.recipes import deit
 
-FIVE = "peg(positions=(0, 1, 2, 3, 4))"
 # What torch.compile is asked for. Graphs are replayed without Python; autotuning tries many kernels.
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
-ENCODINGS = ("none", "learned", "peg", FIVE, "peg(positions=(-1,), kernel=27, compute='matrix')", "relative")
+ENCODINGS = ("none", "learned", "peg", FIVE, KERNEL_27, "relative")
 AGREE = 1e-9  # largest relative error of a gradient in double precision
 Batches = Iterator[tuple[Tensor, Tensor]]  # images and targets
 Rows = Iterator[tuple[dict, dict, dict]]  # columns, metrics, and what else the configuration should tell
@@ -92,8 +92,7 @@ class Bench:
     size: Size
     device: str
     files: ImageDataset | Shards | None = None  # a few images over and over, an epoch of 64 steps
-    until: float = float("inf")  # by the clock
-    rates: dict[str, float] = field(default_factory=dict)  # images a second of each model's step
+    end: float = float("inf")  # by the clock
 
     @property
     def cuda(self) -> bool:
@@ -105,6 +104,7 @@ class Bench:
         return min(len(os.sched_getaffinity(0)), 16)
 
     def model(self, encoding: str) -> ModelConfig:
+        encoding = "learned" if encoding == "timm" else encoding
         return model_config("deit_tiny", encoding=encoding, drop_path=0.1, **self.size.model)
 
     @property
@@ -117,7 +117,7 @@ class Bench:
 
     def fits(self, seconds: float, what: str) -> bool:
         """Whether so many seconds are left; says so where they are not."""
-        if time.monotonic() + seconds <= self.until:
+        if time.monotonic() + seconds <= self.end:
             return True
         print(f"not measured: budget: {what}", flush=True)
         return False
@@ -143,51 +143,34 @@ def peg_operator(bench: Bench) -> Rows:
 
 
 def step(bench: Bench) -> Rows:
-    """Ratios are to timm's fastest mode, costs to our model without an encoding, round by round."""
+    """Ratios are to timm's fastest mode, round by round."""
     error = gradient_error(bench)
     if not error < AGREE:
-        raise FloatingPointError(
-            f"gradients of deit_tiny differ from timm's by {error:.2g}, not below {AGREE:g}"
-        )
+        raise FloatingPointError(f"gradients differ from timm's by {error:.2g}, not below {AGREE:g}")
     first, *others = bench.size.modes
     entrants = [(model, first) for model in ("timm", *ENCODINGS)] + [("timm", mode) for mode in others]
     batch, steps, facts = noise(bench.model("none"), bench.size.batch_size, bench.device), {}, {}
     for model, mode in entrants:
         if bench.fits(bench.size.entrant, f"step: {model}, {mode}"):
             try:
-                steps[model, mode], facts[model, mode] = _built(bench, model, mode, batch)
+                build = timm_model if model == "timm" else VisionTransformer
+                one = Step(build(bench.model(model)), bench.device, mode)
+                facts[model, mode] = one.settle(*batch)
+                steps[model, mode] = partial(_seconds, bench, partial(one, *batch))
             except RuntimeError as failure:  # one way to compile that fails here must not cost the others
                 print(f"not measured: {model}, {mode}: {' '.join(str(failure).split())[:200]}", flush=True)
-    timed = {key: partial(_seconds, bench, partial(one, *batch)) for key, one in steps.items()}
-    times = in_rounds(timed, bench.size.rounds)
+    times = in_rounds(steps, bench.size.rounds)
     best = min((key for key in times if key[0] == "timm"), key=lambda key: median(times[key]))
     for (model, mode), own in times.items():
         speeds = [bench.size.batch_size / seconds for seconds in own]
         metrics = summary("images_per_s", speeds) | summary("ratio", ratios(times[best], own))
         metrics |= facts[model, mode] | {"gradient_error": error}
-        if model not in ("timm", "none") and ("none", mode) in times:
-            metrics |= summary("cost_percent", [100 * (r - 1) for r in ratios(own, times["none", mode])])
-        bench.rates[model] = max(metrics["images_per_s"], bench.rates.get(model, 0))
-        config = bench.model("learned" if model == "timm" else model)
-        told = {"model": asdict(config), "ratio_to": best[1]}
+        told = {"model": asdict(bench.model(model)), "ratio_to": best[1]}
         yield {"part": "step", "model": model, "mode": mode}, metrics, told
 
 
 def _seconds(bench: Bench, work: Callable[[], object]) -> float:
     return seconds_of(work, bench.device, bench.size.steps, warm=1)
-
-
-def _built(bench: Bench, model: str, mode: str, batch: tuple[Tensor, Tensor]) -> tuple[Step, dict]:
-    """A step that has been taken twice, and what that took."""
-    before = torch.cuda.memory_allocated() if bench.cuda else 0
-    made = timm_model(bench.model("learned")) if model == "timm" else VisionTransformer(bench.model(model))
-    one = Step(made, bench.device, mode)
-    facts = {"first_s": seconds_of(partial(one, *batch), bench.device)}
-    if bench.cuda:
-        torch.cuda.reset_peak_memory_stats()
-        one(*batch)
-        facts["gigabytes"] = (torch.cuda.max_memory_allocated() - before) / 1e9
-    return one, facts
 
 
 def gradient_error(bench: Bench) -> float:
@@ -207,18 +190,13 @@ def gradient_error(bench: Bench) -> float:
 
 
 def open_files(data: str, folder: Path, size: Size) -> ImageDataset | Shards:
-    """JPEGs of a folder with train/, of shards, or loose ones; without `data`, drawn into `folder`."""
+    """The training images of a folder or of shards; without `data`, JPEGs that are drawn into `folder`."""
     count, *shape = size.drawn
     for number in range(0 if data else count):
-        (folder / f"{number:06}.jpg").write_bytes(draw_jpeg(number, *shape))
-    path = Path(data or folder)
-    if (path / "train").is_dir():
-        return open_dataset(path, "train")
-    loose = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
-    if not loose:
-        raise DataError(f"{path} holds no JPEGs: give a folder with train/CLASS/*.JPEG, shards, or JPEGs")
-    names, labels = numpy.array([os.fsencode(p) for p in loose]), torch.arange(len(loose)) % 1000
-    return ImageDataset(path.name, "train", tuple(map(str, range(1000))), names, labels)
+        file = folder / "train" / f"{number:06}" / "0.jpg"  # each a class of its own
+        file.parent.mkdir(parents=True)
+        file.write_bytes(draw_jpeg(number, *shape))
+    return open_dataset(data or folder, "train")
 
 
 def draw_jpeg(number: int, height: int, width: int) -> bytes:
@@ -232,33 +210,29 @@ def draw_jpeg(number: int, height: int, width: int) -> bytes:
     return file.getvalue()
 
 
-def jpeg_decoder(device: str) -> tuple[str, Callable | None]:
-    """-> what decodes JPEGs, in words, and what stands in on a GPU without torchcodec, for a measurement only:
-    torchvision's hardware path may write into memory that is still read (its pull request 9606)."""
-    if "cuda" not in device or find_jpeg_decoder():
-        return "torchcodec" if find_jpeg_decoder() else "Pillow", None
-    mode = torchvision.io.ImageReadMode.RGB
-    return "torchvision", partial(torchvision.io.decode_jpeg, mode=mode, device=device)
+def decoder_name(device: str) -> str:
+    """What decodes our JPEGs, and where."""
+    name = "torchcodec" if find_jpeg_decoder() else "Pillow"
+    return f"{name}, {'the GPU' if find_gpu_decoder(device) else 'reading processes'}"
 
 
 def decode(bench: Bench) -> Rows:
-    words, stand_in = jpeg_decoder(bench.device)
-    decoder = Decoder(bench.files, bench.device, decode_jpegs=stand_in)
+    decoder = Decoder(bench.files, bench.device)
     for count in (128, 1024) if bench.cuda else (4,):
         request = SimpleNamespace(indices=numpy.arange(count))
-        read = decoder.reader[request]  # by one process, which also decodes what no GPU will
-        work = partial(decoder, read) if bench.cuda else partial(decoder.reader.__getitem__, request)
+        read = decoder.reader[request]  # by one process, which decodes what no GPU will
+        read_again = partial(decoder.reader.__getitem__, request)
+        work = partial(decoder, read) if decoder.decode_jpegs else read_again
         refused, seconds = decoder(read).refused, seconds_of(work, bench.device, 3, 1)
         metrics = {"images_per_s": count / seconds, "refused": refused}
-        yield {"part": "decode", "size": count}, metrics, {"decoder": words}
+        yield {"part": "decode", "size": count}, metrics, {"decoder": decoder_name(bench.device)}
 
 
 def our_batches(bench: Bench) -> Batches:
-    recipe, (_, stand_in) = bench.recipe, jpeg_decoder(bench.device)
+    recipe = bench.recipe
     images = {"global_batch_size": bench.size.batch_size, "open_split": lambda *_: bench.files}
     images |= {"augment": recipe.augment, "label_smoothing": recipe.optim.label_smoothing}
-    loader = make_loader(recipe.data, seed=0, device=bench.device, **images)
-    with closing(replace(loader, decode_jpegs=stand_in).train_batches()) as batches:
+    with closing(make_loader(recipe.data, seed=0, device=bench.device, **images).train_batches()) as batches:
         for batch in batches:
             yield batch.images, batch.targets
 
@@ -275,14 +249,10 @@ def timm_batches(bench: Bench) -> Batches:
 
 def joined(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Batches:
     """`count` batches as one, without end: the loader's epochs follow each other."""
-    held: list[tuple[Tensor, Tensor]] = []
+    endless = chain.from_iterable(repeat(batches))
     while True:
-        for batch in batches:
-            held.append(batch)
-            if len(held) == count:
-                images, targets = zip(*held, strict=True)
-                yield torch.cat(images), torch.cat(targets)
-                held = []
+        images, targets = zip(*islice(endless, count), strict=True)
+        yield torch.cat(images), torch.cat(targets)
 
 
 LOADERS = {"cpvt": our_batches, "timm": timm_batches}
@@ -317,11 +287,9 @@ def pipeline(bench: Bench) -> Rows:
     found = in_rounds(timed, min(size.rounds, 2))
     for (loader, fed), rates in found.items():
         metrics = summary("images_per_s", rates) | summary("ratio", ratios(rates, found["timm", fed]))
-        if fed and "peg" in bench.rates:
-            metrics["ratio_to_step"] = metrics["images_per_s"] / bench.rates["peg"]
         columns = {"part": "pipeline", "loader": loader, "model": "peg" if fed else ""}
         facts = {"augment": asdict(bench.recipe.augment), "workers": bench.workers, "page_cache": True}
-        yield columns, metrics, facts | {"decoder": jpeg_decoder(bench.device)[0]}
+        yield columns, metrics, facts | {"decoder": decoder_name(bench.device)}
 
 
 PARTS: dict[str, Callable] = {"peg": peg_operator, "step": step, "decode": decode, "pipeline": pipeline}
@@ -334,7 +302,7 @@ PARTS: dict[str, Callable] = {"peg": peg_operator, "step": step, "decode": decod
 class Benchmark:
     """Measure training step and data pipeline beside timm's, in one run."""
 
-    data: str = ""  # JPEGs: a folder with train/CLASS/*.JPEG, shards, or loose files; none: drawn by formula
+    data: str = ""  # a folder with train/CLASS/*.JPEG, or shards; none: JPEGs drawn by formula
     out: Path | None = None  # folder of benchmark.jsonl (default: data/results of the repository)
     budget_minutes: float = 9.0  # begin nothing that would end after this; 0: no limit
     size: Literal["auto", "gpu", "cpu"] = "auto"  # cpu: a small version that takes seconds and proves little
@@ -344,13 +312,9 @@ class Benchmark:
         for name in self.only:
             if name not in PARTS:
                 raise ConfigError(f"benchmark: no part {name!r}; {nearest(name, PARTS)}")
-        if not 0 <= self.budget_minutes < float("inf"):
-            raise ConfigError(f"budget_minutes={self.budget_minutes:g}: give minutes, or 0 for no limit")
         device = pick_device({"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[self.size])
-        bench = Bench(GPU if device == "cuda" else CPU, device)
-        if self.budget_minutes:
-            bench.until = time.monotonic() + 60 * self.budget_minutes
-        with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder, each_compiled():
+        bench = Bench(GPU if device == "cuda" else CPU, device, end=deadline(self.budget_minutes))
+        with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder:
             files = open_files(self.data, Path(folder), bench.size)
             bench.files = files.select(torch.arange(64 * bench.size.batch_size) % len(files))
             for name in self.only or PARTS:
@@ -370,15 +334,14 @@ class Benchmark:
 def _result(bench: Bench, data: tuple[str, str], columns, metrics, facts: dict, seconds: float) -> Result:
     size, (dataset, sha256) = bench.size, data
     config = {"batch_size": size.batch_size, "rounds": size.rounds, "steps_a_round": size.steps, **facts}
-    config |= {"timm": timm.__version__, "torchvision": torchvision.__version__}
     config |= {"precision": "bf16" if bench.cuda else "fp32", "cores": len(os.sched_getaffinity(0))}
+    config |= {"timm": timm.__version__}
     return Result(
         experiment="benchmark",
-        columns={"part": "", "model": "", "mode": "", "loader": "", "size": 0} | columns,
+        columns=complete("benchmark", columns),
         scale=size.scale,
         dataset=dataset,
         dataset_sha256=sha256,
-        seed=0,
         config=config,
         metrics=metrics,
         seconds=seconds,

@@ -11,10 +11,8 @@ adds to the rows of its group.
 Letters: T tokens, D width.
 """
 
-import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, product
@@ -28,10 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpvt.config import ModelConfig
-from cpvt.lab import results
+from cpvt.lab import results, timing
 from cpvt.lab.experiments import FIVE, table_rows
 from cpvt.lab.results import COLUMNS, Result, complete, describe
-from cpvt.lab.timing import Step, each_compiled, in_rounds, noise, ratios, seconds_of, summary
+from cpvt.lab.timing import Step, in_rounds, noise, ratios, seconds_of, summary
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_config
 
@@ -69,14 +67,13 @@ def parameters(config: ModelConfig) -> int:
         return sum(p.numel() for p in VisionTransformer(config).parameters())
 
 
-def multiply_adds(config: ModelConfig, side: int | None = None) -> int:
-    """Multiply-adds of matrix products and convolutions for one image of `side` pixels, the plain way.
+def multiply_adds(config: ModelConfig) -> int:
+    """Multiply-adds of matrix products and convolutions for one image, the plain way.
 
     Counted by PyTorch while the model runs on shapes alone. Left out is what is no product of matrices: norms,
     softmax, GELU, biases, skips, sums of tables, turns of rotary pairs. A convolution's products with padded zeros
     count. "Plain": as on a CPU; a GPU's relative keys go another way.
     """
-    size = config.image_size if side is None else (side, side)
     with torch.device("meta"):  # no first weights are drawn
         model = VisionTransformer(config).eval()
     # A fused attention on a CPU is not among the operators that the counter knows: its two products are.
@@ -84,7 +81,7 @@ def multiply_adds(config: ModelConfig, side: int | None = None) -> int:
         tensors = chain(model.named_parameters(), model.named_buffers())
         weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors}
         with FlopCounterMode(display=False) as counter:
-            functional_call(model, weights, torch.empty(1, config.in_channels, *size))
+            functional_call(model, weights, torch.empty(1, config.in_channels, *config.image_size))
     return counter.get_total_flops() // 2
 
 
@@ -147,59 +144,44 @@ GPU = Size("minutes", batch_size=1024, mode="default", group=4, rounds=12, steps
 
 
 def measure_costs(
-    out=None, device: str = "cpu", budget_minutes=0.0, report=None, size: Size | None = None
+    out=None, device="cpu", budget_minutes=0.0, report=lambda result, left: None, size: Size | None = None
 ) -> int:
     """Times the rows that the folder lacks for this kind of device, group by group -> how many are still missing.
 
-    One group is timed at least; another begins where the budget (0: no limit) holds as long as the longest so far
-    took. `report` gets each result and how many rows are left.
+    One group is timed at least; see `timing.until`. `report` gets each result and how many rows are left.
     """
     size = size or (GPU if "cuda" in device else CPU)
-    out, commit = results.results_folder(out), results.commit()
-    end, longest = time.monotonic() + (60 * budget_minutes or math.inf), 0.0
+    out, commit, end = results.results_folder(out), results.commit(), timing.deadline(budget_minutes)
     there = results.recorded("costs", out) if out.is_dir() else []
     done = [result.columns for result in there if result.scale == size.scale]
     missing = [row for row in cost_rows() if row not in done]
-    with each_compiled(), _one_thread(device):
-        while missing and (not longest or time.monotonic() + longest <= end):
-            group, missing, started = missing[: size.group], missing[size.group :], time.monotonic()
+    groups, left = [missing[i : i + size.group] for i in range(0, len(missing), size.group)], len(missing)
+    threads = torch.get_num_threads()
+    if "cuda" not in device:
+        torch.set_num_threads(1)  # two would wait for whatever else runs there
+    try:
+        for group in timing.until(end, groups):
+            if size.mode != "eager":
+                torch.compiler.reset()  # after 256 graphs it would compile no more, and only warn
+            left -= len(group)
             for result in time_group(group, size, device, commit):
                 results.append(result, out)
-                if report:
-                    report(result, len(missing))
-            longest = max(longest, time.monotonic() - started)
-    return len(missing)
-
-
-@contextmanager
-def _one_thread(device: str) -> Iterator[None]:
-    """On a CPU: two would wait for whatever else runs there."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(before if "cuda" in device else 1)
-        yield
+                report(result, left)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+    return left
 
 
 def time_group(rows: Sequence[Row], size: Size, device: str, commit: str) -> Iterator[Result]:
     """Times a training step and a forward pass of these rows and of the base, in rounds; -> the rows' results."""
-    cuda, started = "cuda" in device, time.monotonic()
+    cuda, started, watches, facts = "cuda" in device, time.monotonic(), {}, {}
     configs = {describe(row): cost_config(row, drop_path=0.1, **size.model) for row in (BASE, *rows)}
     base, batch = describe(BASE), noise(configs[describe(BASE)], size.batch_size, device)
-    watches, gigabytes = {}, {}
     for key in product(configs, ("step", "inference")):
-        before = torch.cuda.memory_allocated()
         torch.manual_seed(0)
-        model = VisionTransformer(configs[key[0]])
-        step = partial(Step(model, device, size.mode, training=key[1] == "step"), *batch)
-        for _ in range(2):  # compiles, and takes what memory it will keep
-            step()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            gigabytes[key] = (torch.cuda.max_memory_allocated() - before) / 1e9
-        watches[key] = partial(seconds_of, step, device, size.steps_a_round)
+        step = Step(VisionTransformer(configs[key[0]]), device, size.mode, training=key[1] == "step")
+        facts[key] = step.settle(*batch)
+        watches[key] = partial(seconds_of, partial(step, *batch), device, size.steps_a_round)
     seconds = in_rounds(watches, size.rounds)
     took = round((time.monotonic() - started) / len(rows), 1)
     told = asdict(size) | {"precision": "bf16" if cuda else "fp32", "threads": torch.get_num_threads()}
@@ -211,14 +193,13 @@ def time_group(rows: Sequence[Row], size: Size, device: str, commit: str) -> Ite
             if cuda:  # on a CPU, one thread of one machine: nobody's speed
                 rates = [size.batch_size / of_one for of_one in seconds[name, kind]]
                 metrics |= summary(f"{kind}_images_per_s", rates)
-                metrics[f"{kind}_gigabytes"] = gigabytes[name, kind]
+                metrics[f"{kind}_gigabytes"] = facts[name, kind]["gigabytes"]
         yield Result(
             experiment="costs",
             columns=row,
             scale=size.scale,
             dataset="noise",
             dataset_sha256=results.fingerprint(batch[0][:8]),
-            seed=0,
             config=told | {"model": asdict(configs[name])},
             metrics=metrics,
             seconds=took,

@@ -99,9 +99,6 @@ def padding() -> Iterator[Job]:
         yield _synthetic_job("padding", seed, task="where", encoding=encoding)
 
 
-HINTS = (("what", "sine"), ("where", FIVE))
-
-
 def pooling() -> Iterator[Job]:
     """Class token against pooling where the rows of `synthetic` hint at a difference, on fresh seeds.
 
@@ -112,7 +109,8 @@ def pooling() -> Iterator[Job]:
     Afterwards, since claim and fresh seeds did not agree: the three runs that had hinted at it, repeated with the
     same seeds and configuration.
     """
-    for seed, (task, encoding), pool in product(range(3, 8), HINTS, POOLS):
+    hints = ("what", "sine"), ("where", FIVE)
+    for seed, (task, encoding), pool in product(range(3, 8), hints, POOLS):
         yield _synthetic_job("pooling", seed, task=task, encoding=encoding, global_pool=pool)
     for seed, steps in (*product(range(3, 6), [2000]), *product(SEEDS, [500])):
         yield _synthetic_job("pooling", seed, task="where", encoding=FIVE, max_steps=steps, **POOLED)
@@ -121,18 +119,6 @@ def pooling() -> Iterator[Job]:
 # --------------------------------------------------------------------------- pipelines: minutes on a CPU
 
 CLASSES = 20  # the first of Tiny-ImageNet's 200: 10,000 images to train on, 1,000 held out
-
-
-def _timm_batches(data: DataConfig, **options):
-    from cpvt.lab.timm_baseline import timm_batches  # timm takes a second to import
-
-    return timm_batches(data, **options)
-
-
-PIPELINES = {
-    "cpvt": partial(metrics.first_classes, classes=CLASSES),
-    "timm": partial(_timm_batches, classes=CLASSES),
-}
 
 
 def pipeline_config(seed: int = 0) -> TrainConfig:
@@ -161,8 +147,11 @@ def pipelines() -> Iterator[Job]:
     Written before the first run: no difference is expected. The means of three seeds will differ by less than
     twice the standard error of their difference, or by less than 1.5 points of top-1 where that is more.
     """
-    score = partial(metrics.score_pipeline, classes=CLASSES)
-    for seed, (name, loader) in product(SEEDS, PIPELINES.items()):
+    from cpvt.lab.timm_baseline import timm_batches  # timm takes a second to import
+
+    loaders = {"cpvt": metrics.first_classes, "timm": timm_batches}
+    for seed, (name, make) in product(SEEDS, loaders.items()):
+        score, loader = (partial(each, classes=CLASSES) for each in (metrics.score_pipeline, make))
         yield Job("pipelines", {"pipeline": name}, "minutes", pipeline_config(seed), score, loader)
 
 
@@ -264,13 +253,11 @@ def tables(root: str = "", table: str = "") -> Iterator[Job]:
 
     `root`: the folder that holds Tiny-ImageNet. Minutes a row on a GPU.
     """
-    retrained = [row for rows in table_rows("resolution").values() for row in rows]  # and tested at 24 tokens
     kept = partial(metrics.arrays_of, spread=True)  # held-out images stand class by class
     for rank, rows in table_rows(table).items():
         for seed, row in product(TABLE_SEEDS[rank], rows):
             config = _with(table_config(seed, **row), root)
-            score = partial(metrics.score_table_row, fine_tuned=row in retrained)
-            yield Job("tables", row, "minutes", config, score, arrays=kept)
+            yield Job("tables", row, "minutes", config, metrics.score_table_row, arrays=kept)
 
 
 def tuning(root: str = "") -> Iterator[Job]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipywidgets
-import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -39,7 +38,7 @@ def small_multiples(
     wide = width - 2 * margin
     height = wide * aspect + title + margin
     whole = WIDTH, rows * height
-    with mpl.rc_context(RC):
+    with plt.style.context(["default", RC]):
         figure = plt.figure(figsize=whole)
         # All of it counts as drawn on, or a notebook would cut off what is empty at its edges.
         figure.add_artist(Rectangle((0, 0), 1, 1, fill=False, edgecolor=PALE, linewidth=0.5))

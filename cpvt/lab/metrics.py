@@ -9,20 +9,17 @@ Letters: n images, C channels, p pixels a token, (H, W) grid of tokens.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from cpvt.config import DataConfig, replace
+from cpvt.config import DataConfig, Grid, replace
 from cpvt.data.datasets import ImageDataset, open_dataset
 from cpvt.data.loader import ImageLoader, make_loader, open_split
-from cpvt.data.resize import crop_resize
 from cpvt.data.synthetic import draw
 from cpvt.data.transforms import normalise
 from cpvt.lab import probes
@@ -30,15 +27,12 @@ from cpvt.lab.probes import device_of
 from cpvt.lab.results import fingerprint
 from cpvt.model.encodings import PEG
 from cpvt.model.vit import VisionTransformer
-from cpvt.training.checkpoint import save_model
-from cpvt.training.distributed import Stopped
 from cpvt.training.evaluate import accuracy, correct
-from cpvt.training.train import TrainingRun, train
+from cpvt.training.train import TrainingRun
 
 Score = tuple[dict[str, float], str, str]
 Cache = dict | None  # of decoded images, from run to run: see `data.loader.open_split`
 SIZES = (20, 28, 48, 56, 64)  # of test images at 1:8, in pixels; the second is trained
-FINE_TUNED = 48  # pixels at which the rows of the table "resolution" are trained a little longer
 
 
 def held_out(run: TrainingRun, cache: Cache = None, **changes) -> ImageLoader:
@@ -125,14 +119,12 @@ def score_fashion(run: TrainingRun, cache: Cache = None, images: int = 1000) -> 
     return metrics, run.config.data.name, _digest(loader)
 
 
-def score_table_row(run: TrainingRun, cache: Cache = None, images: int = 2000, fine_tuned=False) -> Score:
+def score_table_row(run: TrainingRun, cache: Cache = None, images: int = 2000) -> Score:
     """A row of the tables at 1:8.
 
     top1@10 ... top1@32     at the five sizes, by tokens a side, whole images; a table follows as its configuration
-                            says, and `/resample`, `/rescale` as it could; `/logn` with log-N attention, whose
-                            factor is 1 at the trained size, so that training is the same
+                            says, and `/resample`, `/rescale` as it could
     top1@14x28              on a band twice as wide as it is high
-    top1@24/tuned           after a short fine-tune at 24 tokens a side, with `fine_tuned`
     and what `_score_images` says of `images` at even steps
     """
     model, pixels, size = run.model, run.config.model.patch_size, run.config.data.image_size
@@ -143,11 +135,6 @@ def score_table_row(run: TrainingRun, cache: Cache = None, images: int = 2000, f
             metrics[f"top1@{side // pixels}{suffix}"] = scores["top1"]
     loader = held_out(run, cache)
     metrics |= score_oblong(model, loader)
-    if fine_tuned:
-        tuned = fine_tune(run, FINE_TUNED, cache)
-        if tuned.interrupted:
-            raise Stopped(tuned.interrupted)
-        metrics[f"top1@{FINE_TUNED // pixels}/tuned"] = tuned.metrics["top1"]
     wider, _ = held_out_images(held_out(run, cache, image_size=size + 2 * pixels), 64, spread=True)
     metrics |= _score_images(model, loader, images, True, wider[:, :, pixels:-pixels])
     return metrics, run.config.data.name, _digest(loader)
@@ -161,34 +148,15 @@ def _score_images(model, loader: ImageLoader, count: int, spread=False, scenes=N
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def fine_tune(run: TrainingRun, size: int, cache: Cache = None) -> TrainingRun:
-    """Trains on at another image size: a twentieth of the steps, from a tenth of the learning rate downwards, no
-    warm-up; a learned table is resampled first. Crops that would have to be enlarged are left out."""
-    config = run.config
-    detail = (size / config.data.stored_size) ** 2 if config.data.stored_size else 0.0
-    low, high = (max(share, detail) for share in config.augment.crop_scale)
-    changes = {"steps": max(config.optim.steps // 20, 1), "lr": config.optim.lr / 10, "warmup_steps": 0}
-    with TemporaryDirectory() as folder:
-        weights = Path(folder) / "model.safetensors"
-        save_model(weights, run.model, config)
-        config = replace(config, run=replace(config.run, init=str(weights), out=""))
-        config = replace(config, augment=replace(config.augment, crop_scale=(low, high)))
-        config = replace(config, data=replace(config.data, image_size=size))
-        config = replace(config, optim=replace(config.optim, **changes))
-        return train(config, make_loader=partial(make_loader, cache=cache))
-
-
 def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, VisionTransformer]]:
-    """The model; at other sizes also with log-N attention, and with every other rule for a fixed table."""
+    """The model; at other sizes also with every other rule for a fixed table."""
     yield "", model
-    if size == model.config.image_size[0]:
-        return
-    rules = {"sine": ("resample", "rescale"), "rotary": ("rescale",)}.get(model.config.encoding, ())
-    changes = {f"/{rule}": {"encoding": f"{model.config.encoding}(resize={rule!r})"} for rule in rules}
-    for suffix, changed in ({"/logn": {"logn_scale": True}} | changes).items():
-        other = VisionTransformer(replace(model.config, **changed))
+    encoding, trained = model.config.encoding, size == model.config.image_size[0]
+    rules = {"sine": ("resample", "rescale"), "rotary": ("rescale",)}.get(encoding, ())
+    for rule in () if trained else rules:
+        other = VisionTransformer(replace(model.config, encoding=f"{encoding}(resize={rule!r})"))
         other.load_state_dict(model.state_dict())
-        yield suffix, other.to(device_of(model)).eval()
+        yield f"/{rule}", other.to(device_of(model)).eval()
 
 
 def arrays_of(run: TrainingRun, cache: Cache = None, spread: bool = False) -> dict[str, Tensor]:
@@ -218,13 +186,12 @@ def arrays_of(run: TrainingRun, cache: Cache = None, spread: bool = False) -> di
 # --------------------------------------------------------------------------- parts of a score
 
 
-@torch.no_grad()
-def _last_grid(model: VisionTransformer) -> tuple[int, int]:
+def _last_grid(model: VisionTransformer) -> Grid:
     """(H, W) of the tokens after the last block: a PEG without padding has shrunk the grid."""
-    config = model.config
-    blank = torch.zeros(1, config.in_channels, *config.image_size).to(model.head.weight)
-    (last,) = model.forward_intermediates(blank, indices=[config.depth - 1], intermediates_only=True)
-    return tuple(last.shape[-2:])
+    grid = model.config.grid
+    for position in range(-1, model.config.depth):
+        grid = model.encoding.grid_after(position, grid)
+    return grid
 
 
 def score_position(model: VisionTransformer, images: Tensor) -> dict[str, float]:
@@ -272,10 +239,8 @@ def score_maps(model: VisionTransformer, images: Tensor, scenes: Tensor | None =
 
 
 @torch.no_grad()
-def score_shifts(
-    model: VisionTransformer, images: Tensor, labels: Tensor, pixels: Iterable[int] = (1, 2, 4, 6)
-) -> dict[str, float]:
-    """Accuracy on images that are moved left and right by so many pixels, black coming in.
+def score_shifts(model: VisionTransformer, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy on images that are moved left and right by 1 to 6 pixels, black coming in.
 
     top1@14/shift2    per cent right, mean of both directions; /shift0 are the same images where they were
     same_class/shift2 share of answers, in per cent, that are those to the image where it was
@@ -290,7 +255,7 @@ def score_shifts(
 
     still = answers(0)
     metrics = {f"{top1}/shift0": 100 * (still == labels).float().mean().item()}
-    for distance in pixels:
+    for distance in (1, 2, 4, 6):
         found = torch.stack([answers(-distance), answers(distance)])
         metrics[f"{top1}/shift{distance}"] = 100 * (found == labels).float().mean().item()
         metrics[f"same_class/shift{distance}"] = 100 * (found == still).float().mean().item()
@@ -322,10 +287,10 @@ def score_oblong(model: VisionTransformer, loader: ImageLoader) -> dict[str, flo
     """
     held, size, right = loader.val_set, model.config.image_size[0], []
     for part in torch.arange(len(held.labels)).split(256):
-        pixels, labels = held.images[part], held.labels[part].to(device_of(model))
+        pixels, labels = held.images[part].float(), held.labels[part].to(device_of(model))
         S = pixels.shape[-1]
-        band = torch.tensor([[S / 4, 0.0, S / 2, float(S)]] * len(part), dtype=torch.float64)
-        wide = crop_resize(pixels, band, (size, 2 * size), bound="image").to(device_of(model))
-        right.append(correct(model, normalise(wide.float() / 255), labels))
+        wide = {"size": (size, 2 * size), "mode": "bicubic", "antialias": True}
+        band = interpolate(pixels[:, :, S // 4 : S - S // 4], **wide).clamp(0, 255).to(device_of(model))
+        right.append(correct(model, normalise(band / 255), labels))
     H, W = model.config.grid
     return {f"top1@{H}x{2 * W}": 100 * torch.cat(right).double().mean().item()}

@@ -1,65 +1,26 @@
-"""The figures that the chapters share: accuracy by distance, images, the layout of a batch.
-
-Each function returns the matplotlib Figure; a notebook shows it where it is the value of a cell.
-"""
+"""Images side by side, and a drawn one."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-import pandas
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from cpvt.data.sampler import Sampler
-from cpvt.lab.results import NOT_YET
-from cpvt.lab.styles import BLACK, BLUE, GREEN, GREY, VERMILLION, WIDTH, figure, style_of
+from cpvt.lab.styles import WIDTH, figure
 from cpvt.rng import uniform
-
-# --------------------------------------------------------------------------- accuracy by distance
-
-
-def accuracy_by_distance(results: pandas.DataFrame, metric: str, *, chance: float, xlabel: str) -> Figure:
-    """Accuracy against distance (columns `metric`/d0, `metric`/d1, ...), a line for each encoding; its band
-    runs from the worst seed to the best, the dashed line shows `chance`, in percent."""
-    known = results.dropna(axis="columns", how="all")
-    distances = sorted(int(name.rpartition("/d")[2]) for name in known if name.startswith(f"{metric}/d"))
-    with figure(4.4) as fig:
-        if not distances:
-            fig.text(0.5, 0.5, NOT_YET, ha="center", va="center", fontsize=16, color=GREY)
-            return fig
-        axes = fig.subplots()
-        for encoding, runs in known.groupby("encoding", sort=False):
-            style, values = style_of(encoding), runs[[f"{metric}/d{distance}" for distance in distances]]
-            band = {"color": style.colour, "alpha": 0.18, "linewidth": 0}
-            axes.fill_between(distances, values.min(), values.max(), **band)
-            axes.plot(distances, values.mean(), **style.line())
-        axes.axhline(chance, color=BLACK, linewidth=1, linestyle="--", zorder=1)
-        axes.text(distances[-1] + 0.45, chance - 1.5, "chance", ha="right", va="top")
-        axes.set(xticks=distances, xlim=(distances[0] - 0.5, distances[-1] + 0.5), ylim=(0, 104))
-        axes.set(xlabel=xlabel, ylabel="accuracy (%)")
-        fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return fig
-
-
-# --------------------------------------------------------------------------- images
 
 
 def show_images(images: Sequence[Tensor], titles: Sequence[str], columns: int = 4) -> Figure:
-    """Images (3, height, width) in [0, 1], all of one size, side by side; each under its title."""
+    """Images (3, height, width) in [0, 1], all of one size, each under its title; they must fill their rows."""
     height, width = images[0].shape[1:]
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
+    rows = len(images) // columns
     with figure(rows * (WIDTH / columns * height / width * 0.95 + 0.35)) as fig:
-        every = fig.subplots(rows, columns, squeeze=False).flatten()
-        for axes, image, title in zip(every[: len(images)], images, titles, strict=True):
+        every = fig.subplots(rows, columns, squeeze=False).flat
+        for axes, image, title in zip(every, images, titles, strict=True):
             axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(visible=True, color="#999999")
             axes.set_title(title, fontsize=11, loc="center")
-        for axes in every[len(images) :]:
-            axes.set_axis_off()
     return fig
 
 
@@ -85,41 +46,3 @@ def drawn_image(seed: int = 0, height: int = 240, width: int = 320) -> Tensor:
     paint((abs(x - 0.08) < 0.035) & (abs(y - 0.77) < 0.08), 0.25, 0.15, 0.1)  # the door
     paint((abs(x - 0.21) < 0.04) & (abs(y - 0.69) < 0.045), 0.95, 0.9, 0.6)  # a window
     return (255 * image).round().clamp(0, 255).to(torch.uint8)
-
-
-# --------------------------------------------------------------------------- a batch
-
-
-def batch_layout(sampler: Sampler, marked: Sequence[int] = (0, 5)) -> Figure:
-    """The images of one batch: a row a mixing group, in each square the number of the image in the stream.
-
-    Thin frames are micro-batches, thick ones processes. `marked`: images whose copies are set in colour.
-    """
-    groups, size = sampler.global_batch_size // sampler.mix_group, sampler.mix_group
-    shares = [replace(sampler, rank=rank).micro_batches for rank in range(sampler.world_size)]
-    colours = dict(zip(marked, (VERMILLION, BLUE, GREEN), strict=False))
-    with figure(0.62 * groups + 0.65) as fig:
-        axes = fig.subplots()
-        for place, position in enumerate(sampler.positions(0)[1].tolist()):
-            row, column = divmod(place, size)
-            image = position // sampler.repeated_aug
-            square = {"facecolor": colours.get(image, "white"), "edgecolor": GREY, "linewidth": 0.6}
-            axes.add_patch(Rectangle((column, row + 0.19), 1, 0.62, **square))
-            ink = {"color": "white", "fontweight": "bold"} if image in colours else {}
-            axes.text(column + 0.5, row + 0.5, str(image), ha="center", va="center", **ink)
-
-        def around(first: int, last: int, gap: float, linewidth: float) -> None:
-            corner, wide, high = (gap - 0.12, first + gap), size + 0.24 - 2 * gap, last - first - 2 * gap
-            axes.add_patch(Rectangle(corner, wide, high, fill=False, linewidth=linewidth))
-
-        for rank, parts in enumerate(shares):
-            first, last = parts[0].start // size, parts[-1].stop // size
-            for part in parts:
-                around(part.start // size, part.stop // size, 0.09, 1.2)
-            around(first, last, 0.03, 3.0)
-            axes.text(-0.35, (first + last) / 2, f"process {rank}", ha="right", va="center")
-        for row in range(groups):
-            axes.text(size + 0.35, row + 0.5, f"group {row}", ha="left", va="center")
-        axes.set(xlim=(-2.6, size + 2.2), ylim=(groups + 0.05, -0.05))
-        axes.set_axis_off()
-    return fig

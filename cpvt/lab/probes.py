@@ -128,14 +128,12 @@ class Permutation(NamedTuple):
 
 
 @torch.no_grad()
-def permutation_error(model: nn.Module, images: Tensor, seed: int = 0) -> Permutation:
+def permutation_error(model: nn.Module, images: Tensor) -> Permutation:
     """Shuffles the patches of (n, C, height, width) and compares, in float64, with the images as they were."""
     model, images = _exact(model), images.to(device_of(model), torch.float64)
-    P, (p, q) = model.num_prefix_tokens, _pair(model.patch_embed.patch_size)
-    N = (images.shape[2] // p) * (images.shape[3] // q)
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
-    before = model.forward_features(images)
-    after = model.forward_features(shuffle_patches(images, (p, q), order))
+    P, before = model.num_prefix_tokens, model.forward_features(images)
+    order = torch.randperm(before.shape[1] - P, generator=torch.Generator().manual_seed(0))
+    after = model.forward_features(shuffle_patches(images, model.patch_embed.patch_size, order))
     expected, found = before[:, P:][:, order], after[:, P:]
     read, reread = (model.forward_head(x, pre_logits=True) for x in (before, after))
     return Permutation(_relative(found - expected, expected), _relative(reread - read, read))
@@ -198,13 +196,10 @@ def _depth(grid: Grid) -> Tensor:
 
 def _shift(x: Tensor, shift, wrap: bool) -> Tensor:
     """(..., H, W) moved down and right; zeros come in, or with `wrap` what left."""
-    out = x.roll(tuple(shift), (-2, -1))
-    if wrap:
-        return out
-    for axis, s in zip((-2, -1), shift, strict=True):
-        n = x.shape[axis]
-        came_in = torch.arange(s) if s >= 0 else torch.arange(n + s, n)
-        out = out.index_fill(axis, came_in.to(x.device), 0)
+    (H, W), (down, right), out = x.shape[-2:], shift, x.roll(tuple(shift), (-2, -1))
+    if not wrap:
+        out[..., slice(0, down) if down >= 0 else slice(H + down, H), :] = 0
+        out[..., slice(0, right) if right >= 0 else slice(W + right, W)] = 0
     return out
 
 
@@ -212,25 +207,21 @@ def _shift(x: Tensor, shift, wrap: bool) -> Tensor:
 
 
 class Probe(NamedTuple):
-    """R2 on held-out images, 1 at best: of row and column, over all tokens, inside, and near a border."""
+    """R2 on held-out images, 1 at best: of row and column, over all tokens and over those off the border."""
 
     row: float
     column: float
     row_interior: float
     column_interior: float
-    row_border: float
-    column_border: float
 
 
-def position_probe(
-    features: Tensor, grid: Grid, *, ridge: float = 1e-6, border: int = 1, seed: int = 0
-) -> Probe:
+def position_probe(features: Tensor, grid: Grid, *, ridge: float = 1e-6) -> Probe:
     """Fits row and column as linear functions of the tokens (n, N, D) of one half of the images, and reports
     R2 on the other half.
 
-    Ridge regression in closed form, in float64; `ridge` is relative to the mean variance of a feature. A token
-    with fewer than `border` tokens between it and a border counts as border; R2 of a part is relative to the
-    variance within it. Content can predict position (the sky is up): see `control_images`.
+    Ridge regression in closed form, in float64; `ridge` is relative to the mean variance of a feature. R2
+    of the interior is relative to the variance within it. Content can predict position (the sky is up): see
+    `control_images`.
     """
     n, N, _ = features.shape
     if N != grid[0] * grid[1]:
@@ -239,7 +230,7 @@ def position_probe(
         raise ProbeError(f"{n} image; the probe is fitted on one half of the images and read on the other")
     if not bool(torch.isfinite(features).all()):
         raise ProbeError("features hold infinities or NaN; find where the model makes them")
-    order, dtype = torch.randperm(n, generator=torch.Generator().manual_seed(seed)), features.dtype
+    order, dtype = torch.randperm(n, generator=torch.Generator().manual_seed(0)), features.dtype
     features = features.detach().cpu().double()[order]
     half = n // 2
     position = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))  # (N, 2)
@@ -252,17 +243,11 @@ def position_probe(
     penalty = torch.maximum(ridge * gram.diagonal().mean(), rounding.clamp_min(1e-300))
     weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=torch.float64), x.T @ y)
     found = (features[half:] - mean) @ weight + target  # (n - half, N, 2)
-    depth = _depth(grid)
-
-    def score(mask: Tensor) -> list[float]:
-        if not mask.any():
-            return [float("nan")] * 2
-        wanted = position[mask]
-        wrong = (found[:, mask] - wanted).square().mean((0, 1))
-        return (1 - wrong / wanted.var(0, correction=0)).tolist()
-
-    parts = depth >= 0, depth >= border, depth < border
-    return Probe(*(value for mask in parts for value in score(mask)))
+    scores = []
+    for mask in (_depth(grid) >= 0, _depth(grid) >= 1):  # NaN without such tokens
+        wrong = (found[:, mask] - position[mask]).square().mean((0, 1))
+        scores += (1 - wrong / position[mask].var(0, correction=0)).tolist()
+    return Probe(*scores)
 
 
 def probe_ceiling(size: int, reach: int) -> float:
@@ -303,11 +288,10 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     return found
 
 
-def control_images(images: Tensor, patch: int | Grid, seed: int = 0) -> dict[str, Tensor]:
+def control_images(images: Tensor, patch: int | Grid) -> dict[str, Tensor]:
     """(n, C, height, width) -> what a probe must be tried on: the "images", the mean of each as a "constant"
     image, "noise" with their mean and deviation in each channel, and their patches "shuffled"."""
-    p, q = _pair(patch)
-    generator = torch.Generator().manual_seed(seed)
+    (p, q), generator = _pair(patch), torch.Generator().manual_seed(0)
     mean, deviation = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
     noise = torch.randn(images.shape, generator=generator).to(images)
     N = (images.shape[2] // p) * (images.shape[3] // q)

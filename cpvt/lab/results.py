@@ -51,8 +51,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "fashion": _FASHION,
     "fashion-length": _FASHION,
     "costs": {**_MODEL, "again": False},
+    "benchmark": {"part": None, "model": "", "mode": "", "loader": "", "size": 0},
 }
-COLUMNS["benchmark"] = {"part": None, "model": "", "mode": "", "loader": "", "size": 0}
 NOT_YET = "not yet measured"
 DATA = Path(__file__).resolve().parents[2] / "data"  # the repository's, wherever the working directory is
 _METRIC = re.compile(r"[a-z][a-z0-9_]*(@\d+(x\d+)?)?(/[a-z][a-z0-9_.-]*)*")
@@ -62,7 +62,7 @@ class AlreadyMeasured(ResultsError):
     """A result of the same experiment, scale, columns and seed stands in the file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """One measurement of one trained (or untrained) model.
 
@@ -72,7 +72,6 @@ class Result:
     dataset         name of the data, and `dataset_sha256` of what was evaluated on
     config          the whole configuration, as `dataclasses.asdict` gives it
     metrics         name -> number; see above for the names
-    weights         "raw" or "ema"
     seconds         what it took, training and evaluation together
     device, torch   where it ran, and the version
     cpvt_commit     `commit()`, asked before training
@@ -86,13 +85,12 @@ class Result:
     scale: str
     dataset: str
     dataset_sha256: str
-    seed: int
+    seed: int = 0
     config: dict[str, Any]
     metrics: dict[str, float]
     seconds: float
     device: str
     cpvt_commit: str
-    weights: str = "raw"
     torch: str = str(torch.__version__)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -101,26 +99,22 @@ class Result:
             if not fine:
                 raise ResultsError(f"{field}={getattr(self, field)!r}; expected {expected}")
 
-        expect("dataset_sha256", re.fullmatch("[0-9a-f]{64}", str(self.dataset_sha256)), "64 hex digits")
+        own, sha256 = COLUMNS.get(self.experiment, self.columns), str(self.dataset_sha256)
+        expect("dataset_sha256", re.fullmatch("[0-9a-f]{64}", sha256), "64 hex digits")
         expect("seed", type(self.seed) is int and self.seed >= 0, "a whole number, 0 or more")
-        expect("weights", self.weights in ("raw", "ema"), "'raw' or 'ema'")
-        expect("seconds", _is_number(self.seconds) and self.seconds >= 0, "a finite number, 0 or more")
         for name in ("columns", "config", "metrics"):
             value = getattr(self, name)
             expect(name, isinstance(value, dict) and value, "at least one name and value")
+        fine = self.columns.keys() == own.keys() and not own.keys() & {*FIELDS, *self.metrics}
+        expect("columns", fine, f"those of {self.experiment}: {', '.join(own)}; no field, no metric")
         for name, value in self.metrics.items():
             _check_metric(name, value)
-        own = COLUMNS.get(self.experiment, self.columns)
-        expect("columns", self.columns.keys() == own.keys(), f"those of {self.experiment}: {', '.join(own)}")
-        plain = all(isinstance(value, str | bool) or _is_number(value) for value in self.columns.values())
-        expect("columns", plain, "words, numbers, True or False")
-        taken = self.columns.keys() & {*FIELDS, *self.metrics}
-        expect("columns", not taken, "names that no field and no metric has")
         object.__setattr__(self, "columns", {name: self.columns[name] for name in own})  # in one order
         try:  # JSON has no tuples: a result must equal what is read back
             object.__setattr__(self, "config", json.loads(json.dumps(self.config, allow_nan=False)))
+            json.dumps([self.columns, self.seconds], allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ResultsError(f"config: cannot be written as JSON ({error}); give plain values") from None
+            raise ResultsError(f"config, columns or seconds: not JSON ({error}); give plain values") from None
 
     @property
     def key(self) -> tuple:
@@ -154,15 +148,12 @@ def complete(experiment: str, columns: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in full.items() if value is not None}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_metric(name: Any, value: Any) -> None:
     percent = str(name).startswith(("top1", "top5"))
     if not isinstance(name, str) or not _METRIC.fullmatch(name) or (percent and "@" not in name):
         raise ResultsError(f"metric {name!r}; expected a name such as top1@14, top1@14/d3 or images_per_s")
-    if not _is_number(value) or (percent and not 0 <= value <= 100):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (percent and not 0 <= value <= 100):
         raise ResultsError(f"metric {name}={value!r}; expected a finite number; of top1 in percent, 0 to 100")
 
 
@@ -208,16 +199,13 @@ def append(
 
 def recorded(experiment: str | None = None, folder: str | Path | None = None) -> list[Result]:
     """The results of an experiment, or all; of superseded ones only the newest. See `read`."""
-    folder, found = results_folder(folder), {}
+    folder = results_folder(folder)
     if not folder.is_dir():
         raise ResultsError(f"there is no folder {folder}")
     if experiment not in (None, *COLUMNS) and not (folder / f"{experiment}.jsonl").exists():
         raise ResultsError(f"no experiment {experiment!r}; {nearest(experiment, COLUMNS)}")
-    for path in sorted(folder.glob("*.jsonl" if experiment is None else f"{experiment}.jsonl")):
-        for result in _lines(path):
-            found.pop(result.key, None)
-            found[result.key] = result
-    return list(found.values())
+    paths = sorted(folder.glob("*.jsonl" if experiment is None else f"{experiment}.jsonl"))
+    return list({result.key: result for path in paths for result in _lines(path)}.values())
 
 
 def _lines(path: Path) -> Iterator[Result]:
@@ -229,10 +217,8 @@ def _lines(path: Path) -> Iterator[Result]:
             if values["experiment"] != path.stem:
                 raise ResultsError(f"experiment {values['experiment']!r}: it belongs into another file")
             yield Result(**values)
-        except json.JSONDecodeError as error:
-            raise ResultsError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from None
-        except ResultsError as error:
-            raise ResultsError(f"{path}:{number}: {error}") from None
+        except (json.JSONDecodeError, ResultsError) as error:
+            raise ResultsError(f"{path}:{number}: {error}; mend or remove the line") from None
 
 
 def read(experiment: str | None = None, folder: str | Path | None = None) -> pandas.DataFrame:

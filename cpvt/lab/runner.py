@@ -3,12 +3,10 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -22,19 +20,12 @@ from torch import Tensor, nn
 
 from cpvt.config import DataConfig, TrainConfig, from_json, replace, to_json
 from cpvt.data.loader import make_loader
-from cpvt.errors import ConfigError, ResultsError, TrainingError
-from cpvt.lab.results import (
-    AlreadyMeasured,
-    Result,
-    append,
-    commit,
-    describe,
-    device_name,
-    recorded,
-    results_folder,
-)
+from cpvt.errors import ResultsError, TrainingError
+from cpvt.lab import results
+from cpvt.lab.results import AlreadyMeasured, Result, describe
+from cpvt.lab.timing import deadline, until
 from cpvt.training.checkpoint import differences
-from cpvt.training.distributed import SIGNALS, Stopped, pick_device
+from cpvt.training.distributed import Stopped, pick_device
 from cpvt.training.evaluate import accuracy
 from cpvt.training.loss import cross_entropy
 from cpvt.training.optim import learning_rate, param_groups, resolve
@@ -86,6 +77,8 @@ def run_job(job: Job, version: str, cache: dict) -> tuple[Result, dict[str, Tens
     for module in run.model.modules():  # scored as written: hooks are set, and sizes asked for once
         module._compiled_call_impl = None
     metrics, dataset, digest = job.score(run, cache)
+    metrics |= teacher_top1 | {"steps": run.steps, "loss": run.history[-1]["loss"]}
+    metrics["parameters"] = sum(p.numel() for p in run.model.parameters())
     anywhere = replace(job.config.data, root=DataConfig.root)  # wherever the images lay
     result = Result(
         experiment=job.experiment,
@@ -95,15 +88,9 @@ def run_job(job: Job, version: str, cache: dict) -> tuple[Result, dict[str, Tens
         dataset_sha256=digest,
         seed=job.config.run.seed,
         config=dataclasses.asdict(replace(job.config, data=anywhere)),
-        metrics={
-            **metrics,
-            **teacher_top1,
-            "steps": run.steps,
-            "loss": run.history[-1]["loss"],
-            "parameters": sum(p.numel() for p in run.model.parameters()),
-        },
+        metrics=metrics,
         seconds=round(time.perf_counter() - started, 1),
-        device=device_name(next(run.model.parameters()).device),
+        device=results.device_name(next(run.model.parameters()).device),
         cpvt_commit=version,
     )
     return result, job.arrays(run, cache)
@@ -113,45 +100,39 @@ def run_missing(
     jobs: Iterable[Job],
     folder: str | Path | None = None,
     budget_minutes: float = 0.0,
-    report: Callable[[Result, int], None] | None = None,
+    report: Callable[[Result, int], None] = lambda result, left: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Runs the jobs that the folder's results lack, in their order; -> how many are still missing.
 
     One is run at least; another begins where the budget holds as long as the longest so far took (0: no limit).
-    Every result is on disk before the next job starts, and a signal ends it between two of them. A job that fails
-    (its loss is not finite) is passed over, and named in the end. `report` gets each result and how many are left.
+    Every result is on disk before the next job starts, and Ctrl-C, or a signal in training, ends it between two of
+    them. A job that fails (its loss is not finite) is passed over, and named in the end. `report` gets each result
+    and how many are left.
     Raises ResultsError for a row that stands there with another configuration, for a folder that cannot be
     written to, and for what was passed over.
     """
-    if not 0 <= budget_minutes < math.inf:
-        raise ConfigError(f"budget_minutes={budget_minutes:g}: give minutes, or 0 for no limit")
-    folder, longest = results_folder(folder), 0.0
-    version = commit()  # asked now: files may change while this code trains
-    end = clock() + (60 * budget_minutes or math.inf)
+    folder, end = results.results_folder(folder), deadline(budget_minutes, clock)
+    version = results.commit()  # asked now: files may change while this code trains
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ResultsError(f"{folder} cannot be written to; give another folder")
     missing, failed, cache = _missing(list(jobs), folder), [], {}
-    with _raising_at_signals():
-        while missing and (not longest or clock() + longest <= end):
-            job, started = missing.pop(0), clock()
+    left = len(missing)
+    with suppress(Stopped, KeyboardInterrupt):
+        for job in until(end, missing, clock):
             try:
                 result, arrays = run_job(job, version, cache)
-            except Stopped:
-                missing.insert(0, job)
-                break
             except (TrainingError, ResultsError) as error:
                 failed.append(f"{job.label}: {error}")
-                continue
-            with suppress(AlreadyMeasured):  # by another process, meanwhile
-                append(result, folder, arrays=arrays)
-            longest = max(longest, clock() - started)
-            if report:
-                report(result, len(missing))
+            else:
+                with suppress(AlreadyMeasured):  # by another process, meanwhile
+                    results.append(result, folder, arrays=arrays)
+                report(result, left - 1)
+            left -= 1
     if failed:
         raise ResultsError("not measured: " + "; ".join(failed))
-    return len(missing)
+    return left
 
 
 def _missing(jobs: list[Job], folder: Path) -> list[Job]:
@@ -159,7 +140,7 @@ def _missing(jobs: list[Job], folder: Path) -> list[Job]:
     stored: dict[tuple, Result] = {}
     for experiment in {job.experiment for job in jobs}:
         if (folder / f"{experiment}.jsonl").exists():
-            stored |= {result.key: result for result in recorded(experiment, folder)}
+            stored |= {result.key: result for result in results.recorded(experiment, folder)}
     for job in jobs:
         if result := stored.get(job.key):
             if apart := differences(job.config, from_json(TrainConfig, json.dumps(result.config))):
@@ -168,21 +149,6 @@ def _missing(jobs: list[Job], folder: Path) -> list[Job]:
                     f"use another folder, or remove the row from {folder}"
                 )
     return [job for job in jobs if job.key not in stored]
-
-
-@contextmanager
-def _raising_at_signals() -> Iterator[None]:
-    """Raises Stopped at a signal, for whatever does not hear signals by itself as training does."""
-
-    def stop(number: int, _) -> None:
-        raise Stopped(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------- teachers

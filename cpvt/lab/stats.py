@@ -64,20 +64,12 @@ def by_seed(rows: pandas.DataFrame, columns: dict[str, Any], metric: str) -> pan
     return found.set_index("seed")
 
 
-def over_seeds(rows: pandas.DataFrame, metric: str, by: Sequence[str] = ()) -> pandas.DataFrame:
-    """-> a line for each row of the table: mean, min, max, seeds, low and high (95 %, from three seeds on).
-
-    Its index: the columns `by`, which must tell the rows apart; without them all of the experiment.
-    """
-    by = list(by) or list(rows.columns[1 : list(rows).index("seed")])
+def over_seeds(rows: pandas.DataFrame, metric: str, by: list[str]) -> pandas.DataFrame:
+    """-> mean, min and max over seeds; its index: the columns `by`, which must tell the rows apart."""
     found = rows[rows[metric].notna()] if metric in rows else rows[:0].assign(**{metric: 0.0})
     if found.duplicated([*by, "seed"]).any():
         raise ResultsError(f"more than one row a seed for one {', '.join(by)}: select, or name more columns")
-    table = found.groupby(by, sort=False)[metric].agg(["mean", "min", "max", "count", "std"])
-    n = table["count"].where(table["count"] >= 3)
-    half = t.ppf(0.975, n - 1) * table.pop("std") / n**0.5
-    table = table.rename(columns={"count": "seeds"})
-    return table.assign(low=table["mean"] - half, high=table["mean"] + half)
+    return found.groupby(by, sort=False)[metric].agg(["mean", "min", "max"])
 
 
 def combination(rows: pandas.DataFrame, *terms: tuple, across: bool = False) -> Spread | None:
@@ -134,21 +126,21 @@ def p_value(found: Spread) -> float:
     return float(2 * t.sf(abs(found.mean) / error, found.n - 1))
 
 
-def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """For each p-value whether it stands among all of them: the smallest of m must be below level / m, the next
-    below level / (m - 1), up to the first that fails."""
+def holm(p_values: Sequence[float]) -> list[bool]:
+    """For each p-value whether it stands among all of them: the smallest of m must be below 0.05 / m, the next
+    below 0.05 / (m - 1), up to the first that fails."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     stands = [False] * len(p_values)
     for rank, i in enumerate(order):
-        if p_values[i] > level / (len(order) - rank):
+        if p_values[i] > 0.05 / (len(order) - rank):
             break
         stands[i] = True
     return stands
 
 
-def verdicts(found: Sequence[Spread | None], level: float = 0.05) -> list[str]:
+def verdicts(found: Sequence[Spread | None]) -> list[str]:
     """Differences claimed to be above zero, None while not measured -> a verdict on each, after Holm among all."""
-    stands = holm([1.0 if one is None else p_value(one) for one in found], level)
+    stands = holm([1.0 if one is None else p_value(one) for one in found])
     words = []
     for one, firm in zip(found, stands, strict=True):
         sign = "supported" if one and one.mean > 0 else "contradicted"
@@ -220,25 +212,25 @@ METRIC = {"where": "top1@10", "arrangement": "top1@6x14", "what": "top1@8x12/uns
 TRAINED = "top1@8x12/trained"
 
 
-def where_ceiling(reach: int, distance: int, size: int = 10) -> float:
+def where_ceiling(reach: int, distance: int) -> float:
     """-> the best accuracy in percent on *where*, at that distance, of who sees borders `reach` tokens away."""
     best = [
         0.5 ** ((down > reach) + (across > reach))  # two halves to know; each is known, or guessed
-        for down in range(size // 2)
-        for across in range(size // 2)
+        for down in range(5)
+        for across in range(5)
         if min(down, across) == distance
     ]
     return 100 * sum(best) / len(best)
 
 
-def arrangement_ceiling(spread: int, separation: int, columns: int = 14, margin: int = 2) -> float:
+def arrangement_ceiling(spread: int, separation: int) -> float:
     """-> the best accuracy in percent on *arrangement*, at that separation, of PEGs that spread that far in all:
     the order shows up to 2 * spread columns; a column hints at it up to 2 * spread - 1 tokens from a border."""
     seen: Counter = Counter()
-    for first in range(margin, columns - margin - separation):
+    for first in range(2, 12 - separation):  # of 14 columns, two on either side stay empty
         for label, pair in enumerate(((first, first + separation), (first + separation, first))):
             order = label if separation <= 2 * spread else None
-            shows = [x if min(x, columns - 1 - x) <= 2 * spread - 1 else None for x in pair]
+            shows = [x if min(x, 13 - x) <= 2 * spread - 1 else None for x in pair]
             seen[order, *shows, label] += 1
     best: Counter = Counter()
     for (*observation, _), count in seen.items():

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -143,15 +142,8 @@ def _notes(peg: Peg) -> list[str]:
 
 # --------------------------------------------------------------------------- figures
 
-RC = {
-    "figure.facecolor": "white",  # opaque: dark pages set figures on a white card
+RC = {  # on matplotlib's defaults, whatever the reader's own settings
     "figure.dpi": 150,
-    "savefig.facecolor": "white",
-    "savefig.dpi": 150,
-    "savefig.transparent": False,
-    "svg.hashsalt": "cpvt",  # the same figure gives the same file
-    "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.titlelocation": "left",
@@ -161,11 +153,9 @@ RC = {
     "legend.fontsize": 11,
     "legend.frameon": False,
     "legend.handlelength": 2.8,
-    "axes.facecolor": "white",
     "axes.edgecolor": "#444444",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": False,
     "lines.linewidth": 2,
     "image.interpolation": "nearest",
     "hatch.linewidth": 1.2,
@@ -177,7 +167,7 @@ WIDTH = 7.0  # inches; with fonts from 11 points on this reads on a phone
 def figure(height: float, width: float = WIDTH) -> Iterator[Figure]:
     """A new figure in the book's look, inches high and wide; closed for pyplot on leaving, so that a notebook
     shows it once: where it is the value of a cell."""
-    with mpl.rc_context(RC):
+    with plt.style.context(["default", RC]):
         new = plt.figure(figsize=(width, height), layout="constrained")
         try:
             yield new

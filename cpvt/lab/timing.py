@@ -6,10 +6,11 @@ every round gives a ratio of its own.
 Letters: B images of a batch, K classes, S side of an image in pixels.
 """
 
+import math
 import random
 import time
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -17,11 +18,31 @@ from scipy.stats import quantile_test
 from torch import Tensor, nn
 
 from cpvt.config import ModelConfig
+from cpvt.errors import ConfigError
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.loss import cross_entropy
 from cpvt.training.optim import param_groups
 
 # --------------------------------------------------------------------------- stop-watches
+
+
+def deadline(budget_minutes: float, clock: Callable[[], float] = time.monotonic) -> float:
+    """What the clock will show when a budget is spent (0: no limit). Raises ConfigError where it is none."""
+    if not 0 <= budget_minutes < math.inf:
+        raise ConfigError(f"budget_minutes={budget_minutes:g}: give minutes, or 0 for no limit")
+    return clock() + (60 * budget_minutes or math.inf)
+
+
+def until(end: float, items: Iterable, clock: Callable[[], float] = time.monotonic) -> Iterator:
+    """The items, for work on one after the other: the first, then each that would be done by `end` if it took as
+    long as the longest so far."""
+    longest = 0.0
+    for item in items:
+        started = clock()
+        if longest and started + longest > end:
+            return
+        yield item
+        longest = max(longest, clock() - started)
 
 
 def wait(device: str) -> None:
@@ -78,11 +99,12 @@ def noise(config: ModelConfig, batch_size: int, device: str) -> tuple[Tensor, Te
 class Step:
     """A training step, or a forward pass, as in training: AdamW, and bf16 on a GPU. Calling it does one.
 
-    `mode`: "eager", or what torch.compile knows: "default", "reduce-overhead", ...
+    `mode`: "eager", or what torch.compile knows: "default", "reduce-overhead", ... The model comes from a CPU.
     """
 
     def __init__(self, model: nn.Module, device: str, mode: str = "eager", training: bool = True):
-        self.model, self.mode = model.to(device).train(training), mode
+        self.device, self.mode, self.held = device, mode, torch.cuda.memory_allocated()
+        self.model = model.to(device).train(training)
         self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled="cuda" in device)
         groups = param_groups(model, 0.05)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True) if training else None
@@ -105,9 +127,13 @@ class Step:
             self.optimizer.zero_grad(set_to_none=True)
         return logits
 
-
-def each_compiled() -> AbstractContextManager:
-    """A context in which more than 8 models of a class can be compiled: torch.compile would give up, and warn."""
-    import torch._dynamo.config  # a second that only this costs
-
-    return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+    def settle(self, *batch: Tensor) -> dict[str, float]:
+        """Compiles, takes the memory that it keeps -> `first_s`, seconds of the first call, and on a GPU
+        `gigabytes`, the most that a later one needs, model and optimiser included."""
+        facts = {"first_s": seconds_of(partial(self, *batch), self.device)}
+        self(*batch)
+        if "cuda" in self.device:
+            torch.cuda.reset_peak_memory_stats()
+            self(*batch)
+            facts["gigabytes"] = (torch.cuda.max_memory_allocated() - self.held) / 1e9
+        return facts

@@ -6,8 +6,9 @@ Letters: B images of a batch, K classes, S side of an image in pixels.
 import dataclasses
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
+from itertools import chain, repeat
 
 import numpy
 import timm
@@ -16,7 +17,7 @@ from PIL import Image
 from timm.data import FastCollateMixup, Mixup, create_loader
 from timm.data import ImageDataset as TimmDataset
 from timm.data.auto_augment import posterize
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader
 
 from cpvt.config import AugmentConfig, DataConfig, ModelConfig
@@ -27,11 +28,12 @@ from cpvt.errors import ConfigError
 from cpvt.lab.metrics import first_classes
 
 
-def timm_model(config: ModelConfig, name: str = "deit_tiny_patch16_224") -> nn.Module:
+def timm_model(config: ModelConfig) -> nn.Module:
     """timm's DeiT of the given sizes, with new weights under the names that cpvt.model.zoo understands."""
     sizes = {"img_size": config.image_size, "patch_size": config.patch_size, "embed_dim": config.width}
     sizes |= {"depth": config.depth, "num_heads": config.heads, "mlp_ratio": config.mlp_ratio}
-    return timm.create_model(name, num_classes=config.num_classes, drop_path_rate=config.drop_path, **sizes)
+    sizes |= {"num_classes": config.num_classes, "drop_path_rate": config.drop_path}
+    return timm.create_model("deit_tiny_patch16_224", **sizes)
 
 
 # --------------------------------------------------------------------------- its loader
@@ -55,7 +57,7 @@ def timm_loader(
     if augment.randaugment and not augment.crop:
         raise ConfigError("augment.crop=False: timm's training loader always crops; use augment.crop=True")
     dataset, repeats = TimmDataset("", reader=_Reader(images)), augment.repeated_aug > 1
-    with _lone_world(repeats):  # timm repeats for several processes only; one will do
+    with _lone_world() if repeats else nullcontext():  # timm repeats images only within a group
         loader = create_loader(
             dataset,
             (3, image_size, image_size),
@@ -111,16 +113,13 @@ class _Reader:
 
 
 @contextmanager
-def _lone_world(needed: bool) -> Iterator[None]:
-    """One process that is a group of its own, unless there is a group already."""
-    lone = needed and not distributed.is_initialized()
-    if lone:
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+def _lone_world() -> Iterator[None]:
+    """One process as a group of its own."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
-        if lone:
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 # --------------------------------------------------------------------------- its batches in our loop
@@ -128,9 +127,10 @@ def _lone_world(needed: bool) -> Iterator[None]:
 
 def timm_batches(data: DataConfig, **options) -> "TimmLoader":
     """`first_classes` with training batches through timm's loader: a `make_loader` of `train`."""
-    if data.store != "files" or options.get("world_size", 1) > 1:
-        given = f"data.store={data.store!r}, {options.get('world_size', 1)} processes"
-        raise ConfigError(f"{given}: timm's loader reads data.store='files' in one process")
+    processes, repeated = options.get("world_size", 1), options["augment"].repeated_aug
+    if data.store != "files" or processes > 1 or repeated > 1:
+        given = f"data.store={data.store!r}, {processes} processes, augment.repeated_aug={repeated}"
+        raise ConfigError(f"{given}: timm's loader reads data.store='files' in one process, each image once")
     loader = first_classes(data, **options)
     return TimmLoader(**{field.name: getattr(loader, field.name) for field in dataclasses.fields(loader)})
 
@@ -138,8 +138,9 @@ def timm_batches(data: DataConfig, **options) -> "TimmLoader":
 class TimmLoader(ImageLoader):
     """The same images and the same recipe through timm's loader, in one process; held-out images are ours.
 
-    Its chances come from the three global generators, seeded when the batches are first asked for: the same seed
-    and number of workers give the same batches. A run that goes on begins with a new epoch of the loader.
+    A batch is one group of mixed images. Chances come from the three global generators, seeded when the batches
+    are first asked for: the same seed and number of workers give the same batches. A run that goes on begins with
+    a new epoch of the loader.
     """
 
     def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
@@ -150,16 +151,5 @@ class TimmLoader(ImageLoader):
         mixup = timm_mixup(augment, self.transform.label_smoothing, self.num_classes)
         side, device = self.image_size[0], str(self.device)
         loader = timm_loader(self.train_set, size, side, augment, device, self.workers)
-        while True:
-            if augment.repeated_aug > 1:
-                loader.sampler.set_epoch(start_step // self.sampler.steps_per_epoch)
-            for i, batch in enumerate(loader, start=1):
-                request = next(requests)
-                images, targets = _in_groups(mixup, augment.mix_group, *batch) if mixup else batch
-                yield Batch(images, targets, request.epoch, request.positions)
-                start_step += i % parts == 0
-
-
-def _in_groups(mixup: Mixup, size: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    pairs = [mixup(*pair) for pair in zip(images.split(size), labels.split(size), strict=True)]
-    return torch.cat([images for images, _ in pairs]), torch.cat([targets for _, targets in pairs])
+        for batch, request in zip(chain.from_iterable(repeat(loader)), requests, strict=False):
+            yield Batch(*(mixup(*batch) if mixup else batch), request.epoch, request.positions)

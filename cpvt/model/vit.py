@@ -6,7 +6,6 @@ Names of parameters are timm's and DeiT's.
 """
 
 import dataclasses
-import math
 from collections import OrderedDict
 
 import torch
@@ -48,10 +47,9 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """(B, T, D) -> (B, T, D): every token reads from all tokens."""
 
-    def __init__(self, width: int, heads: int, trained_grid: Grid | None = None):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        # Logits grow as log N does, relative to this grid; None: they do not grow.
-        self.heads, self.trained_grid = heads, trained_grid
+        self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -79,8 +77,6 @@ class Attention(nn.Module):
             q, k = F.linear(qk_x, weight[: 2 * D], bias[: 2 * D]).chunk(2, -1)
             v = F.linear(x, weight[2 * D :], bias[2 * D :])
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        if self.trained_grid and grid != self.trained_grid:
-            q = q * (math.log(grid[0] * grid[1]) / math.log(self.trained_grid[0] * self.trained_grid[1]))
         q, k = encoding.rotate(block, q, k, grid)
         return q, k, v, encoding.attn_bias(block, q, grid)
 
@@ -140,12 +136,9 @@ class VisionTransformer(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, D)))
         self.pos_embed = learned_table(config)
         self.encoding = EncodingSum(config)
-        self.blocks, grid = nn.ModuleList(), config.grid
+        self.blocks = nn.ModuleList()
         for i in range(config.depth):
-            grid = self.encoding.grid_after(i - 1, grid)  # at the trained size, what block i sees
-            attention = None
-            if i >= config.mlp_only_blocks:
-                attention = Attention(D, config.heads, grid if config.logn_scale else None)
+            attention = None if i < config.mlp_only_blocks else Attention(D, config.heads)
             self.blocks.append(Block(D, config.mlp_ratio, attention))
         self.norm = nn.LayerNorm(D, eps=1e-6)
         for name in self.prefix_names:
