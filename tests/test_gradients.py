@@ -70,7 +70,8 @@ def check(found: dict, expected: dict, bound: float) -> None:
 
 @pytest.mark.parametrize("encoding, pool", PAIRS)
 def test_eager(encoding, pool):
-    """Float32 and bfloat16, and gradient checkpointing, which may change nothing at all. None is zero."""
+    """Float32 and bfloat16; none is zero. Gradient checkpointing may change nothing at all, PEGs computed by one
+    operator nothing but the rounding of float64."""
     model, images, labels = build(encoding, **POOLS[pool])
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {n for n in model.state_dict() if "frozen" in encoding and n.startswith("encoding.")}
@@ -81,10 +82,12 @@ def test_eager(encoding, pool):
     again = gradients(model, images, labels)
     assert all(torch.equal(again[name], plain[name]) for name in plain)
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    set_fused(model, True)
+    check(exact(model, images, labels), expected, 1e-12)
 
 
-@pytest.mark.parametrize("encoding", SUMS)
-def test_one_graph(encoding):
+@pytest.mark.parametrize("encoding, fused", zip(SUMS, (1, 0, 2, 0), strict=True))
+def test_one_graph(encoding, fused):
     """torch.compile takes the whole model, forward and backward, as one graph each: traced, decomposed and
     partitioned as for generating kernels. No index is clamped: Inductor generates no GPU code for that."""
     from torch._dynamo.backends.debugging import aot_eager_decomp_partition
@@ -104,6 +107,7 @@ def test_one_graph(encoding):
     found = gradients(model, images, labels, forward=whole, bf16=bf16)
     check(found, expected, BFLOAT16 if bf16 else FLOAT32)
     assert len(graphs) == 1 and "clamp" not in graphs[0].code
+    assert graphs[0].code.count("cpvt.peg.default(") == fused
 
 
 def test_compiled():
