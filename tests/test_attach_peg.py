@@ -47,7 +47,7 @@ def images_of(model):
 def step(model, images, forward=None):
     """-> the logits, and the gradient of each parameter by its name."""
     model.zero_grad()
-    out = (forward or model)(images)
+    out = (model if forward is None else forward)(images)
     out.square().sum().backward()
     return {"": out.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
