@@ -15,7 +15,7 @@ EVERYTHING = replace(DEIT_AUGMENT, mix_group=4, repeated_aug=2)
 
 
 def draw_images(root: Path, train: int = 24, val: int = 7, classes: int = 3, sides=(20, 40)) -> Path:
-    """<root>/<split>/<class>/<number>.jpg: noise over gradients. `sides`: the smallest, and one more than the largest."""
+    """<root>/<split>/<class>/<number>.jpg: coloured noise over gradients, of sides in range(*sides)."""
     rng = numpy.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label in range(classes):
