@@ -59,14 +59,16 @@ def test_a_wrong_word_is_not_understood(capsys):
 @pytest.mark.parametrize(
     ("error", "refused"),
     [
+        (ValueError("of somewhere deep inside"), False),
         (OSError("the disk is gone"), False),
         (ConnectionResetError(errno.ECONNRESET, "reset by a worker"), False),
         (OSError(errno.ENOSPC, "no space"), True),
         (PermissionError(errno.EACCES, "not allowed", "/mine"), True),
     ],
-    ids=["ours", "connection", "full disk", "path"],
+    ids=["value", "disk", "connection", "full disk", "path"],
 )
 def test_only_a_path_or_a_full_disk_is_refused_without_a_traceback(error, refused, monkeypatch, capsys):
+    """Anything else, hours into a run, is a fault of ours."""
     monkeypatch.setattr("cpvt.data.pack.pack", mock.Mock(side_effect=error))
     with pytest.raises(SystemExit if refused else type(error)) as end:
         cli.main(["pack", "DOWNLOADS", "imagenet"])

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import math
 import os
 import subprocess
 import sys
@@ -32,21 +31,12 @@ def tiny(encoding="peg", **run) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize(
-    "encoding", ["none", "learned", "sine", "relative", "rotary", "peg(positions=(-1, 1))"]
-)
-def test_every_encoding_trains(encoding):
-    config = tiny(encoding)
-    run = train(replace(config, model=replace(config.model, global_pool="avg")))
-    assert [entry["step"] for entry in run.history] == [2, 4]
-    assert all(math.isfinite(entry["loss"]) for entry in run.history)
-    assert run.model.num_classes == 4 and run.metrics["images"] == 40
-
-
 def test_the_same_seed_gives_the_same_run_and_another_seed_another():
     runs = train(tiny()), train(tiny()), train(tiny(seed=1))
     one, two, other = (torch.cat([p.flatten() for p in run.model.parameters()]) for run in runs)
     assert torch.equal(one, two) and not torch.equal(one, other) and runs[0].history == runs[1].history
+    assert [entry["step"] for entry in runs[0].history] == [2, 4]
+    assert runs[0].metrics["images"] == 40 and runs[0].model.num_classes == 4
 
 
 def test_training_learns_what_can_be_learnt():
@@ -93,7 +83,7 @@ def test_accuracy_counts_images():
 
 
 def test_a_model_comes_back_as_it_was_saved(tmp_path):
-    run = train(tiny("learned + peg", out=str(tmp_path / "run")))
+    run = train(tiny("learned + sine + relative + rotary + peg", out=str(tmp_path / "run")))
     model, config = load_model(tmp_path / "run" / "model.safetensors")
     assert config == run.config
     images = torch.rand(2, 3, 6, 8)
@@ -154,17 +144,6 @@ def test_wrong_input_gets_one_line(arguments, expected, capsys, tmp_path, monkey
 def test_what_is_no_option_is_explained_by_tyro(arguments, expected, capsys):
     status, _, err = run_cli(*arguments.split(), capsys=capsys)
     assert status == 2 and expected in err and "Traceback" not in err
-
-
-def test_only_our_own_refusals_lose_their_traceback(monkeypatch, tmp_path):
-    """A ValueError from anywhere else, hours into a run, is a fault of ours."""
-
-    def fails(*_, **__):
-        raise ValueError("of somewhere deep inside")
-
-    monkeypatch.setattr("cpvt.training.train.accuracy", fails)
-    with pytest.raises(ValueError, match="somewhere deep inside"):
-        cli.main(["train", *SMALL, "--optim.steps", "1", "--data.test-size", "20", "--run.device", "cpu"])
 
 
 def test_help_is_there_before_torch(tmp_path):
