@@ -1,10 +1,9 @@
 """Batches: the same for any step, parts, workers and device; what goes wrong is said and not waited for."""
 
 import dataclasses
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 from contextlib import closing
 from itertools import count, islice
@@ -144,49 +143,41 @@ def test_refusals(image_folder):
         opened(config, open_split=other_names)
 
 
-WORKERS = """
-import multiprocessing, signal, sys
-sys.path[:0] = sys.argv[2:]
-from helpers import small_run
-from cpvt.config import replace
-from cpvt.data.loader import make_loader
-data = replace(small_run(sys.argv[1]).data, workers=2)
-if __name__ == "__main__":
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+def reading(folder, pipe) -> None:
+    """Reads with two workers: tells their numbers, then for each word what thirty batches gave."""
+    os.setsid()
+    for number in SIGNALS:
         signal.signal(number, lambda *_: None)
+    data = replace(small_run(folder).data, workers=2)
     batches = make_loader(data, seed=0, global_batch_size=8).train_batches()
     next(batches)
-    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-    for line in sys.stdin:
+    pipe.send([child.pid for child in multiprocessing.active_children()])
+    while pipe.recv():
         try:
-            print(int(sum(next(batches).positions.sum() for _ in range(30))), flush=True)
+            pipe.send(sum(len(next(batches).positions) for _ in range(30)))
         except RuntimeError as error:
-            print("DataLoader worker" in str(error), flush=True)
-"""
+            pipe.send(str(error))
 
 
-def test_workers_outlive_signals_to_the_group_and_end_with_the_main_process(image_folder, tmp_path):
+def test_workers_outlive_signals_to_the_group_and_end_with_the_main_process(image_folder):
     """torchrun, SLURM and a terminal signal the group; the main process still needs its workers to save."""
-    script = tmp_path / "reading.py"
-    script.write_text(WORKERS)
-    command = [sys.executable, "-W", "ignore", script, image_folder, *sys.path]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, **pipes, start_new_session=True)
-
-    def ask() -> str:
-        process.stdin.write("\n")
-        process.stdin.flush()
-        return process.stdout.readline().strip()
-
-    with process:
-        workers = [int(pid) for pid in process.stdout.readline().split()]
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-            os.killpg(process.pid, number)
-        assert len(workers) == 2 and int(ask()) > 0
-        os.kill(workers[0], signal.SIGKILL)
-        assert ask() == "True"  # an error, and no wait
-        process.kill()
-        wait_until(lambda: not any(alive(pid) for pid in workers))
+    pipe, its = multiprocessing.Pipe()
+    main = multiprocessing.get_context("spawn").Process(target=reading, args=(image_folder, its))
+    main.start()
+    its.close()
+    workers = pipe.recv()
+    for number in SIGNALS:
+        os.killpg(main.pid, number)
+    pipe.send("on")
+    assert len(workers) == 2 and pipe.recv() == 240
+    os.kill(workers[0], signal.SIGKILL)
+    pipe.send("on")
+    assert "DataLoader worker" in pipe.recv()  # an error, and no wait
+    main.kill()
+    wait_until(lambda: not any(alive(pid) for pid in workers))
 
 
 def alive(pid: int) -> bool:

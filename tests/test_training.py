@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -146,21 +145,15 @@ def test_what_is_no_option_is_explained_by_tyro(arguments, expected, capsys):
     assert status == 2 and expected in err and "Traceback" not in err
 
 
-def test_help_is_there_before_torch(tmp_path):
+def test_help_is_there_before_torch():
     """And whatever runs later finds OpenMP told to wait passively, unless the user says otherwise."""
-    code = "import os, sys; from cpvt.cli import main; main(['--help']); print(sorted(sys.modules))"
+    code = "import os, runpy, sys; runpy.run_module('cpvt', run_name='__main__'); print(sorted(sys.modules))"
     code += "; print(os.environ['OMP_WAIT_POLICY'])"
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
-        said = python("-c", code, env={**environment, **given})
+        command, options = [sys.executable, "-c", code], {"env": {**environment, **given}, "text": True}
+        said = subprocess.run(command, stdout=subprocess.PIPE, check=True, **options).stdout
         *_, modules, policy = said.splitlines()
-        assert policy == expected
+        assert policy == expected and said.startswith("usage: cpvt COMMAND")
         assert not {"torch", "timm", "torchvision", "numpy", "pandas"} & set(ast.literal_eval(modules))
-    for command in cli.COMMANDS:
-        assert f"\n  {command} " in said
-    assert python("-m", "cpvt").startswith("usage: cpvt COMMAND")
-
-
-def python(*arguments, env=None) -> str:
-    options = {"cwd": Path(cli.__file__).parent.parent, "env": env, "text": True, "check": True}
-    return subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, **options).stdout
+    assert all(f"\n  {command} " in said for command in cli.COMMANDS)
