@@ -50,12 +50,6 @@ def test_a_printed_command_is_understood(words, monkeypatch, capsys):
         assert not end.value.code and lists, capsys.readouterr().err
 
 
-def test_a_wrong_word_is_not_understood(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["pack", "DOWNLOADS", "imagenet", "--short-sides", "256"])
-    assert stop.value.code == 2 and "--short-side" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("error", "refused"),
     [

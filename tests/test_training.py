@@ -137,12 +137,12 @@ def test_wrong_input_gets_one_line(arguments, expected, capsys, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [("train --optim.learning-rate 1", "--optim.learning-rate"), ("evaluate", "model.safetensors")],
+    "arguments",
+    ["train --optim.learning-rate 1", "pack DOWNLOADS imagenet --shards 4", "evaluate x --model y"],
 )
-def test_what_is_no_option_is_explained_by_tyro(arguments, expected, capsys):
+def test_what_is_no_option_is_explained_by_tyro(arguments, capsys):
     status, _, err = run_cli(*arguments.split(), capsys=capsys)
-    assert status == 2 and expected in err and "Traceback" not in err
+    assert status == 2 and arguments.split()[-2] in err and "Traceback" not in err
 
 
 def test_help_is_there_before_torch():
