@@ -4,56 +4,32 @@ import dataclasses
 import json
 
 import pytest
-from models import assert_refused
+from models import ENCODINGS, assert_refused
 
-from cpvt import ModelConfig
-from cpvt.config import (
-    DataConfig,
-    Learned,
-    OptimConfig,
-    Peg,
-    Relative,
-    Rotary,
-    RunConfig,
-    Sine,
-    TrainConfig,
-    format_encoding,
-    from_json,
-    parse_encoding,
-    replace,
-    to_json,
-)
+from cpvt import ModelConfig, config
+from cpvt.config import TrainConfig, from_json, parse_encoding, replace, to_json
 
-# Together they use every option of every kind.
-TEXTS = [
+OTHERS = [  # with those of the models' tests every option of every kind
     "none",
     "learned(resize='refuse')",
-    "learned(antialias=True)",
     "sine(temperature=100.0, resize='rescale')",
-    "relative(clip=3, on='keys_values')",
-    "relative(on='bias', wrap=True)",
     "rotary(theta=10000.0, resize='rescale')",
-    "peg(positions=(-1,), kernel=27, compute='matrix')",
-    "peg(kernel=1, convolution='dense', bias=False)",
-    "peg(padding='none', skip=False)",
-    "peg(padding='circular', frozen=True, init='twins')",
-    "peg(on='queries_keys', repeat=4)",
-    "peg(positions=(0, 2), shared=True)",
     "relative + peg(positions=(0, 1)) + rotary + learned + sine",
 ]
 
 
 def test_encoding_text_means_the_parts():
     assert parse_encoding("none") == parse_encoding(" ") == ()
-    assert parse_encoding("learned+peg( kernel = 5 )") == (Learned(), Peg(kernel=5))
-    parts = Sine(temperature=10.0), Rotary(), Relative(clip=2)
+    assert parse_encoding("learned+peg( kernel = 5 )") == (config.Learned(), config.Peg(kernel=5))
+    parts = config.Sine(temperature=10.0), config.Rotary(), config.Relative(clip=2)
     assert parse_encoding("sine(temperature=10) + rotary + relative(clip=2)") == parts
 
 
 def test_every_option_of_every_kind_is_written_as_it_is_read():
-    assert [format_encoding(parse_encoding(text)) for text in TEXTS] == TEXTS
-    parts = [part for text in TEXTS for part in parse_encoding(text)]
-    for kind in (Learned, Sine, Relative, Rotary, Peg):
+    texts = ENCODINGS + OTHERS
+    assert [config.format_encoding(parse_encoding(text)) for text in texts] == texts
+    parts = [part for text in texts for part in parse_encoding(text)]
+    for kind in config.ENCODINGS.values():
         for field in dataclasses.fields(kind):
             values = {getattr(part, field.name) for part in parts if type(part) is kind}
             assert len(values) > 1, f"{kind.__name__}.{field.name} is never changed"
@@ -61,9 +37,9 @@ def test_every_option_of_every_kind_is_written_as_it_is_read():
 
 CONFIG = TrainConfig(
     model=ModelConfig(image_size=(160, 320), encoding="learned + peg(positions=(-1, 2))", drop_path=0.1),
-    data=DataConfig(name="arrangement", grid=(10, 12), pixels=2),
-    optim=OptimConfig(lr=0.1 + 0.2, steps=7),
-    run=RunConfig(seed=3, precision="bf16", compile="model"),
+    data=config.DataConfig(name="arrangement", grid=(10, 12), pixels=2),
+    optim=config.OptimConfig(lr=0.1 + 0.2, steps=7),
+    run=config.RunConfig(seed=3, precision="bf16", compile="model"),
 )
 
 
