@@ -19,7 +19,6 @@ from cpvt.data import loader as module
 from cpvt.data.decode import Decoder, find_jpeg_decoder
 from cpvt.data.loader import AHEAD, Batch, ImageLoader, make_ahead, make_loader, open_split
 from cpvt.errors import ConfigError, DataError
-from cpvt.training.train import train
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -246,22 +245,3 @@ def test_batches_made_ahead_are_not_overwritten(image_folder):
         sums.append(batch.images.double().sum())
     alone = [loader.batch(step)[0].double().sum() for step in range(30)]
     assert torch.equal(torch.stack(sums), torch.stack(alone))
-
-
-@on_gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_deterministic_run_on_a_gpu_goes_on_bit_for_bit(image_folder, tmp_path, precision):
-    """run.deterministic: deterministic kernels, cuBLAS workspaces of fixed size, no autotuning."""
-    options = dict(device="cuda", deterministic=True, precision=precision, store="memory", save_every=3)
-    whole = train(small_run(image_folder, str(tmp_path / "whole"), **options))
-
-    def pull(entry):
-        if entry["step"] == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(small_run(image_folder, str(tmp_path / "cut"), **options), report=pull)
-    resumed = train(small_run(image_folder, str(tmp_path / "cut"), **options))
-    assert resumed.history == whole.history and resumed.metrics == whole.metrics
-    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(a, b)

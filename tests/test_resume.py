@@ -26,6 +26,10 @@ CLEAN = multiprocessing.get_context("forkserver")  # a clean process each, with 
 CLEAN.set_forkserver_preload(["cpvt.training.train", "timm.optim", "torchvision.transforms.v2"])
 
 
+ON_GPU = {"device": "cuda", "deterministic": True, "store": "memory"}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
 @pytest.fixture(scope="module")
 def whole(image_folder, tmp_path_factory):
     """The run that nobody interrupts."""
@@ -70,10 +74,19 @@ def in_a_process(work, *arguments, after: float | None = None) -> int | None:
     return process.exitcode
 
 
-@pytest.mark.parametrize(("number", "store"), [(signal.SIGUSR1, "memory"), (signal.SIGINT, "files")])
-def test_a_signal_ends_the_step_saves_and_the_same_call_goes_on(image_folder, whole, tmp_path, number, store):
-    config = small_run(image_folder, str(tmp_path / "out"), store)
-    reference = whole if store == "files" else train(small_run(image_folder, str(tmp_path / "ref"), store))
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [
+        (signal.SIGUSR1, {"store": "memory"}),
+        (signal.SIGINT, {"store": "files"}),
+        pytest.param(signal.SIGTERM, ON_GPU | {"precision": "fp32"}, marks=needs_gpu),
+        pytest.param(signal.SIGTERM, ON_GPU | {"precision": "bf16"}, marks=needs_gpu),
+    ],
+)
+def test_a_signal_ends_the_step_saves_and_the_same_call_goes_on(image_folder, tmp_path, number, options):
+    """On a GPU with deterministic kernels, cuBLAS workspaces of fixed size and no autotuning."""
+    config = small_run(image_folder, str(tmp_path / "out"), **options)
+    reference = train(small_run(image_folder, str(tmp_path / "whole"), **options))
 
     def strike(entry):
         if entry["step"] in (4, 8):
