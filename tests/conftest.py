@@ -1,9 +1,6 @@
-"""What all tests share: threads that wait passively, the order of files, a folder of images, one browser."""
+"""What all tests share: threads that wait passively, the order of files, images to read."""
 
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +9,6 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # Files of few tests that take long: begun first, or one of them runs alone at the end. After them the notebooks.
 LONG = ("test_pages", "test_distributed", "test_resume", "test_compile_blocks")
@@ -44,48 +38,28 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def clothes(tmp_path_factory) -> Path:
-    """Root of Fashion-MNIST in miniature: squares on black, brighter by class, 40 and 20 images."""
-    from helpers import draw_clothes
-
-    return draw_clothes(tmp_path_factory.mktemp("clothes"))
-
-
-@pytest.fixture(scope="session")
 def tiny_imagenet(tmp_path_factory) -> Path:
     """Root of Tiny-ImageNet in miniature: two classes, eight and four images of 64 pixels each."""
-    from helpers import draw_tiny_imagenet
+    from helpers import draw_images
 
-    return draw_tiny_imagenet(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
-def html(tmp_path_factory) -> Path:
-    """Folder of the book's built pages; built anew where `_build` is missing or older than its sources."""
-    built = ROOT / "_build" / "html"
-    sources = [ROOT / "_config.yml", ROOT / "_toc.yml", *(p for p in ROOT.glob("book/**/*") if p.is_file())]
-    newest = max(path.stat().st_mtime for path in sources)
-    if (built / "searchindex.js").is_file() and (built / "searchindex.js").stat().st_mtime > newest:
-        return built
-    out = tmp_path_factory.mktemp("book")
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", ROOT, "--path-output", out]
-    if not command[0].exists():
-        pytest.skip("jupyter-book is not installed, so there are no pages to look at")
-    build = subprocess.run(command, capture_output=True, text=True)
-    log = build.stdout + build.stderr
-    assert build.returncode == 0 and "build succeeded." in log, log[-3000:]
-    return out / "_build" / "html"
+    root = tmp_path_factory.mktemp("tiny")
+    draw_images(root / "tiny-imagenet-200", train=8, val=4, classes=2, sides=(64, 65))
+    return root
 
 
 @pytest.fixture(scope="session")
-def browser():
-    """The one browser of all tests that look at pages (playwright's sync API); every test opens its own pages."""
-    if not CHROMIUM:
-        pytest.skip("no chromium: `apt-get install chromium` (Debian) lets this test look at the pages")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --disable-dev-shm-usage"
-    with sync_api.sync_playwright() as playwright:  # which brings --headless and a fresh profile
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=flags.split(), timeout=600_000)
-        yield launched
-        launched.close()
+def clothes(tmp_path_factory) -> Path:
+    """Root of Fashion-MNIST in miniature: squares on black, brighter by class, 40 and 20 images."""
+    import numpy
+
+    rng, root = numpy.random.default_rng(0), tmp_path_factory.mktemp("clothes")
+    (root / "FashionMNIST" / "raw").mkdir(parents=True)
+    for split, count in (("train", 40), ("t10k", 20)):
+        labels = numpy.arange(count, dtype="uint8") % 10
+        images = numpy.zeros((count, 28, 28), "uint8")
+        images[:, 6:22, 6:22] = 20 + 22 * labels[:, None, None] + rng.integers(0, 10, (count, 16, 16))
+        for kind, array in (("images", images), ("labels", labels)):
+            head = bytes((0, 0, 8, array.ndim)) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            file = root / "FashionMNIST" / "raw" / f"{split}-{kind}-idx{array.ndim}-ubyte"
+            file.write_bytes(head + array.tobytes())
+    return root

@@ -1,4 +1,4 @@
-"""What test files share: small data sets, a run with every part of the recipe, a result, waiting."""
+"""What test files share: a folder of images, a run with every part of the recipe, a result, waiting."""
 
 import dataclasses
 import time
@@ -14,44 +14,18 @@ from cpvt.training.recipes import DEIT_AUGMENT
 EVERYTHING = replace(DEIT_AUGMENT, mix_group=4, repeated_aug=2)
 
 
-def draw_images(root: Path, train: int = 24, val: int = 7, classes: int = 3) -> Path:
-    """<root>/<split>/<class>/<number>.jpg of varying sizes: coloured noise over gradients."""
+def draw_images(root: Path, train: int = 24, val: int = 7, classes: int = 3, sides=(20, 40)) -> Path:
+    """<root>/<split>/<class>/<number>.jpg: coloured noise over gradients, of sides in range(*sides)."""
     rng = numpy.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label in range(classes):
             folder = root / split / f"n{label:08d}"
             folder.mkdir(parents=True)
             for i in range(count):
-                height, width = rng.integers(20, 40, 2)
+                height, width = rng.integers(*sides, 2)
                 slope = numpy.linspace(0, 120, width)[None, :, None] * (label == numpy.arange(3))
                 pixels = rng.integers(0, 120, (height, width, 3)) + slope
                 Image.fromarray(pixels.astype("uint8")).save(folder / f"{i:04d}.jpg", quality=90)
-    return root
-
-
-def draw_clothes(root: Path) -> Path:
-    """Fashion-MNIST's own files with few images: FashionMNIST/raw below `root`."""
-    rng, folder = numpy.random.default_rng(0), root / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    for split, count in (("train", 40), ("t10k", 20)):
-        labels = numpy.arange(count, dtype="uint8") % 10
-        images = numpy.zeros((count, 28, 28), "uint8")
-        images[:, 6:22, 6:22] = 20 + 22 * labels[:, None, None] + rng.integers(0, 10, (count, 16, 16))
-        for kind, array in (("images", images), ("labels", labels)):
-            head = bytes((0, 0, 8, array.ndim)) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-            (folder / f"{split}-{kind}-idx{array.ndim}-ubyte").write_bytes(head + array.tobytes())
-    return root
-
-
-def draw_tiny_imagenet(root: Path) -> Path:
-    """tiny-imagenet-200 below `root`, of two classes and noise."""
-    rng = numpy.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 4)):
-        for label in range(2):
-            folder = root / "tiny-imagenet-200" / split / f"n{label:08d}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(rng.integers(0, 255, (64, 64, 3)).astype("uint8")).save(folder / f"{i}.png")
     return root
 
 

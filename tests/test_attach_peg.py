@@ -6,6 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from models import assert_refused
 from models import seeded as seeded
 from timm.models.deit import VisionTransformerDistilled
@@ -43,37 +44,44 @@ def images_of(model):
     return torch.randn(2, 3, *model.patch_embed.img_size)
 
 
+def step(model, images, forward=None):
+    """-> the logits, and the gradient of each parameter by its name."""
+    model.zero_grad()
+    out = (model if forward is None else forward)(images)
+    out.square().sum().backward()
+    return {"": out.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
 every = pytest.mark.parametrize("family", FAMILIES)
 
 
 @every
 @torch.no_grad()
 def test_it_is_a_peg_between_the_blocks_and_the_keys_stay(family):
-    """By hand: run the blocks one by one, and put the convolution between them."""
-    model = build(family)
+    """By hand, in the model's own type: run the blocks one by one, and put the convolution between them."""
+    model = build(family).double()
     plain = copy.deepcopy(model)
-    assert attach_peg(model, positions=(-1, 1), kernel=5, padding="circular") is model
+    options = {"kernel": 5, "padding": "circular", "init": "twins"}
+    assert attach_peg(model, positions=range(-1, 2), **options) is model
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
-    assert set(missing) == {f"pegs.{i}.proj.{n}" for i in (-1, 1) for n in ("weight", "bias")}
-    assert not unexpected
-    x, P = images_of(model), model.num_prefix_tokens
-    grid = model.patch_embed.grid_size
+    assert set(missing) == {f"pegs.{i}.proj.{n}" for i in (-1, 0, 1) for n in ("weight", "bias")}
+    assert not unexpected and not model.pegs.training
+    x, P = images_of(model).double(), model.num_prefix_tokens
 
     def convolved(tokens, position):
-        image = tokens[:, P:].transpose(1, 2).unflatten(2, grid)
-        image = image + model.pegs[str(position)].proj(image)
+        image = tokens[:, P:].transpose(1, 2).unflatten(2, model.patch_embed.grid_size)
+        proj = model.pegs[str(position)].proj
+        assert proj.weight.std().item() == pytest.approx((2 / 25) ** 0.5, rel=0.1)
+        image = image + F.conv2d(F.pad(image, [2] * 4, "circular"), proj.weight, groups=len(proj.weight))
         return torch.cat([tokens[:, :P], image.flatten(2).transpose(1, 2)], 1)
 
-    tokens = plain._pos_embed(plain.patch_embed(x))
-    rope = None
+    tokens, rope = plain._pos_embed(plain.patch_embed(x)), None
     if isinstance(plain, Eva):
         tokens, rope = tokens
     tokens = convolved(tokens, -1)
     for i, block in enumerate(plain.blocks):
-        kw = {} if rope is None else {"rope": rope[i] if plain.rope_mixed else rope}
-        tokens = block(tokens, **kw)
-        if i == 1:
-            tokens = convolved(tokens, 1)
+        tokens = block(tokens, **({} if rope is None else {"rope": rope[i] if plain.rope_mixed else rope}))
+        tokens = convolved(tokens, i) if i < 2 else tokens
     torch.testing.assert_close(model.forward_features(x), plain.norm(tokens))
 
 
@@ -117,15 +125,11 @@ def test_without_the_table_any_size_runs(family):
 @every
 def test_every_parameter_trains_with_and_without_checkpointing(family):
     model = attach_peg(build(family), positions=(-1, 1), drop_pos_embed=True).train()
-    x, found = torch.randn(2, 3, 48, 80), []
-    for checkpointing in (False, True):
-        model.set_grad_checkpointing(checkpointing)
-        model.zero_grad()
-        model(x).square().sum().backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    for name in found[0]:
-        assert found[0][name].any(), name
-        torch.testing.assert_close(found[0][name], found[1][name], msg=name)
+    x = torch.randn(2, 3, 48, 80)
+    plain = step(model, x)
+    assert all(gradient.any() for gradient in plain.values())
+    model.set_grad_checkpointing(True)
+    torch.testing.assert_close(step(model, x), plain)
 
 
 @every
@@ -146,28 +150,12 @@ def test_copies_have_pegs_of_their_own(family):
 
 def test_compiles_whole():
     """In one graph, at two sizes, forwards and backwards (traced; generating code is PyTorch's own matter)."""
-    model = attach_peg(
-        build("eva, registers, rotary", depth=2), positions=(-1, 1), drop_pos_embed=True
-    ).train()
+    model = build("eva, registers, rotary", depth=2).train()
+    attach_peg(model, positions=(-1, 1), drop_pos_embed=True)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for size in ((64, 64), (48, 80)):
-        x, found = torch.randn(2, 3, *size), []
-        for run in (model, compiled):
-            model.zero_grad()
-            out = run(x)
-            out.square().sum().backward()
-            found.append([out, *(p.grad.clone() for p in model.parameters())])
-        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
-
-
-def test_options_and_the_models_own_type_and_mode():
-    options = {"positions": range(3), "kernel": 5, "padding": "replicate", "init": "twins"}
-    model = attach_peg(build("class token", embed_dim=64).double(), **options)
-    assert list(model.pegs) == ["0", "1", "2"] and not model.pegs.training
-    for peg in model.pegs.values():
-        assert peg.proj.kernel_size == (5, 5) and peg.proj.padding_mode == "replicate"
-        assert peg.proj.weight.dtype == torch.float64
-        assert peg.proj.weight.std().item() == pytest.approx((2 / 25) ** 0.5, rel=0.1)
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(step(model, x, compiled), step(model, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["class token", "eva, registers, rotary"])
@@ -185,10 +173,7 @@ def test_refusals_change_nothing(family):
         assert list(model.state_dict()) == before and not model.patch_embed._forward_hooks
     model = attach_peg(build(family), positions=(0, 2))
     assert_refused(["['0', '2']"], attach_peg, model, positions=(1,))
-
-
-def test_other_families_are_refused():
     for name in ("twins_pcpvt_small", "cpvt_tiny"):
         with torch.device("meta"):
-            model = timm.create_model(name)
-        assert_refused([f"{type(model).__name__} is from", "VisionTransformer or Eva"], attach_peg, model)
+            other = timm.create_model(name)
+        assert_refused([f"{type(other).__name__} is from", "VisionTransformer or Eva"], attach_peg, other)

@@ -4,86 +4,42 @@ import dataclasses
 import json
 
 import pytest
-from models import assert_refused
+from models import ENCODINGS, assert_refused
 
-from cpvt import ModelConfig
-from cpvt.config import (
-    DataConfig,
-    Learned,
-    OptimConfig,
-    Peg,
-    Relative,
-    Rotary,
-    RunConfig,
-    Sine,
-    TrainConfig,
-    format_encoding,
-    from_json,
-    parse_encoding,
-    replace,
-    to_json,
-)
+from cpvt import ModelConfig, config
+from cpvt.config import TrainConfig, from_json, parse_encoding, replace, to_json
 
-# Together they use every option of every kind.
-TEXTS = [
+OTHERS = [  # with those of the models' tests every option of every kind
     "none",
     "learned(resize='refuse')",
-    "learned(antialias=True)",
     "sine(temperature=100.0, resize='rescale')",
-    "relative(clip=3, on='keys_values')",
-    "relative(on='bias', wrap=True)",
     "rotary(theta=10000.0, resize='rescale')",
-    "peg(positions=(-1,), kernel=27, compute='matrix')",
-    "peg(kernel=1, convolution='dense', bias=False)",
-    "peg(padding='none', skip=False)",
-    "peg(padding='circular', frozen=True, init='twins')",
-    "peg(on='queries_keys', repeat=4)",
-    "peg(positions=(0, 2), shared=True)",
     "relative + peg(positions=(0, 1)) + rotary + learned + sine",
 ]
 
 
 def test_encoding_text_means_the_parts():
     assert parse_encoding("none") == parse_encoding(" ") == ()
-    assert parse_encoding("learned+peg( kernel = 5 )") == (Learned(), Peg(kernel=5))
-    parts = Sine(temperature=10.0), Rotary(), Relative(clip=2)
+    assert parse_encoding("learned+peg( kernel = 5 )") == (config.Learned(), config.Peg(kernel=5))
+    parts = config.Sine(temperature=10.0), config.Rotary(), config.Relative(clip=2)
     assert parse_encoding("sine(temperature=10) + rotary + relative(clip=2)") == parts
 
 
 def test_every_option_of_every_kind_is_written_as_it_is_read():
-    assert [format_encoding(parse_encoding(text)) for text in TEXTS] == TEXTS
-    parts = [part for text in TEXTS for part in parse_encoding(text)]
-    for kind in (Learned, Sine, Relative, Rotary, Peg):
+    texts = ENCODINGS + OTHERS
+    assert [config.format_encoding(parse_encoding(text)) for text in texts] == texts
+    parts = [part for text in texts for part in parse_encoding(text)]
+    for kind in config.ENCODINGS.values():
         for field in dataclasses.fields(kind):
             values = {getattr(part, field.name) for part in parts if type(part) is kind}
             assert len(values) > 1, f"{kind.__name__}.{field.name} is never changed"
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("learnd", ["'learnd'", "learned"]),
-        ("peg(kernel=4)", ["kernel=4", "odd"]),
-        ("peg(positions=(0, 0))", ["positions=(0, 0)"]),
-        ("peg(padding='none')", ["padding='none'", "skip=False"]),
-        ("peg(padding='circular', compute='matrix')", ["compute='matrix'"]),
-        ("peg(on='constant', convolution='dense')", ["on='constant'"]),
-        ("sine(temperature=0)", ["temperature=0"]),
-        ("sine(resize=raw)", ["plain values"]),
-        ("peg +", ["cannot be read"]),
-        ("peg(kernel=3, kernel=5)", ["NAME(option=value, ...)"]),
-        ("__import__('os')", ["NAME(option=value, ...)"]),
-    ],
-)
-def test_wrong_encodings_are_refused_in_one_line(text, words):
-    assert_refused(words, parse_encoding, text)
-
-
 CONFIG = TrainConfig(
     model=ModelConfig(image_size=(160, 320), encoding="learned + peg(positions=(-1, 2))", drop_path=0.1),
-    data=DataConfig(name="arrangement", grid=(10, 12), pixels=2),
-    optim=OptimConfig(lr=0.1 + 0.2, steps=7),
-    run=RunConfig(seed=3, precision="bf16", compile="model"),
+    data=config.DataConfig(name="arrangement", grid=(10, 12), pixels=2),
+    optim=config.OptimConfig(lr=0.1 + 0.2, steps=7),
+    run=config.RunConfig(seed=3, precision="bf16", compile="model"),
 )
 
 
@@ -97,20 +53,10 @@ def test_json_round_trip_is_exact():
 def test_configurations_are_values():
     one, other = ModelConfig(encoding="peg(kernel=3)"), ModelConfig(encoding="peg")  # one spelling
     assert one == other and hash(one) == hash(other)
-
-
-def test_replace_checks_names_and_types():
     assert replace(ModelConfig(), width=384, drop_path=0) == ModelConfig(width=384, drop_path=0.0)
     assert replace(CONFIG, model=ModelConfig()).model == ModelConfig()
     assert_refused(["no option 'widht'; did you mean width"], replace, ModelConfig(), widht=384)
     assert_refused(["width='384'; expected int"], replace, ModelConfig(), width="384")
-
-
-def test_derived_sizes():
-    config = ModelConfig(image_size=(160, 320))
-    assert config.grid == (10, 20)
-    changes = {}, {"distilled": True}, {"global_pool": "avg"}
-    assert [replace(config, **change).prefix_tokens for change in changes] == [1, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +67,17 @@ def test_derived_sizes():
         ({"width": 100}, ["width=100", "heads=3"]),
         ({"depth": 2.0}, ["depth=2.0", "int"]),
         ({"distilled": True, "global_pool": "avg"}, ["distilled=True", "global_pool='avg'"]),
+        ({"encoding": "learnd"}, ["'learnd'", "learned"]),
+        ({"encoding": "peg(kernel=4)"}, ["kernel=4", "odd"]),
+        ({"encoding": "peg(positions=(0, 0))"}, ["positions=(0, 0)"]),
+        ({"encoding": "peg(padding='none')"}, ["padding='none'", "skip=False"]),
+        ({"encoding": "peg(padding='circular', compute='matrix')"}, ["compute='matrix'"]),
+        ({"encoding": "peg(on='constant', convolution='dense')"}, ["on='constant'"]),
+        ({"encoding": "sine(temperature=0)"}, ["temperature=0"]),
+        ({"encoding": "sine(resize=raw)"}, ["plain values"]),
+        ({"encoding": "peg +"}, ["cannot be read"]),
+        ({"encoding": "peg(kernel=3, kernel=5)"}, ["NAME(option=value, ...)"]),
+        ({"encoding": "__import__('os')"}, ["NAME(option=value, ...)"]),
     ],
 )
 def test_wrong_models_are_refused_in_one_line(values, words):
@@ -128,14 +85,11 @@ def test_wrong_models_are_refused_in_one_line(values, words):
     assert_refused([], from_json, ModelConfig, json.dumps(values))
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
+def test_wrong_json_is_refused_in_one_line():
+    for text, words in (
         ("{", ["TrainConfig", "not JSON"]),
         ('{"optim": {"rate": 0.1}}', ["TrainConfig: optim", "no option 'rate'"]),
         ('{"optim": {"steps": 1.5}}', ["optim: steps=1.5", "int"]),
         ('{"run": {"precision": "fp8"}}', ["precision='fp8'", "'bf16'"]),
-    ],
-)
-def test_wrong_json_is_refused_in_one_line(text, words):
-    assert_refused(words, from_json, TrainConfig, text)
+    ):
+        assert_refused(words, from_json, TrainConfig, text)

@@ -3,6 +3,7 @@
 import gzip
 import pickle
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import pytest
@@ -30,9 +31,9 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_read_in_the_order_of_its_wordnet_ids(folder, tmp_path):
-    data, split = open_dataset(folder, "val"), "val"
+    data = open_dataset(folder, "val")
     assert data.classes == ("n01", "n02", "n03") and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    names = [str(data.path(i).relative_to(folder / split)) for i in range(len(data))]
+    names = [str(data.path(i).relative_to(folder / "val")) for i in range(len(data))]
     assert names == [f"n0{n}/{name}" for n in (1, 2, 3) for name in ("b.png", "images/a.JPEG")]
     for i in range(6):
         image, label = data[i]
@@ -159,9 +160,7 @@ def test_cifar10_is_read_by_name(tmp_path, monkeypatch):
 
 
 def test_missing_data_name_the_folder_to_fill(tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("no route to host")
-
+    fail = mock.Mock(side_effect=OSError("no route to host"))
     monkeypatch.setattr(datasets, "FASHION_MNIST_DEBIAN", tmp_path / "not-installed")
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
     monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", fail)

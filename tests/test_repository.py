@@ -43,38 +43,29 @@ def test_links_of_the_readme_lead_somewhere():
 
 
 def test_map_names_every_file_of_the_package_and_no_other():
-    named, folders = [], {}
-    for line in section("The map").split("```")[1].splitlines()[1:]:
-        indent, first, rest = re.fullmatch(r"( *)(\S+)(.*)", line).groups()
-        folders = {deep: folder for deep, folder in folders.items() if deep < len(indent)}
-        if first.endswith("/"):
-            folders[len(indent)] = first
-        files = [first, *re.findall(r"\w+\.py", rest)] if folders.get(0) == "cpvt/" else [first]
-        named += [
-            Path(*folders.values(), *([file] if file not in folders.values() else [])) for file in files
-        ]
-    assert not [path for path in named if not (ROOT / path).exists()]
-    modules = {path.relative_to(ROOT) for path in tracked("cpvt/*.py") if not path.name.startswith("__")}
-    assert modules == {path for path in named if path.suffix == ".py"}
+    named, folder = set(), ""
+    for line in section("The map").split("\ncpvt/")[1].split("\ndata/")[0].splitlines()[1:]:
+        if not line.startswith("    "):
+            folder = line.split()[0] if "/" in line.split()[0] else ""
+        named |= {Path("cpvt", folder, file) for file in re.findall(r"\w+\.py", line)}
+    assert named == {p.relative_to(ROOT) for p in tracked("cpvt/*.py") if not p.name.startswith("__")}
 
 
 def test_where_a_newcomer_looks():
-    """`name` in `file`: the name is defined there; one image passes through ten files at most."""
+    """`name` in `file`: the name is defined there."""
     found = re.findall(r"`([\w.]+)` in \[`(\S+?\.py)`\]", section("Where to look"))
     assert len(found) >= 10
     for name, file in found:
         text = (ROOT / file).read_text(encoding="utf-8")
         for part in name.split("."):
             assert re.search(rf"^\s*(?:def|class) {part}\b|^{part}\b.* = ", text, flags=re.M), (name, file)
-    walk = section("Where to look").split("One image")[1]
-    assert len(set(re.findall(r"\((cpvt/\S+?\.py)\)", walk))) <= 10
 
 
 def test_pins_are_exact_and_within_the_ranges():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert "-e ." in lines
-    exact = [Requirement(line) for line in lines if line and not line.startswith(("#", "-e"))]
-    exact = {requirement.name: requirement.specifier for requirement in exact}
+    pins = [Requirement(line) for line in lines if line and not line.startswith(("#", "-e"))]
+    exact = {pin.name: pin.specifier for pin in pins}
     extras = [text for group in PROJECT["optional-dependencies"].values() for text in group]
     ranges = [Requirement(text) for text in PROJECT["dependencies"] + extras]
     assert {wanted.name for wanted in ranges} == set(exact)

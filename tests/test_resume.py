@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,10 @@ from cpvt.training.train import train
 
 CLEAN = multiprocessing.get_context("forkserver")  # a clean process each, with the imports done once
 CLEAN.set_forkserver_preload(["cpvt.training.train", "timm.optim", "torchvision.transforms.v2"])
+
+
+ON_GPU = {"device": "cuda", "deterministic": True, "store": "memory"}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +74,19 @@ def in_a_process(work, *arguments, after: float | None = None) -> int | None:
     return process.exitcode
 
 
-@pytest.mark.parametrize(("number", "store"), [(signal.SIGUSR1, "memory"), (signal.SIGINT, "files")])
-def test_a_signal_ends_the_step_saves_and_the_same_call_goes_on(image_folder, whole, tmp_path, number, store):
-    config = small_run(image_folder, str(tmp_path / "out"), store)
-    reference = whole if store == "files" else train(small_run(image_folder, str(tmp_path / "ref"), store))
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [
+        (signal.SIGUSR1, {"store": "memory"}),
+        (signal.SIGINT, {"store": "files"}),
+        pytest.param(signal.SIGTERM, ON_GPU | {"precision": "fp32"}, marks=needs_gpu),
+        pytest.param(signal.SIGTERM, ON_GPU | {"precision": "bf16"}, marks=needs_gpu),
+    ],
+)
+def test_a_signal_ends_the_step_saves_and_the_same_call_goes_on(image_folder, tmp_path, number, options):
+    """On a GPU with deterministic kernels, cuBLAS workspaces of fixed size and no autotuning."""
+    config = small_run(image_folder, str(tmp_path / "out"), **options)
+    reference = train(small_run(image_folder, str(tmp_path / "whole"), **options))
 
     def strike(entry):
         if entry["step"] in (4, 8):
@@ -94,11 +108,11 @@ def test_a_signal_during_an_evaluation_cuts_it_short_and_it_is_made_again(image_
         loader = make_loader(*arguments, **options)
         own = loader.eval_batches
 
-        def test():
+        def struck():
             os.kill(os.getpid(), signal.SIGTERM)
             yield from own()
 
-        loader.eval_batches = test
+        loader.eval_batches = struck
         return loader
 
     first = train(config, make_loader=striking)
@@ -108,47 +122,26 @@ def test_a_signal_during_an_evaluation_cuts_it_short_and_it_is_made_again(image_
     assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_between_two_logged_steps_too(image_folder, whole, tmp_path):
-    """The losses since the last log entry are part of the state."""
-    config = small_run(image_folder, str(tmp_path), save_every=5)
-
-    def pull(entry):
-        if entry["step"] == 6:
-            raise KeyboardInterrupt("pulled")
-
-    with pytest.raises(KeyboardInterrupt, match="pulled"):
-        train(config, report=pull)
-    assert newest(tmp_path)["step"] == 5
-    assert train(config).metrics == whole.metrics
-    assert_same(tmp_path, whole.config.run.out)
-
-
-def test_a_run_that_is_over_is_not_done_again(image_folder, whole, tmp_path):
-    before = lasting(whole.config.run.out)
-    again = train(small_run(image_folder, whole.config.run.out, save_every=1))
-    assert again.metrics == whole.metrics and again.steps == 12
-    assert lasting(whole.config.run.out) == before
-    early = small_run(image_folder, str(tmp_path), steps=60, stop_loss=100.0)
-    assert [train(early).steps for _ in range(2)] == [20, 20]
-
-
-def test_another_run_in_the_same_folder_is_refused(whole, image_folder):
-    config = small_run(image_folder, whole.config.run.out, seed=8, lr=2e-3)
-    with pytest.raises(ConfigError, match=r"optim.lr: 0.001 there, 0.002 here; run.seed: 7 there, 8 here"):
-        train(config)
-    free = small_run(image_folder, whole.config.run.out, micro_batch_size=8, log_every=3, save_every=4)
-    assert train(free).metrics == whole.metrics  # how it is cut and how often it speaks is no other run
-
-
-def test_data_that_changed_is_another_run_and_data_that_moved_is_not(image_folder, whole, tmp_path):
-    moved, out = tmp_path / "moved", tmp_path / "out"
+def test_which_run_goes_on_in_a_folder(image_folder, whole, tmp_path):
+    """One that is over is not done again; a move, or how it is cut and how often it speaks, is no other run."""
+    moved, out = tmp_path / "moved", str(tmp_path / "out")
     shutil.copytree(image_folder, moved)
     shutil.copytree(whole.config.run.out, out)
-    config = small_run(moved, str(out), save_every=1)
-    assert train(config).metrics == whole.metrics
+    before = lasting(out)
+    for config in (
+        small_run(image_folder, out, save_every=1),
+        small_run(moved, out, save_every=1),
+        small_run(image_folder, out, micro_batch_size=8, log_every=3, save_every=4),
+    ):
+        again = train(config)
+        assert again.metrics == whole.metrics and again.steps == 12 and lasting(out) == before
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.001 there, 0.002 here; run.seed: 7 there, 8 here"):
+        train(small_run(image_folder, out, seed=8, lr=2e-3))
     next((moved / "train").rglob("*.jpg")).unlink()
     with pytest.raises(ConfigError, match="other training images"):
-        train(config)
+        train(small_run(moved, out, save_every=1))
+    early = small_run(image_folder, str(tmp_path / "early"), steps=60, stop_loss=100.0)
+    assert [train(early).steps for _ in range(2)] == [20, 20]
 
 
 def test_a_folder_belongs_to_one_run_until_its_call_ends(image_folder, tmp_path):
@@ -167,10 +160,8 @@ def test_a_folder_belongs_to_one_run_until_its_call_ends(image_folder, tmp_path)
     ("number", "words"), [(errno.EACCES, "another run"), (errno.ENOLCK, "No locks available")]
 )
 def test_a_lock_that_fails_says_why(tmp_path, monkeypatch, number, words):
-    def fail(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "lockf", fail)
+    failing = mock.Mock(side_effect=OSError(number, os.strerror(number)))
+    monkeypatch.setattr(fcntl, "lockf", failing)
     with pytest.raises(ConfigError, match=words), only_run(tmp_path):
         pass
 
@@ -233,8 +224,7 @@ def test_a_spoiled_checkpoint_is_passed_over_and_named(image_folder, whole, tmp_
     data = bytearray(newest.read_bytes())
     data[data.index(whole.model.head.weight.detach().numpy().tobytes())] ^= 1  # one bit of a weight
     newest.write_bytes(data)
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    assert checkpoints.read(12) is None and checkpoints.read(11)["step"] == 11
+    assert Checkpoints(tmp_path / "checkpoints").read(12) is None
     assert train(config).metrics == whole.metrics
     assert newest.name in (tmp_path / "log.jsonl").read_text()
 

@@ -20,23 +20,19 @@ def taken(sampler: Sampler, steps: int, start: int = 0) -> Request:
     return Request(found[-1].epoch, *map(torch.cat, columns))
 
 
-def test_random_numbers_are_functions_of_key_and_counters():
-    position = torch.arange(1000)
-    assert torch.equal(uniform("a", 1, 2, position)[[7, 3]], uniform("a", 1, 2, torch.tensor([7, 3])))
-    keys = ("a", 1, 2), ("b", 1, 2), ("a", 2, 2), ("a", 1, 3), ("a", 2, 1)
-    draws = torch.stack([uniform(*key, position) for key in keys])
-    related = torch.corrcoef(draws) - torch.eye(5)  # independent, as far as a correlation can tell (4 sigma)
-    assert related.abs().max() < 4 / 1000**0.5 and int(bits("a", position).min()) >= 0
-
-
-def test_random_numbers_have_the_distributions_they_claim():
+def test_random_numbers_are_functions_of_key_and_counters_and_have_the_distributions_they_claim():
+    """Within four standard errors."""
     n = torch.arange(40_000)
     u, z, k = uniform("u", n), normal("z", n), integers("k", 7, n)
+    assert u[[7, 3]].equal(uniform("u", torch.tensor([7, 3])))
     assert abs(u.mean() - 0.5) < 4 * (1 / 12 / len(n)) ** 0.5 and 0 <= u.min() and u.max() < 1
     assert abs(z.mean()) < 4 / len(n) ** 0.5 and abs(z.var() - 1) < 4 * (2 / len(n)) ** 0.5
     counts = torch.bincount(k, minlength=7)
     assert len(counts) == 7 and ((counts - len(n) / 7).abs() < 4 * (len(n) / 7) ** 0.5).all()
-    assert permutation("p", 50, 1).sort().values.equal(torch.arange(50))
+    assert permutation("p", 50, 1).sort().values.equal(torch.arange(50)) and bits("a", n).min() >= 0
+    keys = ("a", 1, 2), ("b", 1, 2), ("a", 2, 2), ("a", 1, 3), ("a", 2, 1)
+    related = torch.corrcoef(torch.stack([uniform(*key, n) for key in keys])) - torch.eye(5)
+    assert related.abs().max() < 4 / len(n) ** 0.5
 
 
 def test_the_order_is_the_one_that_recorded_rows_were_trained_in():
@@ -72,10 +68,8 @@ def test_repeated_augmentation_as_in_deit():
 
 @pytest.mark.parametrize("world_size, most", [(1, 0), (1, 20), (2, 16), (3, 32), (6, 1000), (2, 32)])
 def test_processes_and_micro_batches_cut_the_batch_between_groups(world_size, most):
-    ranks = [
-        replace(REPEATED, rank=rank, world_size=world_size, micro_batch_size=most)
-        for rank in range(world_size)
-    ]
+    cut = replace(REPEATED, world_size=world_size, micro_batch_size=most)
+    ranks = [replace(cut, rank=rank) for rank in range(world_size)]
     (size,) = {part.stop - part.start for rank in ranks for part in rank.micro_batches}
     assert size == max(s for s in (16, 32, 48, 96) if 96 // world_size % s == 0 and s <= (most or 96))
     whole, pieces = taken(REPEATED, 1, start=9), [taken(rank, 1, start=9) for rank in ranks]

@@ -2,11 +2,9 @@
 
 import ast
 import json
-import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,21 +30,12 @@ def tiny(encoding="peg", **run) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize(
-    "encoding", ["none", "learned", "sine", "relative", "rotary", "peg(positions=(-1, 1))"]
-)
-def test_every_encoding_trains(encoding):
-    config = tiny(encoding)
-    run = train(replace(config, model=replace(config.model, global_pool="avg")))
-    assert [entry["step"] for entry in run.history] == [2, 4]
-    assert all(math.isfinite(entry["loss"]) for entry in run.history)
-    assert run.model.num_classes == 4 and run.metrics["images"] == 40
-
-
 def test_the_same_seed_gives_the_same_run_and_another_seed_another():
     runs = train(tiny()), train(tiny()), train(tiny(seed=1))
     one, two, other = (torch.cat([p.flatten() for p in run.model.parameters()]) for run in runs)
     assert torch.equal(one, two) and not torch.equal(one, other) and runs[0].history == runs[1].history
+    assert [entry["step"] for entry in runs[0].history] == [2, 4]
+    assert runs[0].metrics["images"] == 40 and runs[0].model.num_classes == 4
 
 
 def test_training_learns_what_can_be_learnt():
@@ -93,7 +82,7 @@ def test_accuracy_counts_images():
 
 
 def test_a_model_comes_back_as_it_was_saved(tmp_path):
-    run = train(tiny("learned + peg", out=str(tmp_path / "run")))
+    run = train(tiny("learned + sine + relative + rotary + peg", out=str(tmp_path / "run")))
     model, config = load_model(tmp_path / "run" / "model.safetensors")
     assert config == run.config
     images = torch.rand(2, 3, 6, 8)
@@ -148,40 +137,23 @@ def test_wrong_input_gets_one_line(arguments, expected, capsys, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [("train --optim.learning-rate 1", "--optim.learning-rate"), ("evaluate", "model.safetensors")],
+    "arguments",
+    ["train --optim.learning-rate 1", "pack DOWNLOADS imagenet --shards 4", "evaluate x --model y"],
 )
-def test_what_is_no_option_is_explained_by_tyro(arguments, expected, capsys):
+def test_what_is_no_option_is_explained_by_tyro(arguments, capsys):
     status, _, err = run_cli(*arguments.split(), capsys=capsys)
-    assert status == 2 and expected in err and "Traceback" not in err
+    assert status == 2 and arguments.split()[-2] in err and "Traceback" not in err
 
 
-def test_only_our_own_refusals_lose_their_traceback(monkeypatch, tmp_path):
-    """A ValueError from anywhere else, hours into a run, is a fault of ours."""
-
-    def fails(*_, **__):
-        raise ValueError("of somewhere deep inside")
-
-    monkeypatch.setattr("cpvt.training.train.accuracy", fails)
-    with pytest.raises(ValueError, match="somewhere deep inside"):
-        cli.main(["train", *SMALL, "--optim.steps", "1", "--data.test-size", "20", "--run.device", "cpu"])
-
-
-def test_help_is_there_before_torch(tmp_path):
+def test_help_is_there_before_torch():
     """And whatever runs later finds OpenMP told to wait passively, unless the user says otherwise."""
-    code = "import os, sys; from cpvt.cli import main; main(['--help']); print(sorted(sys.modules))"
+    code = "import os, runpy, sys; runpy.run_module('cpvt', run_name='__main__'); print(sorted(sys.modules))"
     code += "; print(os.environ['OMP_WAIT_POLICY'])"
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
-        said = python("-c", code, env={**environment, **given})
+        command, options = [sys.executable, "-c", code], {"env": {**environment, **given}, "text": True}
+        said = subprocess.run(command, stdout=subprocess.PIPE, check=True, **options).stdout
         *_, modules, policy = said.splitlines()
-        assert policy == expected
+        assert policy == expected and said.startswith("usage: cpvt COMMAND")
         assert not {"torch", "timm", "torchvision", "numpy", "pandas"} & set(ast.literal_eval(modules))
-    for command in cli.COMMANDS:
-        assert f"\n  {command} " in said
-    assert python("-m", "cpvt").startswith("usage: cpvt COMMAND")
-
-
-def python(*arguments, env=None) -> str:
-    options = {"cwd": Path(cli.__file__).parent.parent, "env": env, "text": True, "check": True}
-    return subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, **options).stdout
+    assert all(f"\n  {command} " in said for command in cli.COMMANDS)

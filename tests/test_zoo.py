@@ -21,31 +21,7 @@ from cpvt import ModelConfig, create_model, model_names
 from cpvt.model.encodings import PEG
 from cpvt.model.zoo import load_weights, model_config
 
-
-@torch.no_grad()
-def scattered(model):
-    """Every parameter moved, so that biases, norms and tokens, which start at 0 or 1, count too."""
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return model.eval()
-
-
-def relative_difference(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
 SMALL = {"image_size": (32, 48), "width": 16, "heads": 2, "depth": 2, "num_classes": 5}
-
-
-def small_pair(distilled=False, **timm_options):
-    """A small timm model, and ours of the same sizes with its weights."""
-    sizes = {"img_size": (32, 48), "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    family = VisionTransformerDistilled if distilled else TimmVisionTransformer
-    theirs = scattered(family(**sizes, num_classes=5, dynamic_img_size=True, **timm_options))
-    options = {"distilled": distilled, "global_pool": timm_options.get("global_pool", "token")}
-    ours = create_model(ModelConfig(**SMALL, encoding="learned(antialias=True)", **options)).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs, ours
 
 
 @pytest.mark.parametrize(
@@ -54,32 +30,32 @@ def small_pair(distilled=False, **timm_options):
 )
 def test_logits_intermediates_and_gradients_are_timms(distilled, options):
     """Weights loaded strictly; at other sizes the table is resampled as timm does."""
-    theirs, ours = small_pair(distilled, **options)
+    sizes = {"img_size": (32, 48), "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    family = VisionTransformerDistilled if distilled else TimmVisionTransformer
+    theirs = family(**sizes, num_classes=5, dynamic_img_size=True, **options).eval()
+    for parameter in theirs.parameters():  # biases, norms and tokens start at 0 or 1, and count too
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    own = {"distilled": distilled, "global_pool": options.get("global_pool", "token")}
+    ours = create_model(ModelConfig(**SMALL, encoding="learned(antialias=True)", **own)).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
     for size in ((32, 48), (64, 32), (16, 80)):
         x = torch.randn(2, 3, *size)
-        assert relative_difference(ours(x), theirs(x)) < 1e-5
+        found, expected = ours(x), theirs(x)
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     for wanted in ({"indices": 1, "norm": True}, {"output_fmt": "NLC", "return_prefix_tokens": True}):
         mine, expected = (m.forward_intermediates(x, **wanted) for m in (ours, theirs))
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
     for model in (theirs, ours):
         model(x).square().sum().backward()
-    found = {name: p.grad for name, p in ours.named_parameters()}
-    assert found.keys() == {name for name, _ in theirs.named_parameters()}
-    for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    found, expected = ({name: p.grad for name, p in m.named_parameters()} for m in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_peg_is_the_one_of_twins():
-    """timm's `PosConv` at stride 1, in values and in gradients."""
-    theirs, ours, found = PosConv(24, 24), PEG(24), []
+    """timm's `PosConv` at stride 1; for gradients see test_gradients."""
+    theirs, ours, x = PosConv(24, 24), PEG(24), torch.randn(2, 45, 24)
     ours.proj.load_state_dict(theirs.proj[0].state_dict())
-    x = torch.randn(2, 45, 24)
-    for peg in (ours, theirs):
-        y = x.clone().requires_grad_()
-        out = peg(y, (5, 9))
-        out.square().sum().backward()
-        found.append((out, y.grad, *(p.grad for p in peg.parameters())))
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(ours(x, (5, 9)), theirs(x, (5, 9)))
 
 
 COUNTS = {  # facts of the paper's table and of DeiT's, to the digit; biases of the PEGs included
@@ -130,8 +106,8 @@ def test_timm_knows_our_models_whichever_is_imported_first(first, second):
 def test_timm_creates_a_model_and_its_feature_extractor(name):
     options = {"img_size": (32, 64), "in_chans": 1, **TINY}
     model = timm.create_model(name, num_classes=10, drop_path_rate=0.1, **options).eval()
-    theirs = resolve_model_data_config(timm.create_model("deit_tiny_patch16_224"))
-    assert resolve_model_data_config(model) == theirs
+    theirs = timm.create_model("deit_tiny_patch16_224")
+    assert resolve_model_data_config(model) == resolve_model_data_config(theirs)
     assert type(model) is cpvt.model.vit.VisionTransformer
     expected = {"num_classes": 10, "drop_path": 0.1, "image_size": (32, 64), "in_channels": 1, **TINY}
     assert model.config == model_config(name, **expected)
@@ -197,23 +173,19 @@ def test_groups_of_timms_optimisers(encoding):
         assert layers[name] == {"-1": 3, "0": 2, "1": 1}[position], name
 
 
-SQUARE = {**SMALL, "image_size": (64, 64)}
-
-
 def square(**changes):
-    return create_model("deit_tiny", **{**SQUARE, **changes}).eval()
+    return create_model("deit_tiny", **{**SMALL, "image_size": (64, 64), **changes}).eval()
 
 
-@pytest.mark.parametrize("form", ["safetensors", "plain", "model", "state_dict", "dict"])
-def test_weights_load_from_every_form(tmp_path, form):
-    state, model = square().state_dict(), square()
-    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
-    if form == "safetensors":
-        safetensors.torch.save_file(state, path)
-    else:
-        torch.save(state if form == "plain" else {form: state, "epoch": 3}, path)
-    assert load_weights(model, state if form == "dict" else path) is model
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+def test_weights_load_from_every_form(tmp_path):
+    state = square().state_dict()
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    for i, content in enumerate((state, {"model": state, "epoch": 3}, {"state_dict": state})):
+        torch.save(content, tmp_path / f"{i}.pth")
+    for weights in (state, *tmp_path.iterdir()):
+        model = square()
+        assert load_weights(model, weights) is model
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
 def test_weights_that_do_not_fit_change_nothing():
@@ -236,14 +208,12 @@ class Harmful:
 
 
 def test_files_that_are_no_weights(tmp_path):
-    model, path = square(), tmp_path / "w.pth"
-    assert_refused(["w.pth"], load_weights, model, path)
-    for content in ([1, 2], {"model": Harmful()}):
-        torch.save(content, path)
-        assert_refused(["w.pth"], load_weights, model, path)
-    for name, content in (("w.pth", b"\x80\x02]q\x00."), ("w.safetensors", b"not weights")):
-        (tmp_path / name).write_bytes(content)
-        assert_refused([name], load_weights, model, tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"model": Harmful()}, tmp_path / "code.pth")
+    (tmp_path / "pickle.pth").write_bytes(b"\x80\x02]q\x00.")
+    (tmp_path / "w.safetensors").write_bytes(b"not weights")
+    for path in (*tmp_path.iterdir(), tmp_path / "missing.pth"):
+        assert_refused([path.name], load_weights, square(), path)
 
 
 @pytest.mark.parametrize("distilled, antialias", [(False, True), (True, False)])
