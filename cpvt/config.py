@@ -268,7 +268,7 @@ class DataConfig:
     stored_size: int = 0  # memory: short side that images are held at, cut square (0: image_size)
     crop_pct: float = 1.0  # evaluation: short side to image_size / this, then the centre; ImageNet's 0.875
     workers: int = -1  # files: processes that read; -1: one a core, 16 at most
-    decode: Literal["auto", "gpu", "cpu"] = "auto"  # files: where JPEGs are decoded
+    decode: Literal["auto", "cpu"] = "auto"  # files: where JPEGs are decoded; auto: on a GPU by it
     limit: int = 0  # real images: use only so many of each split (0: all)
     hold_out: int = 0  # evaluate on every so-many-th training image, train on the others (0: the usual split)
     grid: Grid = (14, 14)  # synthetic: tokens down and across

@@ -28,7 +28,6 @@ ENCODINGS = [
     "peg(padding='replicate')",
     "peg(padding='circular')",
     "peg(positions=(-1, 0, 1), repeat=2)",
-    "peg(positions=(0, 1), shared=True)",
     "peg(frozen=True)",
     "peg(on='queries_keys')",
     "relative(clip=2) + peg + rotary",

@@ -45,7 +45,6 @@ def test_a_body_is_products_of_matrices():
         ("relative(on='bias')", 0),
         ("relative(wrap=True)", L * D * (N * (H + W) + T)),
         ("relative(on='keys_values')", L * D * (2 * N * (H + W) + T)),
-        ("peg(positions=(0, 1, 2), shared=True)", 3 * 9 * N * D),
         ("peg(kernel=9)", 81 * N * D),
         ("peg(kernel=9, compute='matrix')", N * N * D),  # 9 = 2 * 5 - 1: it covers the grid
         ("peg(kernel=7, compute='matrix')", 49 * N * D),  # it does not

@@ -158,14 +158,12 @@ def test_a_kernel_that_covers_the_grid_is_one_matrix(kernel, grid, bias):
         assert PEG(4, config=peg.config)(torch.empty(2, grid[0] * grid[1], 4), grid).shape[2] == 4
 
 
-def test_shared_and_repeated_generators():
-    shared = random_model("peg(positions=(0, 2), shared=True, repeat=2)", (5, 6)).encoding
-    assert shared.peg.generators(0) == shared.peg.generators(2) and shared.peg.generators(1) == []
-    apart = random_model("peg(positions=(0, 2), repeat=2)", (5, 6)).encoding
-    assert [sum(p.numel() for p in e.parameters()) for e in (shared, apart)] == [2 * 160, 4 * 160]
-    one, two = shared.peg.generators(2)
+def test_repeated_generators():
+    twice = random_model("peg(positions=(0, 2), repeat=2)", (5, 6)).encoding
+    assert sum(p.numel() for p in twice.parameters()) == 4 * 160 and twice.peg.generators(1) == []
+    one, two = twice.peg.generators(2)
     x = torch.randn(1, 31, 16, dtype=torch.float64)
-    found, _ = shared.encode(2, x, (5, 6))
+    found, _ = twice.encode(2, x, (5, 6))
     assert torch.equal(found[:, 1:], two(one(x[:, 1:], (5, 6)), (5, 6)))
     assert torch.equal(found[:, :1], x[:, :1])  # the class token goes around
 

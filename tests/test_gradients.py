@@ -21,7 +21,7 @@ FIVE = "peg(positions=(0, 1, 2, 3, 4))"
 SUMS = [  # all kinds
     "learned + relative(clip=2) + rotary + peg(on='queries_keys', positions=(-1,))",
     "sine(resize='rescale') + relative(clip=2, on='keys_values') + peg(convolution='dense', kernel=1, repeat=2)",
-    "relative(clip=2, on='bias', wrap=True) + peg(positions=(-1, 0), shared=True, init='twins')",
+    "relative(clip=2, on='bias', wrap=True) + peg(positions=(-1, 0), init='twins')",
     "peg(padding='replicate') + peg(padding='reflect') + peg(padding='circular') + peg(convolution='separable')"
     " + peg(kernel=11, compute='matrix') + peg(padding='none', skip=False)",
 ]

@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cpvt.errors import ConfigError, DataError
+from cpvt.errors import DataError
 
 # Pillow opens more, some by calling other programs; these are what image folders hold.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
@@ -125,26 +125,13 @@ def plain_jpeg(data: bytes, image: Image.Image) -> bytes | None:
     return data
 
 
-def find_jpeg_decoder() -> Callable | None:
-    """torchcodec's decoder of a JPEG, or of a list of them in one call; None where it cannot be loaded."""
+def find_jpeg_decoder(device: str | torch.device = "cpu") -> Callable | None:
+    """torchcodec's decoder of a JPEG, or of a list in one call, on a device; None where it cannot be loaded."""
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError):
         return None
-    return decode_jpeg
-
-
-def find_gpu_decoder(device: str | torch.device, decode: str = "auto") -> Callable | None:
-    """What decodes a list of JPEGs on this device; None where the CPU is to decode.
-
-    decode  "auto": on a GPU where it can; "cpu"; "gpu": ConfigError where it cannot
-    """
-    cuda = torch.device(device).type == "cuda"
-    decode_jpeg = find_jpeg_decoder() if cuda and decode != "cpu" else None
-    if decode == "gpu" and not decode_jpeg:
-        why = ", but torchcodec cannot be loaded" if cuda else f" with device {str(device)!r}"
-        raise ConfigError(f"data.decode='gpu'{why}: use 'auto'")
-    return decode_jpeg and partial(decode_jpeg, device=device)
+    return partial(decode_jpeg, device=device)
 
 
 @dataclass(frozen=True)
@@ -243,7 +230,8 @@ def bisect(decode: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor]) 
 class Decoder:
     """The main process' side: ReadChunk -> Batch, in the thread that calls; `reader` is the workers' side.
 
-    decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; else `find_gpu_decoder`'s
+    decode        "cpu": never on the GPU
+    decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; else, on a GPU, torchcodec's
 
     nvJPEG's hardware path does not wait for the stream it is given (torchvision's pull request 9606): it may write
     into a freed block that a queued kernel still reads. So the stream is idle before each decode.
@@ -253,7 +241,8 @@ class Decoder:
         self, source: Dataset, device: str, decode: str = "auto", decode_jpegs: Callable | None = None
     ):
         self.source, self.device = source, torch.device(device)
-        self.decode_jpegs = decode_jpegs or find_gpu_decoder(device, decode)
+        gpu = self.device.type == "cuda" and decode != "cpu"
+        self.decode_jpegs = decode_jpegs or (find_jpeg_decoder(device) if gpu else None)
         self.reader = ChunkReader(source, keep_jpegs=self.decode_jpegs is not None)
 
     def __call__(self, chunk: ReadChunk) -> Batch:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from cpvt.config import AugmentConfig, DataConfig
 from cpvt.data.datasets import ImageDataset, ImageTensors, load_tensors, open_dataset
-from cpvt.data.decode import Batch, ChunkReader, Decoder, Fault, ReadChunk, find_gpu_decoder
+from cpvt.data.decode import Batch, ChunkReader, Decoder, Fault, ReadChunk
 from cpvt.data.sampler import Request, Sampler
 from cpvt.data.shards import Shards
 from cpvt.data.synthetic import CLASSES, draw
@@ -155,10 +155,7 @@ class SyntheticLoader(Loader):
 
 @dataclass
 class ImageLoader(Loader):
-    """Batches of real images; without training set, sampler and transform, of held-out ones alone.
-
-    decode_jpegs  decodes for a GPU, instead of torchcodec (see `Decoder`)
-    """
+    """Batches of real images; without training set, sampler and transform, of held-out ones alone."""
 
     data: DataConfig
     device: torch.device
@@ -168,7 +165,6 @@ class ImageLoader(Loader):
     train_set: Images | None = None
     sampler: Sampler | None = None
     transform: TrainTransform | None = None
-    decode_jpegs: Callable | None = None
 
     def __post_init__(self):
         self.num_classes, self.image_size = len(self.val_set.classes), (self.data.image_size,) * 2
@@ -215,7 +211,7 @@ class ImageLoader(Loader):
         if isinstance(images, ImageTensors):
             batches = (finish(_picked(images, request)) for request in requests)
         else:
-            decoder = Decoder(images, self.device, self.data.decode, self.decode_jpegs)
+            decoder = Decoder(images, self.device, self.data.decode)
             if not cuda:
                 return work(decoder.reader, requests, workers, partial(_finished, decoder, finish))
             batches = (finish(decoder(read)) for read in work(decoder.reader, requests, workers))
@@ -269,7 +265,6 @@ def open_split(data: DataConfig, split: str, device: str = "cpu", cache: dict | 
     if 0 < data.limit < len(images):  # spread over the classes, which stand one after the other
         images = images.select(torch.linspace(0, len(images) - 1, data.limit).long())
     if data.store == "files":
-        find_gpu_decoder(device, data.decode)  # what cannot be had is refused at once
         return images
     tensors = load_tensors(images, side)
     cache[key] = replace(tensors, images=tensors.images.to(device), labels=tensors.labels.to(device))

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from cpvt.config import ModelConfig, TrainConfig
 from cpvt.data.datasets import ImageDataset, open_dataset
-from cpvt.data.decode import Decoder, find_gpu_decoder, find_jpeg_decoder
+from cpvt.data.decode import Decoder, find_jpeg_decoder
 from cpvt.data.loader import make_loader
 from cpvt.data.shards import Shards
 from cpvt.errors import ConfigError, nearest
@@ -212,8 +212,8 @@ def draw_jpeg(number: int, height: int, width: int) -> bytes:
 
 def decoder_name(device: str) -> str:
     """What decodes our JPEGs, and where."""
-    name = "torchcodec" if find_jpeg_decoder() else "Pillow"
-    return f"{name}, {'the GPU' if find_gpu_decoder(device) else 'reading processes'}"
+    found = find_jpeg_decoder()
+    return f"{'torchcodec' if found else 'Pillow'}, {'the GPU' if found and device == 'cuda' else 'workers'}"
 
 
 def decode(bench: Bench) -> Rows:

@@ -180,7 +180,6 @@ TABLES: dict[str, dict[str, list[dict]]] = {
         "core": _rows("peg(positions=(-1,))", "peg(positions=(3,))", "peg(positions=(4,))")
         + _rows("peg(positions=(0, 1))", "peg(positions=(0, 1, 2))", "peg(positions=(-1,), repeat=13)")
         + _rows("none", "peg(positions=(-1,))", "peg", **_BARE),
-        "extended": _rows("peg(positions=(0, 1, 2, 3, 4), shared=True)"),
     },
     "parameters": {
         "claim": _rows("none", "peg", "peg(frozen=True)", DENSE, "peg(on='constant')"),

@@ -134,7 +134,6 @@ def _notes(peg: Peg) -> list[str]:
         "frozen": peg.frozen,
         "queries and keys": peg.on == "queries_keys",
         "border alone": peg.on == "constant",
-        "shared": peg.shared,
         "Twins' start": peg.init == "twins",
     }
     return [note for note, holds in notes.items() if holds]
