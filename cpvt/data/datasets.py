@@ -6,8 +6,7 @@ Letters: n images, S side of an image in pixels.
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -109,18 +108,14 @@ def load_tensors(dataset: ImageDataset | Shards, size: int) -> ImageTensors:
     """Decode a data set into memory: short side to `size` pixels, centre square; 3 n size^2 bytes."""
     images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
     for i in range(len(dataset)):
-        with _naming(dataset, i):
+        try:
             image, _ = dataset[i]
+        except (DataError, OSError) as error:
+            raise DataError(
+                f"{dataset.key(i)} cannot be read ({reason(error)}): replace or delete it"
+            ) from error
         images[i] = centre_resize(image[None], size)[0]
     return ImageTensors(images, dataset.labels.clone(), tuple(dataset.classes))
-
-
-@contextmanager
-def _naming(dataset: ImageDataset | Shards, i: int) -> Iterator[None]:
-    try:
-        yield
-    except (DataError, OSError) as error:
-        raise DataError(f"{dataset.key(i)} cannot be read ({reason(error)}): replace or delete it") from error
 
 
 def open_dataset(

@@ -1,14 +1,9 @@
 """RandAugment on whole batches: timm's policy and its fifteen increasing operations, uint8 in, uint8 out.
 
-timm runs PIL's operations one image at a time. Here an operation takes all images of a batch that get it. Against
-PIL:
-
-    tables, blends  equal to the bit; Color and Sharpness compiled for a GPU, where a product and a sum may become
-                    one operation, differ by one grey level where the result is almost whole
-    moves           PIL interpolates in double precision (its cubic has a = -1 here, -0.5 where it resizes) and
-                    cuts off the fraction; float32 differs by one grey level where the value is almost whole (a
-                    shift by fifths of a pixel makes one in 125 whole), and by the fill where a pixel comes from
-                    within 1e-6 of the image's border
+timm runs PIL's operations one image at a time. Here an operation takes all images of a batch that get it. On a CPU
+tables and blends equal PIL's to the bit. Moves, and on a GPU Color and Sharpness, differ by one grey level where a
+value is almost whole: PIL interpolates in double precision (with a = -1) and cuts off the fraction, and a compiler
+makes one operation of a product and a sum.
 
 Letters: B images of a batch, n of them that get the same operation, H W rows and columns of pixels, L layers.
 """

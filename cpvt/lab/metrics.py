@@ -188,9 +188,12 @@ def arrays_of(run: TrainingRun, cache: Cache = None, spread: bool = False) -> di
 
 def _last_grid(model: VisionTransformer) -> Grid:
     """(H, W) of the tokens after the last block: a PEG without padding has shrunk the grid."""
-    grid = model.config.grid
-    for position in range(-1, model.config.depth):
-        grid = model.encoding.grid_after(position, grid)
+    config = model.config
+    with torch.no_grad():
+        image = torch.zeros(1, config.in_channels, *config.image_size).to(next(model.parameters()))
+        x, grid = model.embed(image)
+        for i in range(config.depth):
+            x, grid = model.run_block(i, x, grid)
     return grid
 
 

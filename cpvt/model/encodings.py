@@ -129,10 +129,6 @@ class Encoding(nn.Module):
         """(B, T, D), grid -> the same, encoded. `table` (1, T, D): the model's learned one, where it has one."""
         return x, grid
 
-    def grid_after(self, position: int, grid: Grid) -> Grid:
-        """The grid that `encode` gives back."""
-        return grid
-
     def qk_input(self, block: int, x: Tensor, grid: Grid) -> Tensor:
         """(B, T, D) -> (B, T, D): the tokens that the block's queries and keys are made from."""
         return x
@@ -174,11 +170,6 @@ class PegEncoding(Encoding):
 
     def encode(self, position, x, grid, table=None):
         return (x, grid) if self.in_attention else self._run(position, x, grid)
-
-    def grid_after(self, position, grid):
-        for peg in self.generators(position):
-            grid = peg.grid_after(grid)
-        return grid
 
     def qk_input(self, block, x, grid):
         return self._run(block - 1, x, grid)[0] if self.in_attention else x
@@ -373,11 +364,6 @@ class EncodingSum(Encoding):
         for part in self.children():
             x, grid = part.encode(position, x, grid, table)
         return x, grid
-
-    def grid_after(self, position, grid):
-        for part in self.children():
-            grid = part.grid_after(position, grid)
-        return grid
 
     def qk_input(self, block, x, grid):
         for part in self.children():
