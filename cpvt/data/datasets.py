@@ -111,9 +111,7 @@ def load_tensors(dataset: ImageDataset | Shards, size: int) -> ImageTensors:
         try:
             image, _ = dataset[i]
         except (DataError, OSError) as error:
-            raise DataError(
-                f"{dataset.key(i)} cannot be read ({reason(error)}): replace or delete it"
-            ) from error
+            raise DataError(f"{dataset.key(i)} cannot be read ({reason(error)}): replace it") from error
         images[i] = centre_resize(image[None], size)[0]
     return ImageTensors(images, dataset.labels.clone(), tuple(dataset.classes))
 

@@ -68,9 +68,7 @@ def parse(text: str) -> Notation:
     # Beyond 10 timm only clips, and from mstd100 on it means something else (an even draw).
     fine = m <= LARGEST and n >= 1 and spread <= 100 and p <= 1 and not (m % 1 or n % 1)
     if name != "rand" or len(given) < len(sections) or given.get("inc") != 1 or not fine:
-        words = (
-            f"with whole m to {LARGEST}, whole n from 1, mstd to 100, p to 1, and inc1, the increasing set"
-        )
+        words = f"with whole m to {LARGEST}, whole n from 1, mstd to 100, p to 1, and inc1 (increasing)"
         raise ConfigError(f"augment.randaugment={text!r}: expected 'rand-m9-n2-p0.5-mstd0.5-inc1', {words}")
     return Notation(int(m), int(n), spread, p)
 
@@ -207,9 +205,8 @@ def move(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
     numbers, or (n,) float64 each. `down` None: in its own row."""
     height, width = images.shape[2:]
     y, x = (torch.arange(n, device=images.device, dtype=torch.float64) + 0.5 for n in (height, width))
-    a, b, c, d, e, f = (
-        v[:, None, None] if isinstance(v, Tensor) else v for v in (*across, *(down or (0, 1, 0)))
-    )
+    factors = *across, *(down or (0, 1, 0))
+    a, b, c, d, e, f = (v[:, None, None] if isinstance(v, Tensor) else v for v in factors)
     x, y = torch.broadcast_tensors(a * x + b * y[:, None] + c, d * x + e * y[:, None] + f)  # (n, H, W)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     row, column = (y - 0.5).floor(), (x - 0.5).floor()  # of the nearest centre above, and to the left

@@ -184,9 +184,7 @@ def written_aside(target: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     except FileExistsError as error:
-        raise DataError(
-            f"{aside} exists: wait for who writes it, or delete what was left unfinished"
-        ) from error
+        raise DataError(f"{aside} exists: wait for who writes it, or delete what is left of it") from error
     except OSError as error:
         found = f"{target} could not be written ({reason(error)}), nothing was kept"
         raise DataError(f"{found}: look at its room and permissions") from error

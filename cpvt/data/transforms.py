@@ -33,9 +33,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, 3, h, w) uint8 -> (B, 3, *size) uint8, by the antialiased bicubic filter of Pillow and torchvision."""
     if not images.is_cuda:
         return F.interpolate(images, size, mode="bicubic", antialias=True)
-    images = F.interpolate(
-        images.float(), size, mode="bicubic", antialias=True
-    )  # CUDA has it for floats alone
+    images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)  # CUDA: of floats alone
     return images.round_().clamp_(0, 255).to(torch.uint8)
 
 

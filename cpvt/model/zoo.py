@@ -106,9 +106,9 @@ def _read(path: Path) -> dict:
 
 
 def _shape(value: Any) -> str:
-    return (
-        "x".join(map(str, value.shape)) or "a scalar" if isinstance(value, Tensor) else type(value).__name__
-    )
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "x".join(map(str, value.shape)) or "a scalar"
 
 
 def _resampled(model: nn.Module, table: Tensor, old: bool | Grid) -> Tensor:
