@@ -57,9 +57,8 @@ SETTLE = """async () => {  // what follows the load event, or a change of size
   await document.fonts.ready;
   for (const animation of document.getAnimations())
     if (animation.effect.getComputedTiming().endTime < Infinity) animation.finish();
+  return true;
 }"""
-
-LATE = f"new Promise((_, late) => setTimeout(late, {PATIENCE}, new Error('the page did not settle')))"
 
 MEASURE = """() => {
   const all = (selector) => [...document.querySelectorAll(selector)];
@@ -122,7 +121,7 @@ def look(page, chapters):
             if size == "phone":
                 page.goto(path.as_uri())
             page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
-            page.evaluate(f"Promise.race([({SETTLE})(), {LATE}])")  # evaluate itself has no limit
+            page.wait_for_function(SETTLE)  # which has a limit of time, as evaluate has not
             seen = page.evaluate(MEASURE)
             seen["heard"] = [
                 (k, v) for k, v in heard if KNOWN not in v and (k != "asked" or v.startswith("http"))
