@@ -152,4 +152,4 @@ class TimmLoader(ImageLoader):
         side, device = self.image_size[0], str(self.device)
         loader = timm_loader(self.train_set, size, side, augment, device, self.workers)
         for batch, request in zip(chain.from_iterable(repeat(loader)), requests, strict=False):
-            yield Batch(*(mixup(*batch) if mixup else batch), request.epoch, request.positions)
+            yield Batch(request, *(mixup(*batch) if mixup else batch))
