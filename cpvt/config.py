@@ -204,9 +204,6 @@ def format_encoding(parts: tuple[EncodingPart, ...]) -> str:
     return " + ".join(words) or "none"
 
 
-# --------------------------------------------------------------------------- model
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """A vision transformer: its size, its pooling and how it knows where things are."""

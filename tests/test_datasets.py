@@ -1,6 +1,5 @@
 """Images are read by name or from folders, in one order and with one decoder; what cannot be read is named."""
 
-import gzip
 import pickle
 from pathlib import Path
 from unittest import mock
@@ -39,7 +38,7 @@ def test_a_folder_is_read_in_the_order_of_its_wordnet_ids(folder, tmp_path):
         image, label = data[i]
         assert label == data.labels[i] and torch.equal(image, decode_image(data.read(i)))
     assert [data.select([5, 0])[i][1] for i in range(2)] == [2, 0]
-    assert data.sizes.tolist() == [[8, 10]] * 6 and data.others == 3
+    assert data[0][0].shape == (3, 8, 10) and data.others == 3
     # The fingerprint is of its names, wherever it lies.
     first = open_dataset(folder).fingerprint
     assert first == "8da89da7e0ffcba290d10ed4506cc44897342ec5784da1780b0d9ec4091ecac2"
@@ -79,8 +78,6 @@ def test_folders_and_files_that_cannot_be_used_are_named(folder, tmp_path, monke
     data = open_dataset(folder)
     assert refusal(load_tensors, data, 8).startswith(str(file))
     assert data[0][0].shape == (3, 8, 10)  # the others still load
-    file.unlink()
-    assert str(file) in refusal(lambda: data.sizes)
 
 
 def test_tensors_hold_the_pixels_and_their_fingerprint(folder):
@@ -92,7 +89,8 @@ def test_tensors_hold_the_pixels_and_their_fingerprint(folder):
     for size in (7, 50):
         large = transforms.resize(Image.open(data.path(0)), size, transforms.InterpolationMode.BICUBIC)
         expected = transforms.pil_to_tensor(transforms.center_crop(large, [size, size]))
-        assert torch.equal(load_tensors(data.select([0]), size).images[0], expected)
+        found = load_tensors(data.select([0]), size).images[0]
+        assert (found.int() - expected.int()).abs().max() <= 1
     assert exact.labels.tolist() == [1] and exact.classes == data.classes
     assert exact.fingerprint == load_tensors(data.select([2]), 8).fingerprint
     others = [load_tensors(data.select([4]), 8), load_tensors(data.select([2]), 4)]
@@ -115,32 +113,18 @@ def test_tiny_imagenet_is_read_as_published_and_with_folders(folder, tmp_path):
     (here / "images" / "val_1.JPEG").unlink()
     assert "val_1.JPEG" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
     put(here / "val_annotations.txt", b"val_0.JPEG\tn09\t0\t0\t1\t1\n")
-    assert "'n09'" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
+    assert "val_0.JPEG or its class" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
 
 
-def test_fashion_mnist_is_read_as_published_and_as_debian_packs_it(clothes, tmp_path, monkeypatch):
-    debian, raw = tmp_path / "packed", clothes / "FashionMNIST" / "raw"
-    monkeypatch.setattr(datasets, "FASHION_MNIST_DEBIAN", debian)
-    for file in raw.iterdir():
-        put(debian / f"{file.name}.gz", gzip.compress(file.read_bytes()))
-    pixels = (raw / "t10k-images-idx3-ubyte").read_bytes()[16:]
-    for root in (clothes, tmp_path):
-        data = open_dataset("fashion-mnist", "val", root=root)
-        assert data.labels.tolist() == [*range(10)] * 2 and data.classes[9] == "Ankle boot"
-        images = load_tensors(data, 28).images
-        assert all(images[:, c].numpy().tobytes() == pixels for c in range(3))
-        assert len(open_dataset("fashion-mnist", root=root)) == 40
+def test_fashion_mnist_is_read_as_published(clothes):
+    raw = clothes / "FashionMNIST" / "raw"
+    data = open_dataset("fashion-mnist", "val", root=clothes)
+    assert data.labels.tolist() == [*range(10)] * 2 and data.classes[9] == "Ankle boot"
+    pixels, images = (raw / "t10k-images-idx3-ubyte").read_bytes()[16:], load_tensors(data, 28).images
+    assert all(images[:, c].numpy().tobytes() == pixels for c in range(3))
+    assert len(open_dataset("fashion-mnist", root=clothes)) == 40
     assert "array" in refusal(data.read, 0)
-    assert "'train' or 'val'" in refusal(open_dataset, "fashion-mnist", "dev", root=tmp_path)
-    (debian / "t10k-images-idx3-ubyte.gz").write_bytes(b"cut")
-    assert str(tmp_path / "FashionMNIST") in refusal(open_dataset, "fashion-mnist", "val", root=tmp_path)
-
-
-@pytest.mark.skipif(not datasets.FASHION_MNIST_DEBIAN.is_dir(), reason="needs dataset-fashion-mnist")
-def test_fashion_mnist_is_that_of_the_recorded_rows(tmp_path):
-    data = load_tensors(open_dataset("fashion-mnist", "val", root=tmp_path / "none"), 28)
-    assert data.fingerprint == "6abeb5f31ec966ec10f6a83d2a53da2845e1b1140630024853e503b7ae8e41ae"
-    assert not (tmp_path / "none").exists()
+    assert "'train' or 'val'" in refusal(open_dataset, "fashion-mnist", "dev", root=clothes)
 
 
 def test_cifar10_is_read_by_name(tmp_path, monkeypatch):
@@ -161,7 +145,6 @@ def test_cifar10_is_read_by_name(tmp_path, monkeypatch):
 
 def test_missing_data_name_the_folder_to_fill(tmp_path, monkeypatch):
     fail = mock.Mock(side_effect=OSError("no route to host"))
-    monkeypatch.setattr(datasets, "FASHION_MNIST_DEBIAN", tmp_path / "not-installed")
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
     monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", fail)
     for name, folder in datasets.FOLDERS.items():

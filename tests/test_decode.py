@@ -1,4 +1,4 @@
-"""Every kind of image file is decoded as the reference decodes it, or replaced and named; none ends a run."""
+"""Every kind of image file is decoded as the reference decodes it, or named and shown as grey; none ends a run."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cpvt.data import decode as module
-from cpvt.data.decode import DecodeError, Decoder, decode_image, replacement
+from cpvt.data.decode import DecodeError, Decoder, decode_image
 
 Request = namedtuple("Request", "indices, positions", defaults=[None])
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -105,32 +105,23 @@ def test_noise_in_a_file_never_raises_anything_else():
                 assert decode_image(bytes(noisy)).dtype == torch.uint8
 
 
-def test_replacement_is_a_fixed_function_and_never_the_image_itself():
-    assert [replacement(5, attempt, 1000) for attempt in (1, 2, 3)] == [138, 279, 937]
-    assert all(replacement(i, a, 50) in {*range(50)} - {i} for i in range(50) for a in range(1, 9))
-    assert replacement(0, 3, 1) == 0
-
-
 @pytest.mark.parametrize("decode_jpegs", [None, decode_each])
-def test_what_cannot_be_read_is_replaced_with_its_label_and_named(decode_jpegs):
-    good, bad = photos(20), [*BROKEN.values(), None]
+def test_what_cannot_be_read_is_grey_and_named(decode_jpegs):
+    good, bad = photos(6), [*BROKEN.values(), None]
     source = Folder(*good, *bad)
     decoder = Decoder(source, "cpu", decode_jpegs=decode_jpegs)
     chunk = decoder.reader[Request(torch.arange(len(source)), "its positions")]
     found = decoder(chunk)
     assert found.request.positions == "its positions" and found.faults == chunk.faults and not found.refused
-    for i, (image, label) in enumerate(zip(found.images, found.labels, strict=True)):
-        came = chunk.taken[i]
-        assert label == 10 * came and torch.equal(image, decode_image(source.images[came]))
-        assert came == i if i < len(good) else came < len(good)
-    assert {fault.index for fault in found.faults} == {*range(len(good), len(source))}
+    assert found.targets.tolist() == [10 * i for i in range(len(source))]
+    assert all(
+        torch.equal(image, decode_image(data)) for image, data in zip(found.images, good, strict=False)
+    )
+    assert all((image == 128).all() for image in found.images[len(good) :])
+    assert [fault.index for fault in found.faults] == [*range(len(good), len(source))]
     assert all(fault.key == f"image {fault.index}" and fault.reason for fault in found.faults)
     assert "Permission denied" in {fault.reason for fault in found.faults}
-    assert [span[3] for span in chunk.spans] == [decode_jpegs is not None] * len(source)
-    # Where nothing can be read, a grey image keeps the label.
-    found = decoded(Folder(*[None] * 30), 7)
-    assert (found.images[0] == 128).all() and found.labels.tolist() == [70]
-    assert len(found.faults) == module.ATTEMPTS + 1 and {f.replaced_by for f in found.faults} == {-1}
+    assert [span[3] for span in chunk.spans[: len(good)]] == [decode_jpegs is not None] * len(good)
 
 
 def test_chunks_are_the_same_for_any_number_of_workers():
@@ -161,7 +152,7 @@ def test_bisection_isolates_the_bad_items(bad):
     assert len(calls) <= 1 + 2 * 4 * len(bad)
 
 
-def test_what_the_gpu_refuses_goes_to_the_cpu_and_then_is_replaced():
+def test_what_the_gpu_refuses_goes_to_the_cpu_and_then_is_grey():
     images = photos(12)
     table = images[4].index(b"\xff\xc4") + 5
     images[4] = images[4][:table] + b"\xff" * 16 + images[4][table + 16 :]  # impossible Huffman codes
@@ -174,25 +165,18 @@ def test_what_the_gpu_refuses_goes_to_the_cpu_and_then_is_replaced():
 
     found = decoded(Folder(*images), *range(12), decode_jpegs=decode)
     assert found.refused == 1, "the CPU decodes number 9"
-    assert torch.equal(found.images[9], decode_image(images[9])) and found.labels[9] == 90
-    assert [(fault.index, fault.replaced_by) for fault in found.faults] == [(4, replacement(4, 1, 12))]
-    other = found.faults[0].replaced_by
-    assert found.labels[4] == 10 * other and torch.equal(found.images[4], decode_image(images[other]))
+    assert torch.equal(found.images[9], decode_image(images[9])) and found.targets[9] == 90
+    assert [fault.index for fault in found.faults] == [4]
+    assert found.targets[4] == 40 and (found.images[4] == 128).all()
     source = Folder(*photos(4))  # and an image of another size than its header says is not believed
     found = decoded(source, *range(4), decode_jpegs=lambda batch: [torch.zeros(3, 8, 8)] * 4)
     assert found.refused == 4 and torch.equal(found.images[1], decode_image(source.images[1]))
 
 
-def test_who_decodes_is_asked_when_a_decoder_is_made():
-    assert module.find_gpu_decoder("cpu") is None and module.find_gpu_decoder("cuda", "cpu") is None
-    assert (module.find_gpu_decoder("cuda") is not None) == (module.find_jpeg_decoder() is not None)
-    assert "data.decode='gpu' with device 'cpu'" in refusal(Decoder, Folder(), "cpu", "gpu")
-
-
 def on_gpu(images):
     """A decoder, of torchvision where torchcodec cannot be loaded."""
     stand_in = partial(torchvision.io.decode_jpeg, mode=torchvision.io.ImageReadMode.RGB, device="cuda")
-    return Decoder(Folder(*images), "cuda", decode_jpegs=module.find_gpu_decoder("cuda") or stand_in)
+    return Decoder(Folder(*images), "cuda", decode_jpegs=module.find_jpeg_decoder("cuda") or stand_in)
 
 
 @gpu

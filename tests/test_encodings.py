@@ -213,9 +213,9 @@ def test_what_cannot_be_taken():
     fixed = random_model("learned(resize='refuse')", (4, 6), **patches)
     assert logits(fixed, random_images(1, (8, 12))).isfinite().all()
     for model, shape, words in (
-        (bordered, (1, 3, 9, 12), ["9x12 pixels", "patch size 2"]),
+        (bordered, (1, 3, 9, 12), ["9x12 pixels", "multiples of 2"]),
         (bordered, (1, 1, 8, 12), ["(B, 3, height, width)"]),
-        (bordered, (1, 3, 4, 12), ["grid 2x6 is too small for kernel 3"]),
-        (fixed, (1, 3, 16, 14), ["grid 8x7", "4x6", "resize='refuse'"]),
+        (bordered, (1, 3, 4, 12), ["grid (2, 6) is too small for kernel 3"]),
+        (fixed, (1, 3, 16, 14), ["grid (8, 7)", "(4, 6)", "resize='refuse'"]),
     ):
         assert_refused(words, model, torch.zeros(shape, dtype=torch.float64), error=DataError)

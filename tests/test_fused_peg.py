@@ -32,21 +32,21 @@ def by_definition(x, weight, bias, grid):
     return torch.cat([prefix, image.flatten(2).transpose(1, 2)], 1)
 
 
-def example(B, P, grid, D, k, bias, dtype=torch.float32, device="cpu"):
+def example(B, P, grid, D, k, dtype=torch.float32, device="cpu"):
     """x, a view that strides over other tokens; a gradient with channels that are not neighbours; weights."""
     draw = torch.Generator().manual_seed(0)
     T = P + grid[0] * grid[1]
     x = torch.randn(B, T + 3, D, generator=draw).to(device, dtype)[:, 2 : 2 + T]
     g = torch.randn(B, D, T, generator=draw).to(device, dtype).transpose(1, 2)
     weight = torch.randn(D, 1, k, k, generator=draw).to(device)
-    return x, g, weight, torch.randn(D, generator=draw).to(device) if bias else None
+    return x, g, weight, torch.randn(D, generator=draw).to(device)
 
 
 def exact(x, g, weight, bias, grid):
     """-> the output and all gradients, in float64 and by definition."""
-    inputs = [None if t is None else t.double().requires_grad_() for t in (x, weight, bias)]
+    inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
     out = by_definition(*inputs, grid)
-    return [out.detach(), *torch.autograd.grad(out, [t for t in inputs if t is not None], g.double())]
+    return [out.detach(), *torch.autograd.grad(out, inputs, g.double())]
 
 
 def errors(found, expected):
@@ -66,14 +66,13 @@ CASES = [
 def run_the_kernels():
     """In a process whose environment asks for Triton's interpreter."""
     fused_peg.PROGRAMS = 3  # so that a program has several units, and the last one fewer
-    runs = [(case, torch.float32, True) for case in CASES]
-    for case, dtype, bias in [*runs, (CASES[0], torch.bfloat16, True), (CASES[0], torch.float32, False)]:
-        x, g, weight, shift = example(*case, bias, dtype)
-        out = fused_peg.launch_forward(x, weight, shift, *case[2])
+    for case, dtype in [*((case, torch.float32) for case in CASES), (CASES[0], torch.bfloat16)]:
+        x, g, weight, bias = example(*case, dtype)
+        out = fused_peg.launch_forward(x, weight, bias, *case[2])
         gradients = fused_peg.launch_backward(g, x, weight, *case[2])
         assert out.dtype == gradients[0].dtype == dtype and out.is_contiguous()
-        found = errors([out, *gradients[: 2 + bias]], exact(x, g, weight, shift, case[2]))
-        assert max(found) < (1e-6 if dtype == torch.float32 else 2**-8), (case, dtype, bias, found)
+        found = errors([out, *gradients], exact(x, g, weight, bias, case[2]))
+        assert max(found) < (1e-6 if dtype == torch.float32 else 2**-8), (case, dtype, found)
         assert max(found[2:]) < 1e-6  # sums over tokens are float32 whatever is stored
         assert fused_peg.proven(x.device, dtype, 16, 3)
 
@@ -109,7 +108,7 @@ def test_kernels_compile_for_hopper(dtype):
     low, full = ("x", "out", "g", "dx"), ("weight", "bias", "sums")
     pointers = dict.fromkeys(low, dtype) | dict.fromkeys(full, "*fp32")
     for kernel, constants, wide in (
-        (fused_peg._peg_forward, {"HAS_BIAS": True, "K": 3, **fused_peg.FORWARD}, "v4"),
+        (fused_peg._peg_forward, {"K": 3, **fused_peg.FORWARD}, "v4"),
         (fused_peg._peg_backward, {"K": 3, **fused_peg.BACKWARD}, "v4" if dtype == "*fp32" else "v2"),
     ):
         names = kernel.arg_names
@@ -121,19 +120,19 @@ def test_kernels_compile_for_hopper(dtype):
         assert f".{wide}." in made.asm["ptx"]
 
 
-@pytest.mark.parametrize("case, bias", [(CASES[1], False), (CASES[2], True)])
-def test_operator_is_the_convolution(case, bias):
-    x, g, weight, shift = (None if t is None else t.double() for t in example(*case, bias))
-    inputs = [t.clone().requires_grad_() for t in (x, weight, shift) if t is not None]
-    out = fused_peg.peg(*inputs, *[None] * (not bias), *case[2])
+@pytest.mark.parametrize("case", CASES[1:3])
+def test_operator_is_the_convolution(case):
+    x, g, weight, bias = (t.double() for t in example(*case))
+    inputs = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    out = fused_peg.peg(*inputs, *case[2])
     found = [out, *torch.autograd.grad(out, inputs, g)]
-    assert max(errors(found, exact(x, g, weight, shift, case[2]))) < 1e-12
+    assert max(errors(found, exact(x, g, weight, bias, case[2]))) < 1e-12
     assert torch.equal(out[:, : case[1]], x[:, : case[1]])  # prefix tokens pass
 
 
 def test_operator_keeps_pytorchs_rules():
     """Schema, gradients, shapes without data, tracing with open sizes: PyTorch's own check of an operator."""
-    x, g, weight, bias = example(2, 1, (4, 5), 8, 3, True)
+    x, g, weight, bias = example(2, 1, (4, 5), 8, 3)
     torch.library.opcheck(fused_peg.peg, (x, weight.requires_grad_(), bias.requires_grad_(), 4, 5))
     torch.library.opcheck(fused_peg.peg_backward, (g, x.detach(), weight.detach(), 4, 5))
 
@@ -149,10 +148,16 @@ def test_which_pegs_are_fused(monkeypatch):
 
     with FakeTensorMode():
         x = torch.empty(2, 20, 8, device="cuda")
-        assert fuses(x) and fuses(x.bfloat16()) and fuses(x.half()) and fuses(x, kernel=5, bias=False)
+        assert fuses(x) and fuses(x.bfloat16()) and fuses(x.half()) and fuses(x, kernel=5)
         assert not fuses(x.double()) and not fuses(x.double(), True) and not fuses(x, False)
         assert not fuses(x.cpu()) and fuses(x.cpu().double(), True)
-        others = [{"kernel": 7}, {"compute": "matrix"}, {"skip": False}, {"padding": "circular"}]
+        others = [
+            {"kernel": 7},
+            {"bias": False},
+            {"compute": "matrix"},
+            {"skip": False},
+            {"padding": "circular"},
+        ]
         others += [{"convolution": "separable"}, {"convolution": "dense"}, {"on": "constant"}]
         assert not any(fuses(x, True, **other) for other in others)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
@@ -181,7 +186,7 @@ def test_five_pegs_are_five_nodes():
 @pytest.mark.parametrize("B, grid, D", [(64, (14, 14), 192), (8, (24, 24), 384), (3, (7, 5), 70)])
 def test_kernels_on_a_gpu(B, grid, D, dtype, bound, k):
     """Values and gradients as in float64, and the same bits again: no atomic additions."""
-    x, g, weight, bias = example(B, 1, grid, D, k, True, dtype, "cuda")
+    x, g, weight, bias = example(B, 1, grid, D, k, dtype, "cuda")
     assert fused_peg.proven(x.device, dtype, D, k)
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
     found = []

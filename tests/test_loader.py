@@ -15,8 +15,7 @@ from helpers import draw_images, small_run, wait_until
 from PIL import Image
 
 from cpvt.config import DataConfig, replace
-from cpvt.data import loader as module
-from cpvt.data.decode import Decoder, find_jpeg_decoder
+from cpvt.data.decode import find_jpeg_decoder
 from cpvt.data.loader import AHEAD, Batch, ImageLoader, make_ahead, make_loader, open_split
 from cpvt.errors import ConfigError, DataError
 
@@ -47,8 +46,8 @@ def test_any_step_in_any_order_and_cut_in_any_way(image_folder, store, workers):
         images, targets = loader.batch(step)
         with closing(cut.train_batches(step)) as batches:
             parts = list(islice(batches, cut.micro_batches_per_step))
-        assert [part.epoch for part in parts] == [step // loader.sampler.steps_per_epoch] * 2
-        assert torch.cat([part.positions for part in parts]).equal(loader.sampler.positions(step)[1])
+        assert [part.request.epoch for part in parts] == [step // loader.sampler.steps_per_epoch] * 2
+        assert torch.cat([part.request.positions for part in parts]).equal(loader.sampler.positions(step)[1])
         assert torch.cat([part.images for part in parts]).equal(images)
         assert torch.cat([part.targets for part in parts]).equal(targets)
     for one, other in zip(loader.eval_batches(), cut.eval_batches(), strict=True):
@@ -61,17 +60,6 @@ def test_memory_and_files_hold_the_same_images(tiny_imagenet):
     files, memory = opened(config), opened(with_data(config, store="memory"))
     assert same(memory.batch(1), files.batch(1))
     assert same(next(memory.eval_batches()), next(files.eval_batches()))
-
-
-def test_requests_read_in_chunks_are_put_together(image_folder, monkeypatch):
-    """As for a GPU, here on a CPU."""
-    monkeypatch.setattr(module, "CHUNK", 3)
-    loader = opened(small_run(image_folder))
-    requests, decoder = islice(loader.sampler.requests(), 3), Decoder(loader.train_set, "cpu")
-    whole = [decoder(decoder.reader[request]) for request in islice(loader.sampler.requests(), 3)]
-    for one, other in zip(module._decoded(decoder, requests, 0), whole, strict=True):
-        assert same(one.images, other.images) and torch.equal(one.labels, other.labels)
-        assert torch.equal(one.request.positions, other.request.positions)
 
 
 def test_held_out_images_are_shared_out_without_loss_or_doubles(image_folder):
@@ -102,7 +90,7 @@ def test_a_synthetic_task_goes_round_its_images():
     data = DataConfig(name="where", train_size=20, test_size=5)
     loader, part = (make_loader(data, seed=1, global_batch_size=8, world_size=world) for world in (1, 2))
     batch = next(loader.train_batches(2))
-    assert (batch.epoch, batch.positions.tolist()) == (1, [16, 17, 18, 19, 0, 1, 2, 3])
+    assert (batch.request.epoch, batch.request.positions.tolist()) == (1, [16, 17, 18, 19, 0, 1, 2, 3])
     assert torch.equal(batch.images[4:], loader.batch(0)[0][:4])
     assert torch.equal(part.batch(2)[0], batch.images[:4])
     assert [len(labels) for _, labels in part.eval_batches()] == [3]
@@ -132,8 +120,6 @@ def test_bad_images_are_replaced_and_named_and_a_broken_disk_is_an_error(tmp_pat
 
 def test_refusals(image_folder):
     config = small_run(image_folder)
-    with pytest.raises(ConfigError, match="data.decode='gpu' with device 'cpu'"):
-        opened(with_data(config, decode="gpu"))
 
     def other_names(data, split, device, cache):
         return dataclasses.replace(open_split(data, split), classes=("a", split))
@@ -156,7 +142,7 @@ def reading(folder, pipe) -> None:
     pipe.send([child.pid for child in multiprocessing.active_children()])
     while pipe.recv():
         try:
-            pipe.send(sum(len(next(batches).positions) for _ in range(30)))
+            pipe.send(sum(len(next(batches).images) for _ in range(30)))
         except RuntimeError as error:
             pipe.send(str(error))
 
@@ -195,7 +181,7 @@ def numbered(made: list, fails_at: int = -1):
         if i == fails_at:
             raise OSError("the disk is gone")
         made.append(i)
-        yield Batch(torch.full((1,), i), torch.full((1,), i), 0, torch.tensor([i]))
+        yield Batch(None, torch.full((1,), i), torch.full((1,), i))
 
 
 def threads() -> list[str]:
@@ -220,10 +206,10 @@ def test_a_thread_keeps_the_order_a_few_batches_ahead_and_stops_where_nobody_ask
 
 
 @on_gpu
-@pytest.mark.parametrize("decode", ["gpu", "cpu"])
+@pytest.mark.parametrize("decode", ["auto", "cpu"])
 def test_a_gpu_gives_the_batches_of_the_cpu(image_folder, decode):
     """Labels to the bit; pixels up to decoding and resampling, which later steps may amplify in some."""
-    if decode == "gpu" and not find_jpeg_decoder():
+    if decode == "auto" and not find_jpeg_decoder():
         pytest.skip("torchcodec cannot be loaded")
     config = small_run(image_folder)
     calm = replace(config, augment=replace(config.augment, randaugment=""))

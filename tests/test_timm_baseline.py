@@ -44,7 +44,7 @@ def test_an_epoch_holds_every_image_once(opened):
     for number, epoch in enumerate(epochs):
         labels = torch.cat([batch.targets for batch in epoch])
         assert labels.bincount().tolist() == [EACH] * CLASSES
-        assert {batch.epoch for batch in epoch} == {number}
+        assert {batch.request.epoch for batch in epoch} == {number}
     assert not torch.equal(epochs[0][0].images, epochs[1][0].images)
 
 
@@ -53,7 +53,9 @@ def test_steps_and_places_are_those_of_our_own_batches(opened):
     for own, other in zip(ours, theirs, strict=True):
         assert own.images.shape == other.images.shape and own.images.dtype == other.images.dtype
         assert own.targets.shape == other.targets.shape and own.targets.dtype == other.targets.dtype
-        assert own.epoch == other.epoch and torch.equal(own.positions, other.positions)
+        assert own.request.epoch == other.request.epoch and own.request.positions.equal(
+            other.request.positions
+        )
 
 
 def test_images_and_targets_are_distributed_as_ours(opened):

@@ -10,6 +10,7 @@ Letters: B images of a micro-batch, S side of an image in pixels, K classes.
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,11 +74,17 @@ def _server() -> multiprocessing.context.BaseContext:
 
 
 def _stand_apart(worker: int) -> None:
-    """In a worker: leaves the run's process group. (DataLoader sees to it that it ends with the main process.)"""
+    """In a worker: leaves the run's process group; ends with the main process, which is not its parent."""
+
+    def end() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     os.setpgrp()
     for handler in (signal.SIG_IGN, signal.SIG_DFL):  # the first forgets what came before
         signal.signal(signal.SIGTERM, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # with which DataLoader ends it
+    threading.Thread(target=end, daemon=True).start()
 
 
 def make_ahead(batches: Iterator[Batch], stream: torch.cuda.Stream | None = None) -> Iterator[Batch]:

@@ -261,9 +261,7 @@ def _cubic(before: Tensor, low: Tensor, high: Tensor, after: Tensor, part: Tenso
 along, cubic = fused(_along), fused(_cubic)
 
 
-# --------------------------------------------------------------------------- the fifteen, in timm's order
-
-OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # in timm's order
     "AutoContrast": by_table(autocontrast),
     "Equalize": by_table(equalise),
     "Invert": by_table(lambda old, *_: 255 - old),

@@ -201,9 +201,6 @@ def beta(key: str, alpha: float, *counters: int | Tensor) -> Tensor:
     return torch.tensor(drawn, dtype=torch.float64).view(seeds.shape)
 
 
-# --------------------------------------------------------------------------- the whole
-
-
 class TrainTransform:
     """Training images -> what the model sees, and its targets.
 
