@@ -19,9 +19,6 @@ from cpvt.errors import ConfigError, nearest
 Grid = tuple[int, int]  # (H, W): tokens down and across
 
 
-# --------------------------------------------------------------------------- untyped values -> dataclasses
-
-
 def to_json(config: Any) -> str:
     """A configuration -> one line of JSON."""
     return json.dumps(dataclasses.asdict(config))

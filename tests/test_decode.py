@@ -110,9 +110,9 @@ def test_what_cannot_be_read_is_grey_and_named(decode_jpegs):
     good, bad = photos(6), [*BROKEN.values(), None]
     source = Folder(*good, *bad)
     decoder = Decoder(source, "cpu", decode_jpegs=decode_jpegs)
-    chunk = decoder.reader[Request(torch.arange(len(source)), "its positions")]
-    found = decoder(chunk)
-    assert found.request.positions == "its positions" and found.faults == chunk.faults and not found.refused
+    read = decoder.reader[Request(torch.arange(len(source)), "its positions")]
+    found = decoder(read)
+    assert found.request.positions == "its positions" and found.faults == read.faults and not found.refused
     assert found.targets.tolist() == [10 * i for i in range(len(source))]
     assert all(
         torch.equal(image, decode_image(data)) for image, data in zip(found.images, good, strict=False)
@@ -121,11 +121,11 @@ def test_what_cannot_be_read_is_grey_and_named(decode_jpegs):
     assert [fault.index for fault in found.faults] == [*range(len(good), len(source))]
     assert all(fault.key == f"image {fault.index}" and fault.reason for fault in found.faults)
     assert "Permission denied" in {fault.reason for fault in found.faults}
-    assert [span[3] for span in chunk.spans[: len(good)]] == [decode_jpegs is not None] * len(good)
+    assert [span[3] for span in read.spans[: len(good)]] == [decode_jpegs is not None] * len(good)
 
 
-def test_chunks_are_the_same_for_any_number_of_workers():
-    reader = module.ChunkReader(Folder(*photos(6), BROKEN["empty"], None, ODD["cmyk"]), keep_jpegs=True)
+def test_what_is_read_is_the_same_for_any_number_of_workers():
+    reader = module.BatchReader(Folder(*photos(6), BROKEN["empty"], None, ODD["cmyk"]), keep_jpegs=True)
     requests = [Request(numpy.array(indices), "p") for indices in ([0, 6, 2], [8, 7], [5, 4, 3, 1])]
     alone, beside = (
         list(DataLoader(reader, batch_size=None, sampler=requests, num_workers=workers)) for workers in (0, 2)
@@ -133,7 +133,7 @@ def test_chunks_are_the_same_for_any_number_of_workers():
     for a, b, request in zip(alone, beside, requests, strict=True):
         assert torch.equal(a.data, b.data) and a[2:] == b[2:]
         assert b.request.positions == "p" and b.request.indices.tolist() == request.indices.tolist()
-    assert [chunk.spans[0][3] for chunk in alone] == [True, False, True], "CMYK comes decoded"
+    assert [read.spans[0][3] for read in alone] == [True, False, True], "CMYK comes decoded"
 
 
 @pytest.mark.parametrize("bad", [(3, 4), range(16)])
@@ -200,9 +200,9 @@ def test_gpu_and_cpu_differ_by_rounding_and_chroma(kind):
 def test_decoding_ahead_spares_what_queued_kernels_still_read(repeat):
     """Blocks freed while kernels that read them wait in the queue are not written by the next decode."""
     decoder = on_gpu([encoded(picture(375, 500, seed=i)) for i in range(64)])
-    chunk, ahead = (decoder.reader[Request(torch.arange(64)[half])] for half in (slice(32), slice(32, 64)))
-    want = [int(image.long().sum()) for image in decoder(chunk).images]
-    images = decoder(chunk).images
+    read, ahead = (decoder.reader[Request(torch.arange(64)[half])] for half in (slice(32), slice(32, 64)))
+    want = [int(image.long().sum()) for image in decoder(read).images]
+    images = decoder(read).images
     torch.cuda._sleep(200_000_000)  # about 0.1 s in which the sums below wait
     sums = [image.long().sum() for image in images]
     del images

@@ -83,6 +83,11 @@ def test_kernels_in_tritons_interpreter():
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
 
 
+def test_without_triton_everything_is_there():
+    code = "import sys; sys.modules['triton'] = None; import cpvt.model.vit"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("fault", ["raises", "an eighth is missing"])
 def test_kernels_that_do_not_prove_right_are_not_used(monkeypatch, fault):
     def launch(x, weight, bias, H, W):

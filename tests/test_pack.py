@@ -123,5 +123,6 @@ def test_the_command_overwrites_nothing(folder, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["val"]
     assert (tmp_path / "out" / "val" / "index.json").stat() == before
     assert "packed already" in refusal(run, tmp_path / "out", tmp_path / "again", "val")
+    assert "no split" in refusal(module.pack, folder, tmp_path / "again", [])
     main(["pack", str(folder), str(tmp_path / "b"), "--workers", "1"])
     assert "18 images of 3 classes" in capsys.readouterr().out

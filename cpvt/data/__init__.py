@@ -1,1 +1,0 @@
-"""Files and formulas -> images and labels; knows nothing of models."""

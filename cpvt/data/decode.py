@@ -1,10 +1,10 @@
 """Bytes -> pixels: the one decoder of the package. What counts as an image is decided here, for every reader.
 
-A worker process reads files (`ChunkReader`): plain JPEGs stay bytes where a GPU will decode them, everything else
-is decoded on the spot. The main process decodes the rest, a chunk at a time (`Decoder`). What cannot be decoded
-is named, and plain grey stands in for it.
+A worker process reads files (`BatchReader`): plain JPEGs stay bytes where a GPU will decode them, everything else
+is decoded on the spot. The main process decodes the rest, a micro-batch at a time (`Decoder`). What cannot be
+decoded is named, and plain grey stands in for it.
 
-Letters: B images of a chunk, h w height and width of one image in pixels, S side of what a model sees, K classes.
+Letters: B images of a micro-batch, h w height and width of one in pixels, S side of what a model sees, K classes.
 """
 
 import os
@@ -152,8 +152,8 @@ def take(source: Dataset, index: int, decode: Callable[[bytes], Any], faults: li
         return decode(GREY)
 
 
-class ReadChunk(NamedTuple):
-    """A chunk as a worker hands it on: one tensor, since each one that is sent takes a file descriptor.
+class ReadBatch(NamedTuple):
+    """A micro-batch as a worker hands it on: one tensor, since each one that is sent takes a file descriptor.
 
     request  what was asked for, as it was given
     data     uint8, 1-D: the images end to end
@@ -169,7 +169,7 @@ class ReadChunk(NamedTuple):
 
 @dataclass
 class Batch:
-    """A micro-batch. Decoded: images (3, h, w) uint8 on the device, labels (B,) int64 on the CPU. Finished, all on
+    """A micro-batch. Decoded: images (3, h, w) uint8 on the device, labels (B,) int64. Finished, all on
     the device: normalised images (B, 3, S, S) float, and labels (B,) or mixed labels (B, K).
 
     request  what was asked for: epoch and positions say where in the stream
@@ -184,8 +184,8 @@ class Batch:
     refused: int = 0
 
 
-class ChunkReader(Dataset):
-    """The worker's side: a request -> ReadChunk. For DataLoader(batch_size=None, sampler=requests).
+class BatchReader(Dataset):
+    """The worker's side: a request -> ReadBatch. For DataLoader(batch_size=None, sampler=requests).
 
     A request has `indices` (B,) of images; whatever else must travel with them, may.
 
@@ -196,11 +196,11 @@ class ChunkReader(Dataset):
     def __init__(self, source: Dataset, keep_jpegs: bool):
         self.source, self.keep_jpegs = source, keep_jpegs
 
-    def __getitem__(self, request) -> ReadChunk:
+    def __getitem__(self, request) -> ReadBatch:
         faults = []
         found = [take(self.source, i, self._take, faults) for i in request.indices.tolist()]
         data = torch.from_numpy(numpy.concatenate([piece for piece, *_ in found]))
-        return ReadChunk(request, data, [(len(piece), *about) for piece, *about in found], faults)
+        return ReadBatch(request, data, [(len(piece), *about) for piece, *about in found], faults)
 
     def _take(self, data: bytes) -> tuple[numpy.ndarray, int, int, bool]:
         if self.keep_jpegs:
@@ -228,7 +228,7 @@ def bisect(decode: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor]) 
 
 
 class Decoder:
-    """The main process' side: ReadChunk -> Batch, in the thread that calls; `reader` is the workers' side.
+    """The main process' side: ReadBatch -> Batch, in the thread that calls; `reader` is the workers' side.
 
     decode        "cpu": never on the GPU
     decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; else, on a GPU, torchcodec's
@@ -237,32 +237,30 @@ class Decoder:
     into a freed block that a queued kernel still reads. So the stream is idle before each decode.
     """
 
-    def __init__(
-        self, source: Dataset, device: str, decode: str = "auto", decode_jpegs: Callable | None = None
-    ):
+    def __init__(self, source: Dataset, device: str | torch.device, decode="auto", decode_jpegs=None):
         self.source, self.device = source, torch.device(device)
         gpu = self.device.type == "cuda" and decode != "cpu"
         self.decode_jpegs = decode_jpegs or (find_jpeg_decoder(device) if gpu else None)
-        self.reader = ChunkReader(source, keep_jpegs=self.decode_jpegs is not None)
+        self.reader = BatchReader(source, keep_jpegs=self.decode_jpegs is not None)
 
-    def __call__(self, chunk: ReadChunk) -> Batch:
-        if self.device.type == "cuda":
+    def __call__(self, read: ReadBatch) -> Batch:
+        if self.decode_jpegs and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        lengths, indices = [span[0] for span in chunk.spans], chunk.request.indices
-        faults, refused = [*chunk.faults], 0
-        images = [*chunk.data.split(lengths)]
-        jpegs = {i: images[i] for i, (*_, encoded) in enumerate(chunk.spans) if encoded}
+        lengths, indices = [span[0] for span in read.spans], read.request.indices
+        faults, refused = [*read.faults], 0
+        images = [*read.data.split(lengths)]
+        jpegs = {i: images[i] for i, (*_, encoded) in enumerate(read.spans) if encoded}
         if len(jpegs) < len(images):  # what the worker decoded goes to the device in one copy
-            images = [*chunk.data.to(self.device).split(lengths)]
-        for i, (_, height, width, encoded) in enumerate(chunk.spans):
+            images = [*read.data.to(self.device).split(lengths)]
+        for i, (_, height, width, encoded) in enumerate(read.spans):
             if not encoded:
                 images[i] = images[i].view(height, width, 3).permute(2, 0, 1)
         results = bisect(self.decode_jpegs, [*jpegs.values()])
         for i, result in zip(jpegs, results, strict=True):
-            if isinstance(result, Tensor) and result.shape == (3, *chunk.spans[i][1:3]):
+            if isinstance(result, Tensor) and result.shape == (3, *read.spans[i][1:3]):
                 images[i] = result
                 continue
             known = len(faults)
             images[i] = take(self.source, int(indices[i]), decode_image, faults).to(self.device)
             refused += len(faults) == known
-        return Batch(chunk.request, images, self.source.labels[indices], faults, refused)
+        return Batch(read.request, images, self.source.labels[indices], faults, refused)

@@ -54,7 +54,9 @@ def pack(
     What cannot be decoded is left out, named and counted. A class without an image is an error always: a model
     would have an output that nothing teaches and nothing tests.
     """
-    source, out, splits = Path(source).expanduser(), Path(out).expanduser(), list(splits)
+    source, out, splits = Path(source).expanduser(), Path(out).expanduser(), [*dict.fromkeys(splits)]
+    if not splits:
+        raise DataError("no split to pack: give val, train or both")
     for split in splits:
         if (out / split).exists():
             raise DataError(f"{out / split} exists: delete it, or choose another folder")
@@ -86,11 +88,10 @@ def _check_whole(split: str, classes: tuple[str, ...], labels: Tensor, partial: 
 
 def _report(path: Path, about: dict, seconds: float) -> str:
     images, classes, refused = about["images"], len(about["classes"]), about["refused"]
-    lines = [
-        f"{path}: {images:,} images of {classes:,} classes in {len(about['shards'])} shards, {seconds:.1f} s",
-        f"  kinds {about['kinds']}; left out by their names {about['others']:,}; refused {len(refused):,}",
-    ]
-    return "\n".join(lines + [f"    {ascii(name)}: {why}" for name, why in refused[:SHOWN]])
+    shards, kinds = len(about["shards"]), about["kinds"]
+    head = f"{path}: {images:,} images of {classes:,} classes in {shards} shards, {seconds:.1f} s"
+    counts = f"  kinds {kinds}; left out by their names {about['others']:,}; refused {len(refused):,}"
+    return "\n".join([head, counts, *(f"    {ascii(name)}: {why}" for name, why in refused[:SHOWN])])
 
 
 def _write(writer: ShardWriter, data: ImageDataset, root: Path, workers: int) -> dict:

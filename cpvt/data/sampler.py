@@ -22,7 +22,7 @@ DEIT_MULTIPLE = 256  # DeiT cuts an epoch of repeated samples to a multiple of t
 
 @dataclass(frozen=True)
 class Request:
-    """A micro-batch before it is read. It stays with its images until they are augmented. All on the CPU.
+    """A micro-batch before it is read. It stays with its images up to the step. All on the CPU.
 
     positions  (B,) int64: of the samples in the epoch's stream
     groups     (G,) int64: numbers of the groups in the epoch; image i is in group i // (B / G)

@@ -3,8 +3,6 @@
 A folder holds one split: 000000.tar, 000001.tar, ..., index.json (what it is) and index.npz (where each image
 lies). The shards are plain WebDataset: CLASS/NAME.jpg with the bytes of an image, then CLASS/NAME.cls with the
 number of its class as text. Image i is read with one system call, in any order.
-
-Letters: n images.
 """
 
 import copy

@@ -3,8 +3,8 @@
 Crop and resize, flip, RandAugment, normalise, erase, mix: in this order. Up to the RandAugment the pixels are
 uint8 between the steps, as in timm, then float32.
 
-Every draw is a function of (seed, epoch, position), or of (seed, epoch, group) where a group shares it, and
-is made on the CPU: an image meets the same fate in whatever micro-batch, process or worker it is.
+Every draw is a function of (seed, epoch, position), or of (seed, epoch, group) where a group shares it, and made
+on the CPU but for the erasing noise: an image meets the same fate in any micro-batch, process or worker.
 
 Letters: B images, G groups of g images mixed among each other, S side of what the model sees, K classes.
 """
@@ -30,9 +30,13 @@ TRIES = 10  # boxes drawn for a crop or for what is erased, of which the first t
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 3, h, w) uint8 -> (B, 3, *size) uint8, by the antialiased bicubic filter of Pillow and torchvision."""
+    """(B, 3, h, w) uint8 -> (B, 3, *size): Pillow's antialiased bicubic; a GPU rounds only at the end."""
     if not images.is_cuda:
         return F.interpolate(images, size, mode="bicubic", antialias=True)
+    if (
+        images.shape[2] > 40 * size[0] or images.shape[3] > 40 * size[1]
+    ):  # CUDA's filter has no room for so many
+        return resize(images.cpu(), size).to(images.device)
     images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)  # CUDA: of floats alone
     return images.round_().clamp_(0, 255).to(torch.uint8)
 
@@ -42,6 +46,9 @@ def centre_resize(images: Sequence[Tensor] | Tensor, side: int, crop_pct: float 
     roundings of torchvision's `Resize` and `CenterCrop`."""
     short, centres = int(side / crop_pct), []
     for part in [images] if isinstance(images, Tensor) else [image[None] for image in images]:
+        for axis in (2, 3):  # of a ribbon only the middle, or enlarged it would fill the memory
+            if (most := 32 * min(part.shape[2:])) < part.shape[axis]:
+                part = part.narrow(axis, (part.shape[axis] - most) // 2, most)
         lengths = part.shape[2:]
         height, width = (int(short * length / min(lengths)) for length in lengths)
         top, left = round((height - side) / 2), round((width - side) / 2)
@@ -84,8 +91,8 @@ def crop_boxes(
     wide, tall = _shapes(*where, (heights * widths)[:, None], config.crop_scale, (low, high))
     fits = (0 < tall) & (tall <= heights[:, None]) & (0 < wide) & (wide <= widths[:, None])
     boxes = _first(*where, fits, tall, wide, heights, widths)
-    tall = heights.clamp(max=(widths.double() / low).round().long())
-    wide = widths.clamp(max=(heights.double() * high).round().long())
+    tall = heights.clamp(max=(widths.double() / low).round().long().clamp(min=1))
+    wide = widths.clamp(max=(heights.double() * high).round().long().clamp(min=1))
     whole = torch.stack(((heights - tall) // 2, (widths - wide) // 2, tall, wide), dim=1)
     return torch.where(fits.any(dim=1, keepdim=True), boxes, whole)
 
@@ -250,4 +257,4 @@ class TrainTransform:
             pixels = torch.cat([resize(part, self.size) for part in parts])
         else:
             pixels = centre_resize(images, self.size[0])
-        return torch.where(send(flip, self.device)[:, None, None, None], pixels.flip(3), pixels)
+        return torch.where(send(flip, self.device)[:, None, None, None], pixels.flip(3), pixels).contiguous()

@@ -2,8 +2,8 @@
 
     cpvt benchmark --data DIR        everything, as far as it fits nine minutes, compilation included
 
-DIR: a folder with train/CLASS/*.JPEG, or shards; those of shrunk images (cpvt pack --short-side) show what
-shrinking brings. What no longer fits the budget is named; --only gives such parts a run of their own.
+DIR: a folder with train/CLASS/*.JPEG, or shards. What no longer fits the budget is named; --only gives such parts
+a run of their own.
 
     peg       gigabytes a second of the PEG's operator, beside those of a plain copy
     step      training steps on images of noise: the same batch, autocast, drop path, loss and optimiser, once the

@@ -162,7 +162,7 @@ def measure_costs(
     try:
         for group in timing.until(end, groups):
             if size.mode != "eager":
-                torch.compiler.reset()  # after 256 graphs it would compile no more, and only warn
+                torch.compiler.reset()  # after 256 graphs in all it would compile no more
             left -= len(group)
             for result in time_group(group, size, device, commit):
                 results.append(result, out)

@@ -6,6 +6,8 @@ where the kernels do not prove right at their first use.
 Letters: B batch, P prefix tokens, T = P + H*W tokens, D width, (H, W) grid of tokens, k the width of a kernel.
 """
 
+from __future__ import annotations  # those of kernels name `tl`, which may be None
+
 import functools
 import warnings
 

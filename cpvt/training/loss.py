@@ -23,8 +23,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
 
 @dataclass
 class TrainingLoss:
-    """The loss of a model's logits; with a teacher, the second head learns its best guesses as labels (hard
-    distillation, Touvron et al. 2021)."""
+    """The loss of a model's logits; with a teacher, the second head learns its best guesses (Touvron et al.)."""
 
     label_smoothing: float = 0.0
     alpha: float = 0.5  # share of the teacher's term
