@@ -23,9 +23,8 @@ from cpvt.training.distributed import Stopped, World
 from cpvt.training.train import train
 
 HERE = Path(__file__).parent
-SCRIPT = HERE / "distributed_run.py"
+SCRIPT, PATH = HERE / "distributed_run.py", f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-PATH = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
 
 

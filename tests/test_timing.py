@@ -10,8 +10,6 @@ from cpvt.lab.timing import Step, in_rounds, noise, ratios, summary
 from cpvt.lab.timm_baseline import timm_model
 from cpvt.model.vit import VisionTransformer
 
-# --------------------------------------------------------------------------- rounds
-
 
 def test_each_is_timed_once_a_round_in_an_order_drawn_anew():
     order = []
@@ -28,8 +26,6 @@ def test_ratios_are_taken_round_by_round_and_summed_up_by_ranks():
     assert summary("x", [3, 1, 2, 6, 5, 4]) == {"x": 3.5, "x/min": 1, "x/max": 6, "x/low": 1, "x/high": 6}
     assert summary("x", range(20)) == {"x": 9.5, "x/min": 0, "x/max": 19, "x/low": 5, "x/high": 14}
 
-
-# --------------------------------------------------------------------------- steps
 
 SMALL = ModelConfig(image_size=(16, 16), patch_size=4, width=24, depth=2, heads=3, num_classes=5)
 
@@ -53,3 +49,15 @@ def test_a_step_trains_and_a_forward_pass_does_not():
         Step(model, "cpu", training=training)(*batch)
         assert torch.equal(model.head.weight, before) != training
         assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_every_model_is_compiled_however_many_there_are(monkeypatch):
+    """By itself torch.compile leaves the ninth of a class as it is."""
+    graphs, compiled = [], VisionTransformer.compile
+    keep = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(VisionTransformer, "compile", lambda model, mode: compiled(model, backend=keep))
+    torch.compiler.reset()
+    for depth in range(1, 11):
+        model = VisionTransformer(replace(SMALL, depth=depth))
+        Step(model, "cpu", "default", training=False).settle(*noise(SMALL, 4, "cpu"))
+    assert len(graphs) == 10
