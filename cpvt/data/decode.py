@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,6 +125,7 @@ def plain_jpeg(data: bytes, image: Image.Image) -> bytes | None:
     return data
 
 
+@cache  # an import that fails is tried anew each time, which may take longer than an image
 def find_jpeg_decoder(device: str | torch.device = "cpu") -> Callable | None:
     """torchcodec's decoder of a JPEG, or of a list in one call, on a device; None where it cannot be loaded."""
     try:
@@ -185,9 +186,8 @@ class Batch:
 
 
 class BatchReader(Dataset):
-    """The worker's side: a request -> ReadBatch. For DataLoader(batch_size=None, sampler=requests).
-
-    A request has `indices` (B,) of images; whatever else must travel with them, may.
+    """The worker's side: a request, which has `indices` (B,) of images, -> ReadBatch. For a DataLoader with
+    batch_size=None and the requests as its sampler.
 
     source      ImageDataset or Shards, or what has their `labels`, read(i), key(i) and length
     keep_jpegs  plain JPEGs are handed on encoded; everything else is decoded here

@@ -277,7 +277,7 @@ def pipeline(bench: Bench) -> Rows:
     size, config = bench.size, bench.model("peg")
     config = replace(config, num_classes=len(bench.files.classes))
     feeding = Step(VisionTransformer(config), bench.device, size.modes[0])
-    feeding(*noise(config, size.batch_size, bench.device))
+    feeding.settle(*noise(config, size.batch_size, bench.device))
 
     def one(loader: str, fed: bool) -> float:
         with closing(LOADERS[loader](bench)) as batches:

@@ -15,13 +15,12 @@ from itertools import islice
 import numpy
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from cpvt.config import DataConfig, Grid, replace
 from cpvt.data.datasets import ImageDataset, open_dataset
 from cpvt.data.loader import ImageLoader, make_loader, open_split
 from cpvt.data.synthetic import draw
-from cpvt.data.transforms import normalise
+from cpvt.data.transforms import normalise, resize
 from cpvt.lab import probes
 from cpvt.lab.probes import device_of
 from cpvt.lab.results import fingerprint
@@ -290,10 +289,9 @@ def score_oblong(model: VisionTransformer, loader: ImageLoader) -> dict[str, flo
     """
     held, size, right = loader.val_set, model.config.image_size[0], []
     for part in torch.arange(len(held.labels)).split(256):
-        pixels, labels = held.images[part].float(), held.labels[part].to(device_of(model))
+        pixels, labels = held.images[part], held.labels[part].to(device_of(model))
         S = pixels.shape[-1]
-        wide = {"size": (size, 2 * size), "mode": "bicubic", "antialias": True}
-        band = interpolate(pixels[:, :, S // 4 : S - S // 4], **wide).clamp(0, 255).to(device_of(model))
+        band = resize(pixels[:, :, S // 4 : S - S // 4], (size, 2 * size)).to(device_of(model))
         right.append(correct(model, normalise(band / 255), labels))
     H, W = model.config.grid
     return {f"top1@{H}x{2 * W}": 100 * torch.cat(right).double().mean().item()}
