@@ -19,7 +19,7 @@ from cpvt.errors import ConfigError, TrainingError, UserError, nearest
 INTERRUPTED = 75  # exit status of a run that was stopped and can go on: the sysexits' "try again"
 ABOUT_TRAINING = """Train a model.
 
---model NAME    deit_ or cpvt_, then tiny, small or base, then _5peg, _gap or _distilled if wanted
+--model NAME    deit_SIZE, cpvt_SIZE or cpvt_SIZE_5peg, SIZE tiny, small or base; then _gap or _distilled if wanted
 --data NAME     where, arrangement, what (drawn); tiny-imagenet, cifar10, fashion-mnist; a folder,
                 with FOLDER/train/CLASS/*.JPEG and FOLDER/val/..., or what `cpvt pack` made of it
 --recipe NAME   what the options below are by default:

@@ -1,8 +1,8 @@
 """Bytes -> pixels: the one decoder of the package. What counts as an image is decided here, for every reader.
 
 A worker process reads files (`BatchReader`): plain JPEGs stay bytes where a GPU will decode them, everything else
-is decoded on the spot. The main process decodes the rest, a micro-batch at a time (`Decoder`). What cannot be
-decoded is named, and plain grey stands in for it.
+is decoded on the spot. The main process decodes these, a micro-batch at a time (`Decoder`). What cannot be decoded
+is named, and plain grey stands in for it.
 
 Letters: B images of a micro-batch, h w height and width of one in pixels, S side of what a model sees, K classes.
 """
@@ -70,7 +70,7 @@ def decode_image(data: bytes) -> Tensor:
 
     The pixels are those of Pillow's `convert("RGB")`, the reference's loader, but for 16-bit greyscale: there
     Pillow cuts off at 255, which leaves nearly white images, and here the upper byte is kept, as Pillow does
-    with 16-bit colour. Plain JPEGs go through torchcodec, in two thirds of the time and with the same pixels.
+    with 16-bit colour. Plain JPEGs go through torchcodec, which is faster and gives the same pixels.
     """
     decode_jpeg = find_jpeg_decoder()
     with open_image(data) as image:
@@ -228,7 +228,7 @@ def bisect(decode: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor]) 
 
 
 class Decoder:
-    """The main process' side: ReadBatch -> Batch, in the thread that calls; `reader` is the workers' side.
+    """ReadBatch -> Batch, in the thread that calls; for a GPU in the main process. `reader` is the workers' side.
 
     decode        "cpu": never on the GPU
     decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; else, on a GPU, torchcodec's

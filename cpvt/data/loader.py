@@ -123,7 +123,7 @@ Images = ImageDataset | Shards | ImageTensors  # in files, or in memory on the d
 
 class Loader:
     """What both kinds share. They also tell num_classes, image_size (height, width), the fingerprint of what is
-    trained on, and the held-out images that were `unread`, by path."""
+    trained on, and the held-out images that were `unread`, by name."""
 
     @property
     def micro_batches_per_step(self) -> int:

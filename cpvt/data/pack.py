@@ -1,7 +1,7 @@
 """ImageNet as people have it -> shards. Every image is decoded once, and what cannot be decoded is named.
 
 Folders of classes are known, and the archives of ILSVRC2012 as published. torchvision unpacks the archives, which
-need their own size (train 138 GB, val 6.7 GB) once more on the disk for that while.
+need their own size once more on the disk for that while.
 """
 
 import hashlib

@@ -7,7 +7,7 @@ a run of their own.
 
     peg       gigabytes a second of the PEG's operator, beside those of a plain copy
     step      training steps on images of noise: the same batch, autocast, drop path, loss and optimiser, once the
-              gradients agree in double precision. timm's model in every mode of torch.compile, ours in the first
+              gradients agree in double precision. timm's model in three modes of torch.compile, ours in the first
     decode    JPEGs a second by the decoder alone, by images a call
     pipeline  the whole recipe from the files, ours and timm's `create_loader` with as many workers: the loader
               alone, and feeding the step

@@ -68,11 +68,11 @@ def parameters(config: ModelConfig) -> int:
 
 
 def multiply_adds(config: ModelConfig) -> int:
-    """Multiply-adds of matrix products and convolutions for one image, the plain way.
+    """Multiply-adds of matrix products and convolutions for one image.
 
     Counted by PyTorch while the model runs on shapes alone. Left out is what is no product of matrices: norms,
     softmax, GELU, biases, skips, sums of tables, turns of rotary pairs. A convolution's products with padded zeros
-    count. "Plain": as on a CPU; a GPU's relative keys go another way.
+    count.
     """
     with torch.device("meta"):  # no first weights are drawn
         model = VisionTransformer(config).eval()
