@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 
 import torch
-from helpers import small_run
+from helpers import small_run, through
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from cpvt.config import TrainConfig, from_json
-from cpvt.data.loader import make_loader
 from cpvt.training.distributed import join_world
 from cpvt.training.train import Trainer, take_steps, train
 
@@ -31,13 +30,8 @@ def trained(images: str, **changes) -> dict:
 def slowly(config: str) -> None:
     """Trains as configured, a fifth of a second a batch, and says what came of it; 75 as the command line does."""
 
-    def make(*arguments, **options):
-        loader = make_loader(*arguments, **options)
-        own = loader.train_batches
-        loader.train_batches = lambda start=0: (time.sleep(0.2) or batch for batch in own(start))
-        return loader
-
-    run = train(from_json(TrainConfig, config), make_loader=make)
+    slow = through(lambda batches, *_: (time.sleep(0.2) or batch for batch in batches))
+    run = train(from_json(TrainConfig, config), make_loader=slow)
     # One write: where Python does not buffer (PYTHONUNBUFFERED), print's pieces mix with the other process's.
     sys.stdout.write(f"ended {run.steps} {run.interrupted or json.dumps(run.metrics)}\n")
     sys.exit(75 if run.interrupted else 0)

@@ -112,9 +112,9 @@ def photos(count):
     return [encoded(picture(40 + i, 50 - i, seed=i)) for i in range(count)]
 
 
-def refusal(call, *args, **kwargs):
+def refusal(call, *args, error=UserError, **kwargs):
     """The one line with which a call refuses its arguments."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(error) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -9,6 +9,7 @@ import numpy
 from PIL import Image
 
 from cpvt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, replace
+from cpvt.data.loader import make_loader
 from cpvt.training.recipes import DEIT_AUGMENT
 
 EVERYTHING = replace(DEIT_AUGMENT, mix_group=4, repeated_aug=2)
@@ -39,17 +40,27 @@ def small_run(root: Path, out: str = "", store: str = "files", **changes) -> Tra
     run = dict(device="cpu", log_every=2, out=out, seed=7)
     for name, value in changes.items():
         (optim if name in OptimConfig.__dataclass_fields__ else run)[name] = value
+    body = dict(patch_size=4, width=16, depth=2, heads=2, image_size=(16, 16))
+    data = dict(image_size=16, store=store, stored_size=24, workers=0, crop_pct=0.875)
     return TrainConfig(
-        model=ModelConfig(
-            patch_size=4, width=16, depth=2, heads=2, encoding="peg", drop_path=0.3, image_size=(16, 16)
-        ),
-        data=DataConfig(
-            name=str(root), image_size=16, store=store, stored_size=24, workers=0, crop_pct=0.875
-        ),
+        model=ModelConfig(**body, encoding="peg", drop_path=0.3),
+        data=DataConfig(name=str(root), **data),
         augment=EVERYTHING,
         optim=OptimConfig(**optim),
         run=RunConfig(**run),
     )
+
+
+def through(change, kind="train_batches"):
+    """A `make_loader` whose batches of a kind come through `change(batches, its arguments, loader)`."""
+
+    def make(*arguments, **options):
+        loader = make_loader(*arguments, **options)
+        own = getattr(loader, kind)
+        setattr(loader, kind, lambda *start: change(own(*start), start, loader))
+        return loader
+
+    return make
 
 
 def make_result(experiment="x", seed=0, metrics=None, **changes):
@@ -78,3 +89,10 @@ def wait_until(happened: Callable[[], object], limit: float = 600) -> None:
     while not happened():
         assert time.monotonic() < end, f"waited {limit} s in vain"
         time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from encoded import refusal
 
 from cpvt import ModelConfig
 from cpvt.errors import UserError
@@ -79,10 +80,8 @@ def difference(a, b) -> float:
 
 def assert_refused(words, call, *args, error=UserError, **kwargs):
     """In one line that has these words."""
-    with pytest.raises(error) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
+    message = refusal(call, *args, error=error, **kwargs)
+    assert all(word in message for word in words), message
 
 
 @pytest.fixture(autouse=True)

@@ -130,12 +130,6 @@ def test_what_does_not_fit_is_named(tmp_path, monkeypatch, capsys):
     assert "budget: peg" in said and "budget: step" in said and not (tmp_path / "benchmark.jsonl").exists()
 
 
-def test_an_unknown_part_is_one_line(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["benchmark", "--size", "cpu", "--only", "stepp"])
-    assert stop.value.code == 2 and "no part 'stepp'" in capsys.readouterr().err
-
-
 @needs_gpu
 def test_small_on_a_gpu(tmp_path):
     """The paths that only a GPU takes: streams, peak memory, both loaders."""

@@ -90,17 +90,13 @@ def test_the_stub_fails_and_the_solution_passes(path, name):
     stub, check, solution = (cell["source"] for cell in mine)
     [wanted] = re.findall(rf"^def check_{name}\((\w+)\):", check, flags=re.M)
     for source in (stub, solution):
-        assert re.search(rf"^(def|class) {wanted}\b|^{wanted} = ", source, flags=re.M), (
-            f"no {wanted}: {source}"
-        )
+        assert re.search(rf"^(def|class) {wanted}\b|^{wanted} = ", source, flags=re.M), source
+    assert "raise" not in stub, "what answers nothing, and does not raise, must fail by the check"
     call, right, not_yet = f"check_{name}({wanted})", f'print("{name}: right")', f'print("{name}: not yet")'
     assert check.endswith(f"\ntry:\n    {call}\n    {right}\nexcept Exception:\n    {not_yet}")
     assert solution.endswith(f"\n{call}\n{right}")
-    assert [cell["outputs"] and cell["outputs"][0]["text"] for cell in mine] == [
-        [],
-        [f"{name}: not yet\n"],
-        [f"{name}: right\n"],
-    ]
+    said = [cell["outputs"] and cell["outputs"][0]["text"] for cell in mine]
+    assert said == [[], [f"{name}: not yet\n"], [f"{name}: right\n"]]
     assert "hide-cell" in tags(mine[2])
 
 
@@ -124,11 +120,12 @@ def value(table: str, model: str, encoding: str, setting: str = "") -> float:
 
 
 def corrected(section: int, *numbers) -> str:
-    """The text of a section, in which these numbers stand."""
+    """The text of a section, in which these numbers and phrases stand."""
     page = (BOOK / "corrections.md").read_text(encoding="utf-8").replace("{,}", ",")
     text = page.split(f"\n## {section}. ")[1].split("\n## ")[0]
     for number in numbers:
-        shown = f"{number:,}" if isinstance(number, int) else f"{number:.1f}"
+        shown = f"{number:.1f}" if isinstance(number, float) else number
+        shown = f"{shown:,}" if isinstance(number, int) else shown
         assert re.search(rf"(?<![\d.,]){re.escape(shown)}(?!\d)", text), f"{shown} in {text}"
     return text
 
@@ -161,12 +158,16 @@ def test_corrections_about_encodings_padding_and_gain():
     names = ("learned", "2-D sine", "relative 2-D K=8", "1 PEG", "5 PEGs at positions 0-4")
     learned, sine, relative, one, five = (value("encodings", "DeiT-tiny", name) for name in names)
     error = 100 * math.sqrt(learned / 100 * (1 - learned / 100) / 50_000)
-    corrected(5, sine, learned, relative, learned - relative, error)
+    gap = f"stands at {relative}, so the gap is ${learned} - {relative} = {learned - relative:.1f}$ points"
+    corrected(5, f"Sine reaches {sine}; {learned} is the learned table.", gap, error)
     padded, bare = (value("padding", "CPVT-Ti", "1 PEG", kind) for kind in ("zero padding", "no padding"))
     none = value("imagenet", "DeiT-tiny", "none")
-    corrected(6, padded, bare, none, bare - none)
+    three = f"the paper reports {bare}, against {padded} with it, and against {none} for no encoding"
+    corrected(6, three, f"still gains {bare - none:.1f} points")
     pooled = value("imagenet", "CPVT-Ti-GAP", "5 PEGs")
-    corrected(8, one - learned, one, learned, five, five - learned, pooled, pooled - five)
+    first = f"{one - learned:.1f} points above the learned table ({one} against {learned})"
+    second = f"in place of one table ({five}, so {five - learned:.1f} points)"
+    corrected(8, first, second, f"on top of that ({pooled}, another {pooled - five:.1f} points)")
 
 
 def test_corrections_about_the_listing():

@@ -50,6 +50,14 @@ def test_a_printed_command_is_understood(words, monkeypatch, capsys):
         assert not end.value.code and lists, capsys.readouterr().err
 
 
+def test_a_stopped_run_asks_to_be_called_again(monkeypatch, capsys):
+    run = mock.Mock(interrupted="SIGTERM", steps=3)
+    monkeypatch.setattr("cpvt.training.train.train", lambda *_, **__: run)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "--data", "where"])
+    assert end.value.code == 75 and "after step 3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("error", "refused"),
     [

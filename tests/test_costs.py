@@ -108,20 +108,6 @@ def test_the_command_lists_what_it_would_measure(capsys):
     assert [line.split("\t")[0] for line in lines] == [describe(row) for row in cost_rows()]
 
 
-def test_options_that_would_be_ignored_are_refused(capsys, tmp_path):
-    for options, reason in (
-        (["costs", "--root", "images"], "'costs' has no root"),
-        (["tables", "--device", "cpu"], "'tables' has no device"),
-        (["where", "--list"], "no experiment 'where'"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            main(["experiments", *options, "--out", str(tmp_path)])
-        assert stop.value.code == 2 and reason in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-# --------------------------------------------------------------------------- measured
-
-
 def test_rows_are_measured_once_and_group_by_group(tmp_path):
     """A budget that is spent ends it behind a group; the next call goes on from there."""
     threads, seen = torch.get_num_threads(), []

@@ -78,6 +78,8 @@ def test_folders_and_files_that_cannot_be_used_are_named(folder, tmp_path, monke
     data = open_dataset(folder)
     assert refusal(load_tensors, data, 8).startswith(str(file))
     assert data[0][0].shape == (3, 8, 10)  # the others still load
+    with mock.patch("os.scandir", side_effect=PermissionError(13, "not allowed", "n01/images")):
+        assert "n01/images cannot be read" in refusal(open_dataset, folder)  # and not a part for the whole
 
 
 def test_tensors_hold_the_pixels_and_their_fingerprint(folder):

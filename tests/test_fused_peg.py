@@ -159,11 +159,11 @@ def test_which_pegs_are_fused(monkeypatch):
         others = [
             {"kernel": 7},
             {"bias": False},
-            {"compute": "matrix"},
             {"skip": False},
             {"padding": "circular"},
+            {"on": "constant"},
         ]
-        others += [{"convolution": "separable"}, {"convolution": "dense"}, {"on": "constant"}]
+        others += [{"compute": "matrix"}, {"convolution": "separable"}, {"convolution": "dense"}]
         assert not any(fuses(x, True, **other) for other in others)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert fused_peg.exporting()

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import draw_images, small_run, wait_until
+from helpers import alive, draw_images, small_run, wait_until
 from PIL import Image
 
 from cpvt.config import DataConfig, replace
 from cpvt.data.decode import find_jpeg_decoder
 from cpvt.data.loader import AHEAD, Batch, ImageLoader, make_ahead, make_loader, open_split
+from cpvt.data.transforms import centre_resize, normalise
 from cpvt.errors import ConfigError, DataError
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -60,6 +61,8 @@ def test_memory_and_files_hold_the_same_images(tiny_imagenet):
     files, memory = opened(config), opened(with_data(config, store="memory"))
     assert same(memory.batch(1), files.batch(1))
     assert same(next(memory.eval_batches()), next(files.eval_batches()))
+    expected = centre_resize([image for image, _ in map(files.val_set.__getitem__, range(8))], 16, 0.875)
+    assert torch.equal(next(files.eval_batches())[0], normalise(expected.float() / 255))
 
 
 def test_held_out_images_are_shared_out_without_loss_or_doubles(image_folder):
@@ -163,13 +166,6 @@ def test_workers_outlive_signals_to_the_group_and_end_with_the_main_process(imag
     assert "DataLoader worker" in pipe.recv()  # an error, and no wait
     main.kill()
     wait_until(lambda: not any(alive(pid) for pid in workers))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 # --------------------------------------------------------------------------- ahead of the model

@@ -1,12 +1,15 @@
 """ImageNet as people have it becomes shards: two layouts, odd and broken images, nothing half done."""
 
+import multiprocessing
 import os
 import tarfile
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from encoded import BROKEN, ODD, PLAIN, SIXTEEN, encoded, put, refusal
+from helpers import alive, wait_until
 from PIL import Image
 from small_imagenet import CLASSES, LAYOUTS, SPLITS, archives, folders, run, tar
 
@@ -95,6 +98,28 @@ def test_packed_and_refused_are_all_there_is(folder, tmp_path):
         assert torch.equal(image, decode_image(images[f"{name}.JPEG"]))
         assert image.shape[1:] == (45, 61), "EXIF turns nothing"
     assert torch.equal(data[stored[f"{CLASSES[1]}/deep"]][0], decode_image(images["deep.png"]))
+
+
+def packing(source, out) -> None:
+    own, main = module.decode_image, os.getpid()  # its workers, which are forks, go on once it is killed
+    module.decode_image = lambda content: wait_until(lambda: os.getppid() != main) or own(content)
+    module.pack(source, out, ["train"], workers=2)
+
+
+def test_killed_in_the_middle_it_leaves_nothing_and_no_process(tmp_path):
+    """A worker that waits for somebody to read from its pipe, into which no such image fits, would stay."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    noise = numpy.random.default_rng(0).integers(0, 256, (8, 200, 200, 3), dtype=numpy.uint8)
+    for i, pixels in enumerate(noise):
+        put(source / "train" / "n1" / f"{i}.png", encoded(Image.fromarray(pixels), "PNG"))
+    main = multiprocessing.get_context("spawn").Process(target=packing, args=(source, out))
+    main.start()
+    children = Path(f"/proc/{main.pid}/task/{main.pid}/children")
+    wait_until(lambda: len(children.read_text().split()) == 2)
+    workers = children.read_text().split()
+    main.kill()
+    wait_until(lambda: not any(map(alive, workers)))
+    assert not (out / "train").exists()
 
 
 def test_a_thousand_classes_must_be_the_whole_of_imagenet(folder, tmp_path, monkeypatch):

@@ -123,8 +123,7 @@ def look(page, chapters):
             page.wait_for_function(f"document.documentElement.dataset.theme == '{theme}'")
             page.wait_for_function(SETTLE)  # which has a limit of time, as evaluate has not
             seen = page.evaluate(MEASURE)
-            seen["heard"] = [
-                (k, v) for k, v in heard if KNOWN not in v and (k != "asked" or v.startswith("http"))
-            ]
+            news = ((k, v) for k, v in heard if KNOWN not in v)
+            seen["heard"] = [(k, v) for k, v in news if k != "asked" or v.startswith("http")]
             wrong |= {(path.name, size, k): v for k, v in seen.items() if v != SOUND.get(k, [])}
     return wrong

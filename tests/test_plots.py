@@ -55,8 +55,6 @@ def test_images_are_shown_row_by_row_under_their_titles():
     assert np.array_equal(axes[5].images[0].get_array(), (drawn_image(5, 24, 32) / 255).permute(1, 2, 0))
 
 
-# --------------------------------------------------------------------------- styles
-
 PLAIN = {
     "none": "none",
     "learned": "learned",

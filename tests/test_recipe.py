@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from helpers import draw_images, small_run
+from helpers import draw_images, small_run, through
 from timm.utils import ModelEmaV3
 
 from cpvt.config import DistillConfig, ModelConfig, OptimConfig, TrainConfig
-from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError, TrainingError, UserError
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import load_model
@@ -91,20 +90,13 @@ def test_the_average_is_timms():
 def spoiling(steps):
     """A `make_loader` whose images of these steps hold a NaN."""
 
-    def make(*arguments, **options):
-        loader = make_loader(*arguments, **options)
-        own = loader.train_batches
+    def spoiled(batches, start, loader):
+        for number, batch in enumerate(batches):
+            if sum(start) + number // loader.micro_batches_per_step in steps:
+                batch.images[0, 0, 0, 0] = math.nan
+            yield batch
 
-        def train_batches(start=0):
-            for number, batch in enumerate(own(start)):
-                if start + number // loader.micro_batches_per_step in steps:
-                    batch.images[0, 0, 0, 0] = math.nan
-                yield batch
-
-        loader.train_batches = train_batches
-        return loader
-
-    return make
+    return through(spoiled)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(image_folder, tmp_path):
@@ -156,7 +148,9 @@ def test_a_run_with_a_teacher_from_a_file(image_folder, tmp_path):
     model, data = replace(config.model, distilled=True), replace(config.data, image_size=32)
     distill = DistillConfig(teacher="resnet10t", weights=str(weights))
     run = train(replace(config, model=model, data=data, distill=distill))
-    assert math.isfinite(run.history[-1]["loss"])
+    assert (
+        math.isfinite(run.history[-1]["loss"]) and not load_teacher(distill, run.config.model, "cpu").training
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,6 +172,7 @@ def test_drop_path_is_drawn_for_the_sample_and_not_for_the_batch():
     many = drop_path_scale(model, 0, torch.arange(20_000), seed=0, like=like)
     for block, rate in enumerate((0.0, 0.2, 0.4)):
         assert abs((many[block] == 0).double().mean() - rate) < 4 * (0.25 / 40_000) ** 0.5
+        assert many[block].max() == many[block][many[block] > 0].min() == pytest.approx(1 / (1 - rate))
     apart = torch.corrcoef(many.flatten(0, 1)[2:4])[0, 1]
     assert abs(apart) < 4 / 20_000**0.5  # the branches fall apart alone
 
@@ -191,7 +186,8 @@ def test_every_precision_trains(image_folder, precision, dtype):
 
 def test_what_a_run_says_beforehand_and_how_long_it_takes(image_folder):
     said, entries = [], []
-    train(small_run(image_folder, steps=24), entries.append, said.append)
+    train(small_run(image_folder, steps=24, evaluate_every=2), entries.append, said.append)
+    assert [entry["step"] for entry in entries if "top1" in entry] == [18, 24]
     for words in ("4 x 4 tokens, 3 classes", "36 images in 9 steps", "2 micro-batches", "optim.steps=24"):
         assert words in said[0].replace("\n", " "), said[0]
     timed = [entry["hours_left"] for entry in entries if "hours_left" in entry]

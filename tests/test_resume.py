@@ -15,11 +15,12 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import small_run
+from helpers import small_run, through
 
 from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError
 from cpvt.training.checkpoint import Checkpoints, load_model, only_run
+from cpvt.training.evaluate import accuracy
 from cpvt.training.train import train
 
 CLEAN = multiprocessing.get_context("forkserver")  # a clean process each, with the imports done once
@@ -62,6 +63,7 @@ def assert_same(out, other) -> None:
     for name in ("model.safetensors", "model_ema.safetensors"):
         saved = [load_model(Path(folder) / name)[0].state_dict() for folder in (out, other)]
         torch.testing.assert_close(*saved, rtol=0, atol=0)
+    torch.testing.assert_close([*saved[0].values()], one["ema"], rtol=0, atol=0)
 
 
 def in_a_process(work, *arguments, after: float | None = None) -> int | None:
@@ -98,24 +100,18 @@ def test_a_signal_ends_the_step_saves_and_the_same_call_goes_on(image_folder, tm
     assert stops == [(5, signal.Signals(number).name), (9, signal.Signals(number).name)]  # the step in hand
     assert run.metrics == reference.metrics and run.history == reference.history
     assert_same(config.run.out, reference.config.run.out)
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
 def test_a_signal_during_an_evaluation_cuts_it_short_and_it_is_made_again(image_folder, tmp_path):
     config = small_run(image_folder, str(tmp_path / "cut"), evaluate_every=1)
     reference = train(small_run(image_folder, str(tmp_path / "whole"), evaluate_every=1))
 
-    def striking(*arguments, **options):
-        loader = make_loader(*arguments, **options)
-        own = loader.eval_batches
+    def struck(batches, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from batches
 
-        def struck():
-            os.kill(os.getpid(), signal.SIGTERM)
-            yield from own()
-
-        loader.eval_batches = struck
-        return loader
-
-    first = train(config, make_loader=striking)
+    first = train(config, make_loader=through(struck, "eval_batches"))
     assert (first.steps, first.interrupted, first.metrics) == (9, "SIGTERM", {})
     assert "top1" not in (tmp_path / "cut" / "log.jsonl").read_text()
     assert train(config).metrics == reference.metrics
@@ -128,6 +124,9 @@ def test_which_run_goes_on_in_a_folder(image_folder, whole, tmp_path):
     shutil.copytree(image_folder, moved)
     shutil.copytree(whole.config.run.out, out)
     before = lasting(out)
+    average, config = load_model(f"{out}/model_ema.safetensors")
+    scores = accuracy(average, make_loader(config.data, seed=7, train=False).eval_batches())
+    assert scores["top1"] == whole.metrics["ema_top1"] != whole.metrics["top1"]
     for config in (
         small_run(image_folder, out, save_every=1),
         small_run(moved, out, save_every=1),

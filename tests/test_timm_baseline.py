@@ -53,9 +53,8 @@ def test_steps_and_places_are_those_of_our_own_batches(opened):
     for own, other in zip(ours, theirs, strict=True):
         assert own.images.shape == other.images.shape and own.images.dtype == other.images.dtype
         assert own.targets.shape == other.targets.shape and own.targets.dtype == other.targets.dtype
-        assert own.request.epoch == other.request.epoch and own.request.positions.equal(
-            other.request.positions
-        )
+        assert own.request.epoch == other.request.epoch
+        assert own.request.positions.equal(other.request.positions)
 
 
 def test_images_and_targets_are_distributed_as_ours(opened):

@@ -79,10 +79,8 @@ def test_the_centre_is_torchvisions_of_pil_images(size, crop_pct):
 def test_training_crops_first_and_then_resizes():
     config, images, size = AugmentConfig(crop=True), noise(12, 60, 80), 24
     sides = torch.tensor([[60, 80]] * 12)
-    seen = (
-        run(config, images, size=size)[0] * torch.tensor(STD)[:, None, None]
-        + torch.tensor(MEAN)[:, None, None]
-    )
+    std, mean = (torch.tensor(v)[:, None, None] for v in (STD, MEAN))
+    seen = run(config, images, size=size)[0] * std + mean
     for image, (top, left, high, wide), ours in zip(
         images, crop_boxes(config, 1, 0, torch.arange(12), *sides.T).tolist(), seen, strict=True
     ):
@@ -216,9 +214,7 @@ def test_mixing_is_timms(monkeypatch, config):
     labels = torch.randint(classes, (count * group,), generator=dice)
     mix = draw_mix(config, 7, 2, numbers, size)
     made = mix_images(images.clone(), mix), mix_labels(labels, classes, 0.1, mix.share)
-    assert set(mix.cut.tolist()) == (
-        {True, False} if config.mixup and config.cutmix else {bool(config.cutmix)}
-    )
+    assert set(mix.cut.tolist()) == {bool(config.cutmix), not config.mixup}
     numpys = timm_mixup.np.random
     for i, number in enumerate(numbers.tolist()):
         where = 7, 2, number

@@ -12,13 +12,11 @@ from models import assert_refused, random_model
 from models import seeded as seeded
 from timm.data import resolve_model_data_config
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.twins import PosConv
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from timm.optim import param_groups_layer_decay
 
 import cpvt
 from cpvt import ModelConfig, create_model, model_names
-from cpvt.model.encodings import PEG
 from cpvt.model.zoo import load_weights, model_config
 
 SMALL = {"image_size": (32, 48), "width": 16, "heads": 2, "depth": 2, "num_classes": 5}
@@ -49,13 +47,6 @@ def test_logits_intermediates_and_gradients_are_timms(distilled, options):
         model(x).square().sum().backward()
     found, expected = ({name: p.grad for name, p in m.named_parameters()} for m in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_peg_is_the_one_of_twins():
-    """timm's `PosConv` at stride 1; for gradients see test_gradients."""
-    theirs, ours, x = PosConv(24, 24), PEG(24), torch.randn(2, 45, 24)
-    ours.proj.load_state_dict(theirs.proj[0].state_dict())
-    torch.testing.assert_close(ours(x, (5, 9)), theirs(x, (5, 9)))
 
 
 COUNTS = {  # facts of the paper's table and of DeiT's, to the digit; biases of the PEGs included

@@ -1,7 +1,4 @@
-"""Images and labels by name or path: torchvision's data sets, folders of classes, shards.
-
-Letters: n images, S side of an image in pixels.
-"""
+"""Images and labels by name or path: torchvision's data sets, folders, shards. n: images; S: pixels a side."""
 
 import hashlib
 import os
@@ -176,7 +173,7 @@ def _files(folder: Path) -> list[str]:
     Links are followed, and each folder is entered once: a link may lead back up.
     """
     found, entered = [], set()
-    for here, folders, names in os.walk(folder, followlinks=True):
+    for here, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         if (real := os.path.realpath(here)) in entered:
             folders.clear()
             continue
@@ -184,6 +181,10 @@ def _files(folder: Path) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(here, name) for name in names if not name.startswith(".")]
     return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read ({reason(error)}): mend or delete it") from error
 
 
 def _folders(path: Path) -> list[str]:

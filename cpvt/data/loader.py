@@ -1,10 +1,8 @@
 """Batches as a function of the step: the same seed and step give the same batch, whatever came before.
 
-    images in memory   sampler -> request -> pixels -> transform -> batch
-    files, on a CPU    sampler -> request -> worker process: bytes -> pixels -> transform -> batch
-    files, on a GPU    sampler -> request -> worker processes: bytes -> thread: pixels -> transform -> batch
-
-Letters: B images of a micro-batch, S side of an image in pixels, K classes.
+images in memory   sampler -> request -> pixels -> transform -> batch
+files, on a CPU    sampler -> request -> worker process: bytes -> pixels -> transform -> batch
+files, on a GPU    sampler -> request -> worker processes: bytes -> thread: pixels -> transform -> batch
 """
 
 import multiprocessing

@@ -82,7 +82,7 @@ def _synthetic_job(experiment: str, seed: int, **columns) -> Job:
 
 
 def synthetic() -> Iterator[Job]:
-    """Every encoding on the synthetic tasks, with class token and average pooling; seconds to two minutes a row."""
+    """Every encoding on the synthetic tasks, with class token and average pooling; up to two minutes a row."""
     for seed, pool, encoding, task in product(SEEDS, POOLS, ENCODINGS, GRIDS):
         yield _synthetic_job("synthetic", seed, task=task, encoding=encoding, global_pool=pool)
 
