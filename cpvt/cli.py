@@ -136,7 +136,10 @@ class Experiments:
     name: Annotated[str, tyro.conf.Positional] = ""
     root: str = ""  # folder that holds the images (default: data/images)
     out: Path | None = None  # folder of NAME.jsonl (default: the repository's data/results)
-    table: str = ""  # of the experiment tables: encodings, placement, parameters, padding, resolution, ...
+    only: str = (
+        ""  # photographs: one table: core, encodings, placement, parameters, padding, pooling, shifted
+    )
+    grid: int = 0  # photographs: 8 (the default) or 14 tokens a side
     budget_minutes: float = 0.0  # start no row that would not be done by then, after a first one; 0: run all
     device: str = "auto"  # costs: cpu, cuda
     list: bool = False  # only say which rows the experiment has
@@ -144,6 +147,7 @@ class Experiments:
     def __call__(self) -> None:
         from cpvt.lab.costs import cost_rows, measure_costs
         from cpvt.lab.experiments import EXPERIMENTS, jobs
+        from cpvt.lab.photographs import check_images, one_thread
         from cpvt.lab.results import describe, results_folder
         from cpvt.lab.runner import run_missing
         from cpvt.training.distributed import pick_device
@@ -153,13 +157,16 @@ class Experiments:
             return _list(known)
         if self.name not in known:
             raise ConfigError(f"no experiment {self.name!r}; {nearest(self.name, known)}")
-        given = {option: value for option in ("root", "table") if (value := getattr(self, option))}
+        given = {option: value for option in ("root", "only", "grid") if (value := getattr(self, option))}
         costs = self.name == "costs"
         if unfit := [*given] if costs else ["device"] * (self.device != "auto"):
             raise ConfigError(f"the experiment {self.name!r} has no {', '.join(unfit)}: leave it out")
         rows = cost_rows() if costs else jobs(self.name, **given)
         if self.list:
             return print(*(describe(row) if costs else row.label for row in rows), sep="\n")
+        if self.name in ("photographs", "pilot"):
+            check_images(self.root, self.out)
+            one_thread()
         if costs:
             left = measure_costs(self.out, pick_device(self.device), self.budget_minutes, _print_row)
         else:

@@ -260,6 +260,7 @@ class DataConfig:
     image_size: int = 64  # side in pixels of what the model sees
     store: Literal["memory", "files"] = "memory"  # held decoded, or read when needed
     stored_size: int = 0  # memory: short side that images are held at, cut square (0: image_size)
+    interpolation: Literal["bicubic", "area"] = "bicubic"  # area: memory only; every size is a mean of pixels
     crop_pct: float = 1.0  # evaluation: short side to image_size / this, then the centre; ImageNet's 0.875
     workers: int = -1  # files: processes that read; -1: one a core, 16 at most
     decode: Literal["auto", "cpu"] = "auto"  # files: where JPEGs are decoded; auto: on a GPU by it
@@ -275,6 +276,8 @@ class DataConfig:
         _at_least(self, 0, "stored_size", "limit", "hold_out")
         _need(self, self.hold_out != 1, "0, or 2 or more", "hold_out")
         _need(self, 0 < self.crop_pct <= 1, "above 0, 1 at most", "crop_pct")
+        fine = self.interpolation == "bicubic" or (self.store == "memory" and self.crop_pct == 1)
+        _need(self, fine, "store='memory', crop_pct=1 with area", "interpolation", "store", "crop_pct")
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,7 @@ class AugmentConfig:
     crop: bool = False  # a random part of the image, resized (else the centre)
     crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    crop_place: Literal["random", "centre"] = "random"  # centre: no object is shifted
     hflip: float = 0.0  # probability of a mirror image
     randaugment: str = ""  # timm's notation: rand-m9-mstd0.5-inc1
     random_erasing: float = 0.0  # probability of one box of noise, after normalisation

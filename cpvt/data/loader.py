@@ -28,7 +28,7 @@ from cpvt.data.decode import Batch, BatchReader, Decoder, Fault, ReadBatch
 from cpvt.data.sampler import Request, Sampler
 from cpvt.data.shards import Shards
 from cpvt.data.synthetic import CLASSES, draw
-from cpvt.data.transforms import TrainTransform, centre_resize, normalise, send
+from cpvt.data.transforms import TrainTransform, area_resize, centre_resize, normalise, send
 from cpvt.errors import ConfigError, DataError
 
 AHEAD = 3  # micro-batches that are made before the model on a GPU asks for them
@@ -208,7 +208,7 @@ class ImageLoader(Loader):
         """This process's part of the held-out images, and their labels: -1 for one that cannot be read."""
         parts = _own_part(len(self.val_set.labels), self.rank, self.world_size)
         requests = [Request(0, index, index, index) for index in parts]
-        finish = partial(_centred, self.data.image_size, self.data.crop_pct, self.device)
+        finish = partial(_centred, self.data, self.device)
         workers = min(self.workers, len(requests))
         with closing(self._batches(self.val_set, requests, finish, workers)) as batches:
             for batch in batches:
@@ -249,13 +249,17 @@ def _augmented(transform: TrainTransform, batch: Batch) -> Batch:
     return replace(batch, images=images, targets=targets)
 
 
-def _centred(size: int, crop_pct: float, device: torch.device, batch: Batch) -> Batch:
+def _centred(data: DataConfig, device: torch.device, batch: Batch) -> Batch:
     labels = batch.targets
     # What cannot be read counts as wrong, whatever stands in for it: no guess is -1.
     bad = {fault.index for fault in batch.faults}
     labels[[i for i, index in enumerate(batch.request.indices.tolist()) if index in bad]] = -1
-    pixels = centre_resize(batch.images, size, crop_pct).float() / 255
-    return replace(batch, images=normalise(pixels), targets=send(labels, device))
+    size = data.image_size
+    if data.interpolation == "area":
+        pixels = area_resize(batch.images, torch.tensor((0, 0, *batch.images.shape[2:])), (size, size))
+    else:
+        pixels = centre_resize(batch.images, size, data.crop_pct)
+    return replace(batch, images=normalise(pixels.float() / 255), targets=send(labels, device))
 
 
 def open_split(data: DataConfig, split: str, device: str = "cpu", cache: dict | None = None) -> Images:
@@ -312,5 +316,6 @@ def make_loader(
         raise DataError(f"{data.name}: {found}: give both splits the same")
     group, copies = augment.mix_group if augment.mixup or augment.cutmix else 1, augment.repeated_aug
     sampler = Sampler(len(train_set.labels), global_batch_size, seed, group, copies, *shared)
-    transform = TrainTransform(augment, data.image_size, classes, label_smoothing, seed, device)
+    area = data.interpolation == "area"
+    transform = TrainTransform(augment, data.image_size, classes, label_smoothing, seed, device, area)
     return ImageLoader(*own, train_set, sampler, transform)

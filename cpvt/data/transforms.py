@@ -57,6 +57,25 @@ def centre_resize(images: Sequence[Tensor] | Tensor, side: int, crop_pct: float 
     return torch.cat(centres)
 
 
+def area_resize(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 3, h, w) uint8, boxes (B, 4) in pixels (top, left, height, width; fractions allowed) -> (B, 3, *size)
+    uint8: each new pixel is the mean of what it covers. One box (4,): of all."""
+    boxes = send(boxes.expand(len(images), 4).float(), images.device)
+    (top, left, high, wide), (h, w) = boxes.unbind(1), images.shape[2:]
+    down, across = _cover(top, high, h, size[0]), _cover(left, wide, w, size[1])
+    pixels = down[:, None] @ images.float() @ across[:, None].transpose(2, 3)
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _cover(start: Tensor, length: Tensor, old: int, new: int) -> Tensor:
+    """(B,), (B,) -> (B, new, old): the share of each old pixel in each new one; rows sum to 1."""
+    edges = start[:, None] + length[:, None] / new * torch.arange(new + 1, device=start.device)
+    pixel = torch.arange(old, device=start.device)
+    begins, ends = (edge[..., None] for edge in (edges[:, :-1], edges[:, 1:]))
+    shared = torch.minimum(ends, pixel + 1) - torch.maximum(begins, pixel)
+    return shared.clamp_(min=0) / (length[:, None, None] / new)
+
+
 # --------------------------------------------------------------------------- boxes to crop, boxes to erase
 
 
@@ -94,7 +113,10 @@ def crop_boxes(
     tall = heights.clamp(max=(widths.double() / low).round().long().clamp(min=1))
     wide = widths.clamp(max=(heights.double() * high).round().long().clamp(min=1))
     whole = torch.stack(((heights - tall) // 2, (widths - wide) // 2, tall, wide), dim=1)
-    return torch.where(fits.any(dim=1, keepdim=True), boxes, whole)
+    boxes = torch.where(fits.any(dim=1, keepdim=True), boxes, whole)
+    if config.crop_place == "centre":
+        boxes[:, :2] = (torch.stack((heights, widths), dim=1) - boxes[:, 2:]) // 2
+    return boxes
 
 
 def erase_boxes(probability: float, seed: int, epoch: int, positions: Tensor, size: tuple) -> Tensor:
@@ -215,9 +237,16 @@ class TrainTransform:
     """
 
     def __init__(
-        self, config: AugmentConfig, image_size: int, classes: int, label_smoothing=0.0, seed=0, device="cpu"
+        self,
+        config: AugmentConfig,
+        image_size: int,
+        classes: int,
+        label_smoothing=0.0,
+        seed=0,
+        device="cpu",
+        area=False,
     ):
-        self.config, self.size, self.classes = config, (image_size, image_size), classes
+        self.config, self.size, self.classes, self.area = config, (image_size, image_size), classes, area
         self.label_smoothing, self.seed, self.device = label_smoothing, seed, torch.device(device)
         self.notation = parse(config.randaugment) if config.randaugment else None
         self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
@@ -250,8 +279,14 @@ class TrainTransform:
 
     def _resize(self, images: Sequence[Tensor] | Tensor, flip: Tensor, where: tuple) -> Tensor:
         """A random part of each image, or its centre, at the size wanted: a new tensor (B, 3, S, S) uint8."""
-        if self.config.crop:
-            boxes = crop_boxes(self.config, *where, *torch.tensor([image.shape[1:] for image in images]).T)
+        whole = torch.tensor([image.shape[1:] for image in images])
+        if self.area:
+            boxes = F.pad(whole, (2, 0))
+            if self.config.crop:
+                boxes = crop_boxes(self.config, *where, *whole.T)
+            pixels = area_resize(images, boxes, self.size)
+        elif self.config.crop:
+            boxes = crop_boxes(self.config, *where, *whole.T)
             crops = zip(images, boxes.tolist(), strict=True)
             parts = (image[None, :, y : y + h, x : x + w] for image, (y, x, h, w) in crops)
             pixels = torch.cat([resize(part, self.size) for part in parts])

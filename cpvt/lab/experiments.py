@@ -21,8 +21,10 @@ from cpvt.config import (
     TrainConfig,
     replace,
 )
+from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError, nearest
 from cpvt.lab import metrics
+from cpvt.lab.photographs import SIDE, open_photographs
 from cpvt.lab.results import complete
 from cpvt.lab.runner import TEACHER, Job
 from cpvt.training.recipes import DEIT_AUGMENT
@@ -155,211 +157,137 @@ def pipelines() -> Iterator[Job]:
         yield Job("pipelines", {"pipeline": name}, "minutes", pipeline_config(seed), score, loader)
 
 
-# --------------------------------------------------------------------------- the paper's tables at 1:8: a GPU
-# ImageNet images at an eighth of their size (Tiny-ImageNet, 64 pixels) in tokens of 2 x 2 pixels: 20, 28, 48, 56
-# and 64 pixels give the grids of 160, 224, 384, 448 and 512 at 16 pixels a token. Larger tests show real detail.
+# --------------------------------------------------------------------------- photographs: two cores, or a GPU
+# The paper's tables on Tiny-ImageNet's first hundred classes. At 32 pixels in tokens of 4 x 4 (`grid` 8) a row
+# takes a quarter of an hour of one core; at 28 pixels in tokens of 2 x 2 (`grid` 14: the paper's grid of 224) it
+# wants a GPU. All else is the same.
 
-_STEM, _NO_JITTER, _BARE = {"stem": "conv"}, {"scale_jitter": False}, {"mlp_only_blocks": 1}
-_TWO_HEADS = {"distilled": True}  # the control of TAUGHT: both heads learn the labels
-_MAIN = ("none", "learned", "sine", "relative", "rotary", "peg", FIVE)
-_RARE = ("relative(on='keys_values')", "relative(on='bias')", "relative + peg")
+BAG = {"encoding": "none", "mlp_only_blocks": 6, **POOLED}  # patches that never meet: a baseline
+_STEM, _BARE, _SHIFTED, _TWO_HEADS = (
+    {"stem": "conv"},
+    {"mlp_only_blocks": 1},
+    {"shifted": True},
+    {"distilled": True},
+)
+CIRCULAR, BORDER = "peg(padding='circular')", "peg(on='constant')"
+CORE = ("none", "learned", "peg", FIVE, CIRCULAR, "rotary", BORDER)
+FOUR = ("none", "learned", "peg", FIVE)
 
-# table -> rank -> rows. A rank says how many seeds: "claim" stands behind a claim written down beforehand. A row
-# that is in several tables is trained once.
-TABLE_SEEDS = {"claim": (0, 1, 2, 3, 4), "core": (0, 1, 2), "extended": (0,)}
-TABLES: dict[str, dict[str, list[dict]]] = {
-    "encodings": {
-        "claim": _rows(*_MAIN, "relative(wrap=True)"),
-        "core": _rows("peg(repeat=4)", "learned + peg") + _rows("none", "learned", "peg", **_STEM),
-        "extended": _rows(*_RARE)
-        + _rows("sine", "relative", "relative(wrap=True)", "rotary", FIVE, **_STEM)
-        + _rows("peg(repeat=4)", "learned + peg", *_RARE, **_STEM),
-    },
-    "placement": {
-        "claim": _rows("peg", KERNEL_27, FIVE),
-        "core": _rows("peg(positions=(-1,))", "peg(positions=(3,))", "peg(positions=(4,))")
-        + _rows("peg(positions=(0, 1))", "peg(positions=(0, 1, 2))", "peg(positions=(-1,), repeat=13)")
-        + _rows("none", "peg(positions=(-1,))", "peg", **_BARE),
-    },
-    "parameters": {
-        "claim": _rows("none", "peg", "peg(frozen=True)", DENSE, "peg(on='constant')"),
-        "core": _rows("peg(on='queries_keys')", "peg(convolution='separable')"),
-    },
-    "padding": {
-        "claim": _rows("none", "peg", "peg(padding='circular')", "peg(padding='replicate')")
-        + _rows("peg(padding='reflect')", "peg(padding='none', skip=False)"),
-        "core": _rows("peg(skip=False)"),
-        "extended": _rows("peg(padding='circular', skip=False)"),
-    },
-    "resolution": {
-        "claim": _rows(*_MAIN) + _rows("none", **_NO_JITTER),
-        "core": _rows("learned", "peg", FIVE, **_NO_JITTER),
-    },
-    "global_pool": {
-        "claim": _rows("none", "learned", "peg", FIVE)
-        + _rows("peg", FIVE, **POOLED)
-        + _rows("peg", **TAUGHT),
-        "core": _rows("none", "learned", **POOLED)
-        + _rows("learned", "peg", **_TWO_HEADS)
-        + _rows("learned", **TAUGHT),
-    },
-    "length": {
-        "extended": sum((_rows("none", "learned", "peg", epochs=epochs) for epochs in (15, 30, 120)), [])
-        + sum((_rows("none", "learned", "peg", epochs=0, limit=n) for n in (5_000, 15_000)), []),
-    },
+# table -> its rows, in the order in which they are measured; a row that is in several is trained once.
+TABLES: dict[str, list[dict]] = {
+    "core": _rows(*CORE) + [BAG],
+    "encodings": _rows("sine", "relative", "relative(on='keys_values')", "relative(wrap=True)")
+    + _rows("learned + peg", "relative + peg", "peg(repeat=4)")
+    + _rows(*FOUR, **_STEM),
+    "placement": _rows("peg(positions=(-1,))", "peg(positions=(3,))", "peg(positions=(5,))")
+    + _rows(KERNEL_27, "peg(positions=(-1,), repeat=13)")
+    + _rows("none", "peg(positions=(-1,))", "peg", **_BARE),
+    "parameters": _rows("peg(on='queries_keys')", "peg(frozen=True)", DENSE, "peg(convolution='separable')"),
+    "padding": _rows("peg(padding='none', skip=False)", "peg(padding='replicate')", "peg(padding='reflect')")
+    + _rows("peg(skip=False)"),
+    "pooling": _rows(*FOUR, **POOLED)
+    + _rows("learned", "peg", **_TWO_HEADS)
+    + _rows("learned", "peg", **TAUGHT),
+    "shifted": _rows("none", "learned", "peg", CIRCULAR, **_SHIFTED),
+    "pictures": _rows("peg(positions=(0, 1, 2))"),  # for its weights; see `KEPT`
 }
-ONE_SCALE = (56 / 64) ** 2  # crops of 56 of 64 pixels, wherever they lie: no object changes its size
-TABLE_RATES = (7.5e-4, 1.5e-3, 3e-3)  # the grid of `tuning`, the same for every encoding
+TABLE_SEEDS = {"core": (0, 1, 2, 3, 4), "pictures": (0,)}  # the others: SEEDS
+KEPT = (
+    "none",
+    "learned",
+    "sine",
+    "peg",
+    "peg(positions=(0, 1, 2))",
+    CIRCULAR,
+)  # whose weights are kept, of seed 0
+LR, EPOCHS = 2e-3, 10
+PILOT_RATES, PILOT_EPOCHS = (1e-3, 2e-3, 4e-3), 2
+_CROPS = {"crop": True, "crop_scale": ((48 / 64) ** 2, 1.0), "crop_ratio": (1.0, 1.0), "hflip": 0.5}
 
 
-def table_config(seed: int = 0, **columns) -> TrainConfig:
-    """The 1:8 model that all rows share, with a row's columns: six blocks of width 192, 14 x 14 tokens, 60 epochs.
+def photograph_config(
+    seed: int = 0, lr: float = LR, epochs: int = EPOCHS, root: str = "", **columns
+) -> TrainConfig:
+    """A row's columns -> six blocks of width 96; squares of 48 to 64 of 64 pixels, mirrored at random.
 
-    A recipe to begin with: its learning rate, length and augmentation are to be tuned on a held-out tenth of the
-    training images, with the same grid for every encoding, before any row is recorded.
+    The squares lie in the middle, so that no row has seen an object moved; `shifted` rows have them anywhere.
     """
-    row = complete("tables", columns)
+    row = complete("photographs", columns)
     own = {name: row[name] for name in ("encoding", "stem", "global_pool", "distilled", "mlp_only_blocks")}
-    body = dict(image_size=(28, 28), patch_size=2, width=192, depth=6, heads=3, drop_path=0.1)
-    length = {"epochs": row["epochs"], "warmup_epochs": row["epochs"] // 12}
-    if row["limit"]:  # of the training images: as many steps as 60 epochs of 50,000 images
-        length |= {"steps": 2880, "warmup_steps": 240}
-    still = {} if row["scale_jitter"] else {"crop_scale": (ONE_SCALE, ONE_SCALE), "crop_ratio": (1.0, 1.0)}
+    size, patch = {8: (32, 4), 14: (28, 2)}[row["grid"]]
+    body = dict(image_size=(size, size), patch_size=patch, num_classes=100, width=96, depth=6, heads=3)
+    place = "random" if row["shifted"] else "centre"
+    sizes = {"image_size": size, "stored_size": SIDE, "interpolation": "area"}
     return TrainConfig(
-        model=ModelConfig(**body, **own),
-        data=DataConfig(name="tiny-imagenet", image_size=28, stored_size=64, limit=row["limit"]),
-        augment=AugmentConfig(**{"crop": True, "crop_scale": (0.25, 1.0), "hflip": 0.5, **still}),
-        optim=OptimConfig(global_batch_size=1024, lr=1.5e-3, min_lr=1e-5, label_smoothing=0.1, **length),
+        model=ModelConfig(**body, mlp_ratio=2.0, init_std=0.05, **own),
+        data=DataConfig(name="tiny-imagenet", root=root or DataConfig.root, **sizes),
+        augment=AugmentConfig(**_CROPS, crop_place=place),
+        optim=OptimConfig(
+            global_batch_size=256, lr=lr, epochs=epochs, warmup_epochs=1, min_lr=1e-5, label_smoothing=0.1
+        ),
         distill=DistillConfig(teacher=row["teacher"]),
-        run=RunConfig(seed=seed, precision="bf16", compile="blocks", log_every=100),
+        run=RunConfig(seed=seed, precision="bf16", log_every=100),
     )
 
 
-def table_rows(table: str = "") -> dict[str, list[dict]]:
-    """rank -> the rows of a table, or of all, with all their columns and each once."""
-    if table and table not in TABLES:
-        raise ConfigError(f"no table {table!r}; {nearest(table, TABLES)}")
-    ranks: dict[str, list[dict]] = {rank: [] for rank in TABLE_SEEDS}
-    for ranked in (TABLES[table],) if table else TABLES.values():
-        for rank, rows in ranked.items():
-            full = [complete("tables", row) for row in rows]
-            ranks[rank] += [row for row in full if row not in ranks[rank]]
-    return ranks
+def photographs(root: str = "", only: str = "", grid: int = 8) -> Iterator[Job]:
+    """Every table of the paper on photographs, or `only` one: core rows with five seeds first.
 
-
-def tables(root: str = "", table: str = "") -> Iterator[Job]:
-    """Every row of the paper's tables at 1:8, or of one table; the rows behind claims first, seed by seed.
-
-    `root`: the folder that holds Tiny-ImageNet. Minutes a row on a GPU.
+    `root`: the folder that holds Tiny-ImageNet. A quarter of an hour of one core a row; seconds on a GPU.
     """
-    kept = partial(metrics.arrays_of, spread=True)  # held-out images stand class by class
-    for rank, rows in table_rows(table).items():
-        for seed, row in product(TABLE_SEEDS[rank], rows):
-            config = _with(table_config(seed, **row), root)
-            yield Job("tables", row, "minutes", config, metrics.score_table_row, arrays=kept)
+    if only and only not in TABLES:
+        raise ConfigError(f"no table {only!r}; {nearest(only, TABLES)}")
+    if grid not in (8, 14):
+        raise ConfigError(f"grid={grid}: photographs are trained on grids of 8 or of 14 tokens")
+    done = []
+    for table in [only] if only else TABLES:
+        for seed, row in product(TABLE_SEEDS.get(table, SEEDS), TABLES[table]):
+            row = complete("photographs", row | {"grid": grid})
+            if (seed, row) not in done:
+                done.append((seed, row))
+                kept = seed == 0 and row == complete("photographs", {"encoding": row["encoding"], "grid": 8})
+                yield Job(
+                    "photographs",
+                    row,
+                    "minutes",
+                    photograph_config(seed, root=root, **row),
+                    metrics.score_photographs,
+                    photograph_loader,
+                    metrics.arrays_of,
+                    keep_weights=kept and row["encoding"] in KEPT,
+                )
 
 
-def tuning(root: str = "") -> Iterator[Job]:
-    """What the learning rate of `tables` is chosen from, on a held-out tenth of the training images.
+def pilot(root: str = "") -> Iterator[Job]:
+    """What length and learning rate of `photographs` are chosen from, on a held-out tenth of the training images.
 
-    The encodings behind claims at each rate, for a third of the length.
+    The core rows at each rate for two epochs; the table and the bag of patches for the whole length.
     """
-    for lr, row in product(TABLE_RATES, _rows(*_MAIN, "relative(wrap=True)")):
-        config = _with(table_config(epochs=20, **row), root, lr=lr, warmup_epochs=2)
-        yield Job("tuning", row | {"lr": lr}, "minutes", config, metrics.score_tuning)
+    tried = [(lr, PILOT_EPOCHS, row) for row, lr in product(_rows(*CORE), PILOT_RATES)]
+    for lr, epochs, row in tried + [(LR, EPOCHS, row) for row in _rows("learned") + [BAG]]:
+        columns = complete("pilot", {**row, "lr": lr, "epochs": epochs})
+        config = photograph_config(lr=lr, epochs=epochs, root=root, **row)
+        config = replace(config, data=replace(config.data, hold_out=10))
+        yield Job("pilot", columns, "minutes", config, metrics.score_pilot, photograph_loader)
 
 
-# --------------------------------------------------------------------------- Fashion-MNIST: minutes on a CPU
-# A second opinion: rows of the paper's tables on 28 pixels in tokens of 2 x 2. The grid is that of 1:8, the model
-# smaller, the training short. Clothes stand upright in the middle of a black image, each scaled until its longer
-# side fills it: position and content go together here more than in photographs.
-
-FASHION_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)  # widened as long as its largest was the best
-FASHION_CLAIMED = [
-    *_rows("none", "learned", "peg", FIVE, "peg(padding='circular')", "peg(on='constant')"),
-    *_rows("peg(frozen=True)", DENSE),
-    *_rows("none", "learned", "peg", FIVE, **POOLED),
-    *_rows("learned", "peg", **TAUGHT),
-]
-FASHION_OTHERS = [
-    *_rows("sine", "relative", "relative(wrap=True)", "rotary", "learned + peg", "peg(padding='replicate')"),
-    *_rows("peg(padding='none', skip=False)", "peg(skip=False)", "peg(on='queries_keys')"),
-    *_rows("peg(convolution='separable')"),
-]
-LENGTHS = (900, 100)  # steps, beside the 300 of `fashion`
-LENGTHENED = ("none", "learned", "peg", "peg(padding='circular')")
-
-
-def fashion_config(seed: int = 0, **columns) -> TrainConfig:
-    """A row's columns -> six blocks of width 32, 300 steps of 64 images, mirrored at random.
-
-    No image is cropped, so that no row has seen one shifted. The learning rate is the best on average of
-    `fashion-tuning`.
-    """
-    row = complete("fashion", columns)
-    own = {name: row[name] for name in ("encoding", "global_pool", "distilled")}
-    body = dict(image_size=(28, 28), patch_size=2, num_classes=10, width=32, depth=6, heads=2)
-    return TrainConfig(
-        model=ModelConfig(**body, **_NARROW, **own),
-        data=DataConfig(name="fashion-mnist", image_size=28),
-        augment=AugmentConfig(hflip=0.5),
-        optim=OptimConfig(steps=row["max_steps"], lr=8e-3, warmup_steps=30, min_lr=1e-5),
-        distill=DistillConfig(teacher=row["teacher"]),
-        run=RunConfig(seed=seed, device="cpu", log_every=100),
-    )
-
-
-def _fashion_job(experiment: str, seed: int, row: dict, root: str, **kept) -> Job:
-    row = complete(experiment, row)
-    config = _with(fashion_config(seed, **row), root)
-    return Job(experiment, row, "minutes", config, metrics.score_fashion, **kept)
-
-
-def fashion(root: str = "") -> Iterator[Job]:
-    """Rows on Fashion-MNIST, those behind `stats.CLAIMS` first, which were written before them.
-
-    Seed 3 of the first eight rows was added when the first seed of most rows was known, and for a reason that no
-    row decides: among twelve claims Holm asks the clearest for p < 0.05 / 12, which three seeds reach only at
-    t > 15, four at t > 7.9.
-    """
-    for rows, seeds in ((FASHION_CLAIMED, SEEDS), (FASHION_CLAIMED[:8], (3,)), (FASHION_OTHERS, SEEDS)):
-        for seed, row in product(seeds, rows):
-            yield _fashion_job("fashion", seed, row, root, arrays=metrics.arrays_of)
-
-
-def fashion_length(root: str = "") -> Iterator[Job]:
-    """Four rows of `fashion` with three times and with a third of the steps; their claims were written before."""
-    for steps, seed, encoding in product(LENGTHS, SEEDS, LENGTHENED):
-        yield _fashion_job("fashion-length", seed, {"encoding": encoding, "max_steps": steps}, root)
-
-
-def fashion_tuning(root: str = "") -> Iterator[Job]:
-    """What the learning rate of `fashion` is chosen from, on a held-out tenth of the training images; one seed."""
-    for lr, row in product(FASHION_RATES, _rows("none", "learned", "peg")):
-        config = _with(fashion_config(**row), root, lr=lr)
-        yield Job("fashion-tuning", row | {"lr": lr}, "minutes", config, metrics.score_tuning)
+photograph_loader = partial(make_loader, open_split=open_photographs)
 
 
 # --------------------------------------------------------------------------- all of them
 
-_ALL = (synthetic, padding, pooling, pipelines, tuning, tables, fashion_tuning, fashion, fashion_length)
+_ALL = (synthetic, padding, pooling, pipelines, pilot, photographs)
 EXPERIMENTS: dict[str, Callable[..., Iterator[Job]]] = {f.__name__.replace("_", "-"): f for f in _ALL}
 
 
-def jobs(experiment: str, **options: str) -> list[Job]:
+def jobs(experiment: str, **options) -> list[Job]:
     """The rows of an experiment, in the order in which they are measured.
 
-    `options`: `root`, where it has images; `table`, where it has tables. Raises ConfigError for a name that is
-    none, and for an option that the experiment has not.
+    `options`: those of its function above, such as `root`, where it has images. Raises ConfigError for a name that
+    is none, and for an option that the experiment has not.
     """
     if experiment not in EXPERIMENTS:
         raise ConfigError(f"no experiment {experiment!r}; {nearest(experiment, EXPERIMENTS)}")
     if extra := options.keys() - signature(EXPERIMENTS[experiment]).parameters.keys():
         raise ConfigError(f"the experiment {experiment!r} has no {', '.join(extra)}: leave it out")
     return list(EXPERIMENTS[experiment](**options))
-
-
-def _with(config: TrainConfig, root: str, **tuned) -> TrainConfig:
-    """With the folder of its images; to tune fields of OptimConfig: on a held-out tenth of the training images."""
-    data = replace(config.data, root=root or config.data.root, hold_out=10 if tuned else 0)
-    return replace(config, data=data, optim=replace(config.optim, **tuned))

@@ -10,48 +10,29 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator
-from itertools import islice
+from statistics import fmean
 
 import numpy
 import torch
 from torch import Tensor
 
 from cpvt.config import DataConfig, Grid, replace
-from cpvt.data.datasets import ImageDataset, open_dataset
+from cpvt.data.datasets import ImageDataset, ImageTensors, open_dataset
 from cpvt.data.loader import ImageLoader, make_loader, open_split
 from cpvt.data.synthetic import draw
-from cpvt.data.transforms import normalise, resize
+from cpvt.data.transforms import area_resize, normalise
 from cpvt.lab import probes
+from cpvt.lab.photographs import open_photographs, sha256_of_files
 from cpvt.lab.probes import device_of
 from cpvt.lab.results import fingerprint
 from cpvt.model.encodings import PEG
 from cpvt.model.vit import VisionTransformer
-from cpvt.training.evaluate import accuracy, correct
+from cpvt.training.evaluate import accuracy, autocast, correct
 from cpvt.training.train import TrainingRun
 
 Score = tuple[dict[str, float], str, str]
 Cache = dict | None  # of decoded images, from run to run: see `data.loader.open_split`
-SIZES = (20, 28, 48, 56, 64)  # of test images at 1:8, in pixels; the second is trained
-
-
-def held_out(run: TrainingRun, cache: Cache = None, **changes) -> ImageLoader:
-    """The held-out images of a run, as they are or with `changes` of their DataConfig, on its model's device."""
-    data, device = replace(run.config.data, **changes), str(device_of(run.model))
-    return make_loader(data, seed=run.config.run.seed, device=device, train=False, cache=cache)
-
-
-def _digest(loader: ImageLoader) -> str:
-    return fingerprint(loader.val_set.images, loader.val_set.labels)
-
-
-def held_out_images(loader: ImageLoader, count: int, spread: bool = False) -> tuple[Tensor, Tensor]:
-    """-> the first `count` held-out images, normalised, and their labels; `spread`: at even steps."""
-    parts = loader.eval_batches() if spread else islice(loader.eval_batches(), -(-count // 256))
-    images, labels = (torch.cat(found) for found in zip(*parts, strict=True))
-    if not spread:
-        return images[:count], labels[:count]
-    index = torch.linspace(0, len(labels) - 1, min(count, len(labels))).long().to(labels.device)
-    return images[index], labels[index]
+DATASET = "tiny-imagenet, its first 100 classes"
 
 
 def selected(images: ImageDataset, classes: int) -> ImageDataset:
@@ -104,47 +85,75 @@ def score_pipeline(run: TrainingRun, cache: Cache = None, *, classes: int) -> Sc
     return metrics, f"{data.name}, its first {classes} classes", digest.hexdigest()
 
 
-def score_tuning(run: TrainingRun, cache: Cache = None) -> Score:
-    """For a run with `data.hold_out`: accuracy on the held-out part of the training images."""
-    metrics = {f"top1@{run.config.model.grid[0]}": run.metrics["top1"], "images": run.metrics["images"]}
-    part = f"{run.config.data.name}, one of {run.config.data.hold_out} training images"
-    return metrics, part, _digest(held_out(run, cache))
+SHIFTS = {"window": range(1, 9), "circular": (1, 2, 3, 4, 6, 8)}  # pixels
 
 
-def score_fashion(run: TrainingRun, cache: Cache = None, images: int = 1000) -> Score:
-    """top1@14 on all test images, and what `_score_images` says of the first `images`."""
-    loader = held_out(run, cache)
-    metrics = {"top1@14": run.metrics["top1"], **_score_images(run.model, loader, images)}
-    return metrics, run.config.data.name, _digest(loader)
+def score_photographs(run: TrainingRun, cache: Cache = None, images: int = 1000) -> Score:
+    """A row of `photographs`, from the 64-pixel originals; sizes by tokens a side, t of them trained.
 
-
-def score_table_row(run: TrainingRun, cache: Cache = None, images: int = 2000) -> Score:
-    """A row of the tables at 1:8.
-
-    top1@10 ... top1@32     at the five sizes, by tokens a side, whole images; a table follows as its configuration
-                            says, and `/resample`, `/rescale` as it could
-    top1@14x28              on a band twice as wide as it is high
-    and what `_score_images` says of `images` at even steps
+    top1@6, top5@6 ...      whole images at five sizes; a table follows as its configuration says, and `/resample`,
+                            `/rescale` as it could
+    top1@14x8, top1@8x14    the middle band of an image, higher than wide, or wider than high
+    top1@t/window           a window of the trained size in the middle of an image 8 pixels wider
+    and what `score_shifts`, `score_map_errors`, `score_position` and `score_attention` say of `images`, 64, 256
+    and 64 images at even steps
     """
-    model, pixels, size = run.model, run.config.model.patch_size, run.config.data.image_size
-    metrics, cache = {}, {} if cache is None else cache  # images are decoded once for all sizes
-    for side in SIZES:
+    model, config = run.model, run.config.model
+    held, precision = (
+        open_photographs(run.config.data, "val", str(device_of(model)), cache),
+        run.config.run.precision,
+    )
+    trained, p, metrics = config.image_size[0], config.patch_size, {}
+
+    def seen(variant, size: Grid, index: Tensor | None = None, box=None) -> dict[str, float]:
+        return accuracy(variant, photographs_at(held, size, index, box), precision=precision)
+
+    for side in sizes_of(p):
         for suffix, variant in _variants(model, side):
-            scores = accuracy(variant, held_out(run, cache, image_size=side).eval_batches())
-            metrics[f"top1@{side // pixels}{suffix}"] = scores["top1"]
-    loader = held_out(run, cache)
-    metrics |= score_oblong(model, loader)
-    wider, _ = held_out_images(held_out(run, cache, image_size=size + 2 * pixels), 64, spread=True)
-    metrics |= _score_images(model, loader, images, True, wider[:, :, pixels:-pixels])
-    return metrics, run.config.data.name, _digest(loader)
+            scores = seen(variant, (side, side))
+            metrics |= {f"{name}@{side // p}{suffix}": scores[name] for name in ("top1", "top5")}
+    long = sizes_of(p)[-2]  # of originals of 64 pixels the middle band of that shape, the whole way across
+    for size in ((long, trained), (trained, long)):
+        high, wide = (64 * side / long for side in size)
+        scores = seen(model, size, box=((64 - high) / 2, (64 - wide) / 2, high, wide))
+        metrics[f"top1@{size[0] // p}x{size[1] // p}"] = scores["top1"]
+    even = torch.linspace(0, len(held.labels) - 1, images).long()
+    metrics |= score_shifts(model, held, even, precision)
+    few, some = (
+        torch.cat([x for x, _ in photographs_at(held, config.image_size, even[:: images // n])])
+        for n in (64, 256)
+    )
+    wider = torch.cat([x for x, _ in photographs_at(held, (trained + p, trained + p), even[:: images // 64])])
+    wider = wider[:, :, p // 2 : p // 2 + trained]
+    metrics |= score_map_errors(model, few, wider) | score_position(model, some) | score_attention(model, few)
+    metrics = {
+        name: value for name, value in metrics.items() if math.isfinite(value)
+    }  # some have no interior
+    return metrics, DATASET, sha256_of_files(run.config.data.root)
 
 
-def _score_images(model, loader: ImageLoader, count: int, spread=False, scenes=None) -> dict[str, float]:
-    """Shifts on `count` held-out images, position on 256, maps and attention on 64; NaN (no interior) left out."""
-    few, some = (held_out_images(loader, number, spread)[0] for number in (64, 256))
-    metrics = score_shifts(model, *held_out_images(loader, count, spread)) | score_position(model, some)
-    metrics |= score_maps(model, few, scenes) | score_attention(model, few)
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+def sizes_of(patch: int) -> tuple[int, ...]:
+    """The sides of test images in pixels, the second trained: 6 to 16 tokens of 4 pixels, 10 to 32 of 2."""
+    return (24, 32, 48, 56, 64) if patch == 4 else (20, 28, 48, 56, 64)
+
+
+def photographs_at(
+    held: ImageTensors, size: Grid, index: Tensor | None = None, box: tuple | None = None, batch: int = 250
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of held-out images at a size in pixels, normalised, and their labels: all or those of `index`, whole
+    or a box (top, left, height, width) of them in their own pixels."""
+    index = torch.arange(len(held.labels)) if index is None else index
+    box = torch.tensor(box or (0, 0, *held.images.shape[2:]))
+    for part in index.to(held.labels.device).split(batch):
+        yield normalise(area_resize(held.images[part], box, size).float() / 255), held.labels[part]
+
+
+def score_pilot(run: TrainingRun, cache: Cache = None) -> Score:
+    """Of a run with `data.hold_out`: accuracy on the held-out part of the training images."""
+    tokens = run.config.model.grid[0]
+    metrics = {f"{name}@{tokens}": run.metrics[name] for name in ("top1", "top5")}
+    part = f"{DATASET}, one of {run.config.data.hold_out} training images"
+    return metrics, part, sha256_of_files(run.config.data.root)
 
 
 def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, VisionTransformer]]:
@@ -158,28 +167,34 @@ def _variants(model: VisionTransformer, size: int) -> Iterator[tuple[str, Vision
         yield f"/{rule}", other.to(device_of(model)).eval()
 
 
-def arrays_of(run: TrainingRun, cache: Cache = None, spread: bool = False) -> dict[str, Tensor]:
-    """What is kept of a run on real images.
+def arrays_of(run: TrainingRun, cache: Cache = None) -> dict[str, Tensor]:
+    """What is kept of a row of `photographs`.
 
-    correct         one bit an image of the held-out ones, in their order, eight to a byte, the last filled up
+    correct         one bit an image of the held-out ones at the trained size, in their order, eight to a byte, the
+                    last filled up
     peg0 ...        (D, 1, k, k): trained kernels, in half precision
     table           (P + N, D): the trained table, prefix tokens first, in half precision
     attention       (blocks, H, W): how much the patch in the middle reads from each patch, mean over heads and 64
                     held-out images, in half precision; without blocks that see a smaller grid
     """
-    model, loader = run.model, held_out(run, cache)
-    hits = torch.cat([correct(model, images, labels).cpu() for images, labels in loader.eval_batches()])
+    model, device = run.model, str(device_of(run.model))
+    held = open_photographs(run.config.data, "val", device, cache)
+    with autocast(device, run.config.run.precision):
+        hits = [correct(model, *batch).cpu() for batch in photographs_at(held, model.config.image_size)]
+    kept = {"correct": torch.from_numpy(numpy.packbits(torch.cat(hits).numpy()))}
     pegs = [module for module in model.modules() if isinstance(module, PEG)]
     found = {f"peg{i}": peg.proj.weight for i, peg in enumerate(pegs)}
     if model.pos_embed is not None:
         found["table"] = model.pos_embed[0]
     (H, W), P = model.config.grid, model.num_prefix_tokens
-    middle = P + H // 2 * W + W // 2
-    maps = probes.attention_maps(model, held_out_images(loader, 64, spread)[0]).values()
-    maps = [weights[:, :, middle, P:].mean((0, 1)) for weights in maps]
-    found["attention"] = torch.stack([flat.unflatten(0, (H, W)) for flat in maps if len(flat) == H * W])
-    kept = {name: array.detach().cpu().half() for name, array in found.items()}
-    return {"correct": torch.from_numpy(numpy.packbits(hits.numpy())), **kept}
+    middle, even = P + H // 2 * W + W // 2, torch.linspace(0, len(held.labels) - 1, 64).long()
+    images = torch.cat([x for x, _ in photographs_at(held, model.config.image_size, even)])
+    maps = [maps for maps in probes.attention_maps(model, images).values() if maps.shape[-1] == P + H * W]
+    if maps:
+        found["attention"] = torch.stack(
+            [m[:, :, middle, P:].mean((0, 1)).unflatten(0, (H, W)) for m in maps]
+        )
+    return kept | {name: array.detach().cpu().half() for name, array in found.items()}
 
 
 # --------------------------------------------------------------------------- parts of a score
@@ -207,60 +222,90 @@ def score_position(model: VisionTransformer, images: Tensor) -> dict[str, float]
     return metrics
 
 
-def score_maps(model: VisionTransformer, images: Tensor, scenes: Tensor | None = None) -> dict[str, float]:
-    """How much the map of tokens differs from the shifted map when the image moves right by two tokens.
+def score_map_errors(model: VisionTransformer, images: Tensor, scenes: Tensor) -> dict[str, float]:
+    """How much the map of tokens differs from the shifted map when the image moves right by one token.
 
-    shift_error/circular          after the last block, three tokens from the border or more; 1 is as large as the
-                                  map itself
-    shift_error/circular/border   the same nearer to the border
-    shift_error/circular/block0   the same as the first after each block
-    shift_error/zero              black comes in
-    shift_error/window            the image is a frame that moves over `scenes`, which are two tokens wider
+    map_error/circular/interior           after the last block, two tokens from the border or more; 1 is as large
+                                          as the map itself
+    map_error/circular/border             the same nearer to the border
+    map_error/circular/interior/common    of the error the vector that all tokens of an image share, relative to
+                                          that of the map
+    map_error/circular/interior/pattern   what is left, relative to what is left of the map
+    map_error/circular/interior/block0    as the first after each block; and `/block0/pattern`
+    map_error/window/...                  the image is a frame that moves over `scenes`, which are a token wider
 
     Nothing where the grid shrinks on the way (a PEG without padding): a smaller map has no counterpart.
     """
     if _last_grid(model) != model.config.grid:
         return {}
-    black = normalise(torch.zeros_like(images[:1, :, :1, :1]))
+    metrics, blocks = {}, (None, *range(model.config.depth))
+    for kind, block in [("window", None), *(("circular", block) for block in blocks)]:
 
-    def error(kind: str, scene: Tensor, block: int | None = None) -> probes.Equivariance:
-        def maps(moved: Tensor) -> Tensor:
-            found = probes.patch_tokens(model, moved + black, block)
-            return found.transpose(1, 2).unflatten(2, (-1, model.config.grid[1]))
+        def maps(moved: Tensor, block=block) -> Tensor:
+            return probes.patch_tokens(model, moved, block).transpose(1, 2).unflatten(2, model.config.grid)
 
-        return probes.equivariance_error(maps, scene - black, (0, 2), kind, 3, model.config.patch_size)
-
-    kinds = {"circular": images, "zero": images} | ({} if scenes is None else {"window": scenes})
-    metrics = {}
-    for kind, scene in kinds.items():
-        found = error(kind, scene)
-        metrics |= {f"shift_error/{kind}": found.interior, f"shift_error/{kind}/border": found.border}
-    for i in range(model.config.depth):
-        metrics[f"shift_error/circular/block{i}"] = error("circular", images, i).interior
+        scene = scenes if kind == "window" else images
+        moved = probes.moved_maps(maps, scene, (0, 1), kind, 2, model.config.patch_size)
+        for where, mask in (("interior", moved.inside), ("border", moved.outside)):
+            name, parts = f"map_error/{kind}/{where}", probes.split_error(moved, mask)
+            if block is None:
+                metrics |= {
+                    name: parts.total,
+                    f"{name}/common": parts.common,
+                    f"{name}/pattern": parts.pattern,
+                }
+            elif where == "interior":
+                metrics |= {
+                    f"{name}/block{block}": parts.total,
+                    f"{name}/block{block}/pattern": parts.pattern,
+                }
     return metrics
 
 
 @torch.no_grad()
-def score_shifts(model: VisionTransformer, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy on images that are moved left and right by 1 to 6 pixels, black coming in.
+def score_shifts(
+    model: VisionTransformer, held: ImageTensors, index: Tensor, precision="fp32"
+) -> dict[str, float]:
+    """How much answers change when an image moves by d pixels, both ways, across and down.
 
-    top1@14/shift2    per cent right, mean of both directions; /shift0 are the same images where they were
-    same_class/shift2 share of answers, in per cent, that are those to the image where it was
+    kept/window1 ... 8      share of answers, in per cent, that are those to the image where it was, when a window
+                            of the trained size moves over images 8 pixels wider
+    kept/circular1 ... 8    the same when what leaves an image comes back on the other side
+    moved/...               the change of the logits, relative to how they differ from their mean over images
+    top1@t/window           accuracy of the window in the middle, and top1@t/circular4 ... of shifted images
     """
-    top1, black = f"top1@{model.config.grid[0]}", normalise(torch.zeros_like(images[:1, :, :1, :1]))
+    size, p = model.config.image_size[0], model.config.patch_size
+    parts = photographs_at(held, (size + 8, size + 8), index), photographs_at(held, (size, size), index)
+    (scenes, labels), (images, _) = (map(torch.cat, zip(*part, strict=True)) for part in parts)
 
-    def answers(right: int) -> Tensor:  # to images moved right, or left where negative
-        moved = images.roll(right, -1)
-        if right:
-            moved[..., slice(0, right) if right > 0 else slice(right, None)] = black
-        return torch.cat([model(part).argmax(-1) for part in moved.split(256)])
+    def logits(x: Tensor) -> Tensor:
+        with autocast(str(x.device), precision):
+            return torch.cat([model(part).float() for part in x.split(250)])
 
-    still = answers(0)
-    metrics = {f"{top1}/shift0": 100 * (still == labels).float().mean().item()}
-    for distance in (1, 2, 4, 6):
-        found = torch.stack([answers(-distance), answers(distance)])
-        metrics[f"{top1}/shift{distance}"] = 100 * (found == labels).float().mean().item()
-        metrics[f"same_class/shift{distance}"] = 100 * (found == still).float().mean().item()
+    def right(found: Tensor) -> float:
+        return 100 * (found.argmax(1) == labels).float().mean().item()
+
+    places = [(4, d) for d in range(9)] + [(d, 4) for d in range(9) if d != 4]
+    window = {
+        place: logits(scenes[:, :, place[0] : place[0] + size, place[1] : place[1] + size])
+        for place in places
+    }
+    still, rolled = logits(images), {}
+    for d in SHIFTS["circular"]:
+        ways = [images.roll(way, axis) for axis in (2, 3) for way in (d, -d)]
+        rolled[d] = [(still, logits(moved)) for moved in ways]
+    pairs = {"circular": rolled, "window": {}}
+    for d in SHIFTS["window"]:
+        ways = [((4, 0), (4, d)), ((4, 8), (4, 8 - d)), ((0, 4), (d, 4)), ((8, 4), (8 - d, 4))]
+        pairs["window"][d] = [(window[a], window[b]) for a, b in ways]
+    metrics, t = {f"top1@{size // p}/window": right(window[4, 4])}, size // p
+    for kind, moved in pairs.items():
+        for d, both in moved.items():
+            kept = [(a.argmax(1) == b.argmax(1)).float().mean() for a, b in both]
+            change = [(b - a).norm() / (a - a.mean(0)).norm() for a, b in both]
+            metrics[f"kept/{kind}{d}"] = 100 * torch.stack(kept).mean().item()
+            metrics[f"moved/{kind}{d}"] = torch.stack(change).mean().item()
+    metrics |= {f"top1@{t}/circular{d}": fmean(right(b) for _, b in rolled[d]) for d in rolled}
     return metrics
 
 
@@ -280,18 +325,3 @@ def score_attention(model: VisionTransformer, images: Tensor) -> dict[str, float
         share = patches / patches.sum(-1, keepdim=True)
         metrics[f"attention_distance/block{block}"] = (share * distances).sum(-1).mean().item()
     return metrics
-
-
-def score_oblong(model: VisionTransformer, loader: ImageLoader) -> dict[str, float]:
-    """top1@14x28: accuracy on the middle band of the images, twice as wide as it is high.
-
-    Held-out images of S x S pixels give a band of S / 2 x S, resized to the trained height and twice that width.
-    """
-    held, size, right = loader.val_set, model.config.image_size[0], []
-    for part in torch.arange(len(held.labels)).split(256):
-        pixels, labels = held.images[part], held.labels[part].to(device_of(model))
-        S = pixels.shape[-1]
-        band = resize(pixels[:, :, S // 4 : S - S // 4], (size, 2 * size)).to(device_of(model))
-        right.append(correct(model, normalise(band / 255), labels))
-    H, W = model.config.grid
-    return {f"top1@{H}x{2 * W}": 100 * torch.cat(right).double().mean().item()}

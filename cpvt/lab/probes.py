@@ -146,16 +146,26 @@ class Equivariance(NamedTuple):
     border: float
 
 
+class MovedMaps(NamedTuple):
+    """Maps of a shifted input and what they would be if the output shifted along, (n, D, H, W); which tokens of
+    theirs (H, W) came from away from the borders, and which not."""
+
+    found: Tensor
+    expected: Tensor
+    inside: Tensor
+    outside: Tensor
+
+
 @torch.no_grad()
-def equivariance_error(
+def moved_maps(
     fn: Callable[[Tensor], Tensor],
     x: Tensor,
     shift: tuple[int, int],
     kind: Literal["circular", "zero", "window"] = "circular",
     border: int = 1,
     stride: int = 1,
-) -> Equivariance:
-    """Compares fn(shifted x) with fn(x) shifted, where fn: (n, C, H*stride, W*stride) -> (n, D, H, W).
+) -> MovedMaps:
+    """fn(shifted x) and fn(x) shifted, where fn: (n, C, H*stride, W*stride) -> (n, D, H, W).
 
     shift   tokens down and right (negative: up and left)
     kind    "circular": what leaves comes back on the other side; "zero": zeros come in; "window": x is a
@@ -177,15 +187,35 @@ def equivariance_error(
         raise ProbeError(f"shift={shift} on maps of {H}x{W}; shift by less than the map")
     if (H * stride, W * stride) != tuple(old.shape[2:]):
         raise ProbeError(f"{tuple(old.shape[2:])} -> {H}x{W} with stride={stride}; give the true stride")
-    depth = 1 + _depth((H, W)).view(H, W)  # 1 on the border
+    depth = (1 + _depth((H, W)).view(H, W)).to(found.device)  # 1 on the border
     came, expected = _shift(depth, shift, wrap), _shift(before, shift, wrap)  # came: 0 where nothing did
     inside = (depth > border) & (came > border)
+    return MovedMaps(found, expected, inside, ~inside & (came > 0))
 
-    def error(mask: Tensor) -> float:
-        mask = mask & (came > 0)
-        return _relative((found - expected)[:, :, mask], expected[:, :, mask]) if mask.any() else float("nan")
 
-    return Equivariance(error(inside), error(~inside))
+def equivariance_error(fn: Callable[[Tensor], Tensor], x: Tensor, shift, *options, **named) -> Equivariance:
+    """The relative error of the shifted output, |found - expected| / |expected|; arguments as in `moved_maps`."""
+    moved = moved_maps(fn, x, shift, *options, **named)
+    return Equivariance(*(split_error(moved, mask).total for mask in (moved.inside, moved.outside)))
+
+
+class SplitError(NamedTuple):
+    """Relative errors: of the whole map; of the vector that all its tokens share; of what is left of both."""
+
+    total: float
+    common: float
+    pattern: float
+
+
+def split_error(moved: MovedMaps, mask: Tensor) -> SplitError:
+    """Of the tokens in `mask` (H, W), NaN without any; each relative to that part of the map."""
+    if not mask.any():
+        return SplitError(*[float("nan")] * 3)
+    expected = moved.expected[:, :, mask]
+    error = moved.found[:, :, mask] - expected
+    shared, mean = error.mean(2, keepdim=True), expected.mean(2, keepdim=True)
+    parts = (error, expected), (shared, mean), (error - shared, expected - mean)
+    return SplitError(*(_relative(*part) for part in parts))
 
 
 def _depth(grid: Grid) -> Tensor:

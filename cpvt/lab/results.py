@@ -38,18 +38,15 @@ from cpvt.errors import ResultsError, nearest
 # `steps` says how many were made; `again` marks the second model without encoding that a stop-watch is tried on.
 _SYNTHETIC = {"task": None, "encoding": None, "global_pool": "token"}
 _HEADS = {"distilled": False, "teacher": ""}
-_FASHION = {"encoding": None, "global_pool": "token", **_HEADS, "max_steps": 300}
 _MODEL = {"encoding": None, "stem": "patch", "global_pool": "token", "mlp_only_blocks": 0}
 COLUMNS: dict[str, dict[str, Any]] = {
     "synthetic": _SYNTHETIC,
     "padding": _SYNTHETIC,
     "pooling": {**_SYNTHETIC, "max_steps": 500},
     "pipelines": {"pipeline": None},
-    "tuning": {"encoding": None, "lr": None},
-    "tables": {**_MODEL, **_HEADS, "scale_jitter": True, "epochs": 60, "limit": 0},
-    "fashion-tuning": {"encoding": None, "lr": None},
-    "fashion": _FASHION,
-    "fashion-length": _FASHION,
+    "pilot": {**_MODEL, "lr": None, "epochs": None},
+    "baselines": {"baseline": None, "grid": 8},
+    "photographs": {**_MODEL, **_HEADS, "shifted": False, "grid": 8},
     "costs": {**_MODEL, "again": False},
     "benchmark": {"part": None, "model": "", "mode": "", "loader": "", "size": 0},
 }

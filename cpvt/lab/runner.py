@@ -1,12 +1,13 @@
 """Trains and scores a job; does what is missing of a list of jobs, one after the other."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -22,16 +23,19 @@ from cpvt.config import DataConfig, TrainConfig, from_json, replace, to_json
 from cpvt.data.loader import make_loader
 from cpvt.errors import ResultsError, TrainingError
 from cpvt.lab import results
+from cpvt.lab.kept_models import keep_model
 from cpvt.lab.results import AlreadyMeasured, Result, describe
 from cpvt.lab.timing import deadline, until
 from cpvt.training.checkpoint import differences
 from cpvt.training.distributed import Stopped, pick_device
-from cpvt.training.evaluate import accuracy
+from cpvt.training.evaluate import accuracy, autocast
 from cpvt.training.loss import cross_entropy
 from cpvt.training.optim import learning_rate, param_groups, resolve
 from cpvt.training.train import TrainingRun, train
 
 TEACHER = "resnet10t"  # timm's: 5 million weights, a mean over the last map, no idea of the grid's size
+TEACHER_EPOCHS = 3  # times those of its students
+RUNNING = ".running"  # folder beside the results: a lock for each row that a process is at
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Job:
     score: Callable[[TrainingRun, dict], tuple[dict[str, float], str, str]]
     make_loader: Callable = make_loader
     arrays: Callable[[TrainingRun, dict], dict[str, Tensor]] = lambda run, cache: {}
+    keep_weights: bool = False  # in models/ beside the results
 
     @property
     def key(self) -> tuple:
@@ -63,14 +68,14 @@ class Job:
         return describe(self.columns, seed=self.config.run.seed)
 
 
-def run_job(job: Job, version: str, cache: dict) -> tuple[Result, dict[str, Tensor]]:
-    """Trains and scores a job -> its result, and the arrays that are kept beside it.
+def run_job(job: Job, version: str, cache: dict) -> tuple[Result, dict[str, Tensor], TrainingRun]:
+    """Trains and scores a job -> its result, the arrays that are kept beside it, and the run.
 
     `version`: the commit of the code that runs. `cache` keeps decoded images from job to job.
     Raises Stopped where a signal came in between.
     """
     started = time.perf_counter()
-    config, teacher_top1 = with_teacher(job.config, cache)
+    config, teacher_top1 = with_teacher(job.config, cache, job.make_loader)
     run = train(config, make_loader=partial(job.make_loader, cache=cache))
     if run.interrupted:
         raise Stopped(f"{job.label}: stopped by {run.interrupted}")
@@ -93,7 +98,7 @@ def run_job(job: Job, version: str, cache: dict) -> tuple[Result, dict[str, Tens
         device=results.device_name(next(run.model.parameters()).device),
         cpvt_commit=version,
     )
-    return result, job.arrays(run, cache)
+    return result, job.arrays(run, cache), run
 
 
 def run_missing(
@@ -114,25 +119,44 @@ def run_missing(
     """
     folder, end = results.results_folder(folder), deadline(budget_minutes, clock)
     version = results.commit()  # asked now: files may change while this code trains
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUNNING).mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ResultsError(f"{folder} cannot be written to; give another folder")
     missing, failed, cache = _missing(list(jobs), folder), [], {}
     left = len(missing)
     with suppress(Stopped, KeyboardInterrupt):
         for job in until(end, missing, clock):
-            try:
-                result, arrays = run_job(job, version, cache)
-            except (TrainingError, ResultsError) as error:
-                failed.append(f"{job.label}: {error}")
-            else:
-                with suppress(AlreadyMeasured):  # by another process, meanwhile
-                    results.append(result, folder, arrays=arrays)
-                report(result, left - 1)
-            left -= 1
+            with _alone(job, folder) as mine:
+                if not mine or not _missing([job], folder):  # another process has it, or has done it
+                    left -= 1
+                    continue
+                try:
+                    result, arrays, run = run_job(job, version, cache)
+                except (TrainingError, ResultsError) as error:
+                    failed.append(f"{job.label}: {error}")
+                else:
+                    with suppress(AlreadyMeasured):
+                        results.append(result, folder, arrays=arrays)
+                        if job.keep_weights:
+                            keep_model(result, run, folder)
+                    report(result, left - 1)
+                left -= 1
     if failed:
         raise ResultsError("not measured: " + "; ".join(failed))
     return left
+
+
+@contextmanager
+def _alone(job: Job, folder: Path) -> Iterator[bool]:
+    """Whether no other process runs this job; none begins it as long as this lasts, however it ends."""
+    path = folder / RUNNING / hashlib.sha256(repr(job.key).encode()).hexdigest()[:16]
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
 
 
 def _missing(jobs: list[Job], folder: Path) -> list[Job]:
@@ -154,19 +178,23 @@ def _missing(jobs: list[Job], folder: Path) -> list[Job]:
 # --------------------------------------------------------------------------- teachers
 
 
-def train_teacher(student: TrainConfig, cache: dict | None = None) -> tuple[nn.Module, float]:
-    """Trains timm's model `distill.teacher` from nothing, on the student's images and as long as the student.
+def train_teacher(
+    student: TrainConfig, cache: dict | None = None, make_loader: Callable = make_loader
+) -> tuple[nn.Module, float]:
+    """Trains timm's model `distill.teacher` from nothing, on the student's images, TEACHER_EPOCHS times as long,
+    with seed 0, which students of all seeds share.
 
     -> the model in evaluation mode, and its top-1 in percent on the held-out images.
     """
     import timm  # here: it takes a second to import
 
-    device, seed, optim = pick_device(student.run.device), student.run.seed, student.optim
+    device, optim = pick_device(student.run.device), student.optim
+    optim = replace(optim, epochs=TEACHER_EPOCHS * optim.epochs) if optim.epochs else optim
     images = {"augment": student.augment, "global_batch_size": optim.global_batch_size}
     images |= {"label_smoothing": optim.label_smoothing, "cache": cache}
-    loader = make_loader(student.data, seed=seed, device=device, **images)
-    optim = resolve(student, loader.sampler.steps_per_epoch).optim
-    torch.manual_seed(seed)
+    loader = make_loader(student.data, seed=0, device=device, **images)
+    optim = resolve(replace(student, optim=optim), loader.sampler.steps_per_epoch).optim
+    torch.manual_seed(0)
     model = timm.create_model(student.distill.teacher, num_classes=loader.num_classes).to(device)
     optimiser = torch.optim.AdamW(param_groups(model, optim.weight_decay), lr=optim.lr)
     with closing(loader.train_batches()) as batches:
@@ -174,29 +202,35 @@ def train_teacher(student: TrainConfig, cache: dict | None = None) -> tuple[nn.M
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, optim)
             optimiser.zero_grad()
-            cross_entropy(model(batch.images), batch.targets, optim.label_smoothing).backward()
+            with autocast(device, student.run.precision):
+                logits = model(batch.images)
+            cross_entropy(logits.float(), batch.targets, optim.label_smoothing).backward()
             optimiser.step()
     return model.eval(), accuracy(model, loader.eval_batches())["top1"]
 
 
-def with_teacher(student: TrainConfig, cache: dict | None = None) -> tuple[TrainConfig, dict[str, float]]:
+def with_teacher(
+    student: TrainConfig, cache: dict | None = None, make_loader: Callable = make_loader
+) -> tuple[TrainConfig, dict[str, float]]:
     """-> the configuration with the weights of its teacher, and {"teacher_top1": percent} as a metric.
 
-    A teacher of this data, augmentation, length and seed is taken from `data.root`/teachers, or trained and laid
-    there. A configuration without a teacher, or with its weights, stays as it is.
+    A teacher of this data, augmentation and length is taken from `data.root`/teachers, or trained and laid there;
+    other processes wait for it. A configuration without a teacher, or with its weights, stays as it is.
     """
     if not student.distill.teacher or student.distill.weights:
         return student, {}
-    parts = (student.data, student.augment, student.optim)
-    about = " ".join([*map(to_json, parts), str(student.run.seed), student.distill.teacher])
+    parts = (replace(student.data, root=DataConfig.root), student.augment, student.optim)
+    about = " ".join([*map(to_json, parts), student.distill.teacher, str(TEACHER_EPOCHS)])
     name = f"{student.distill.teacher}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
     path = Path(student.data.root) / "teachers" / name
-    if not path.exists():
-        model, top1 = train_teacher(student, cache)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")  # another process may be reading the older one
-        save_file(model.state_dict(), beside, metadata={"top1": f"{top1:.2f}"})
-        os.replace(beside, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            model, top1 = train_teacher(student, cache, make_loader)
+            beside = path.with_name(f".{name}.{os.getpid()}")
+            save_file(model.state_dict(), beside, metadata={"top1": f"{top1:.2f}"})
+            os.replace(beside, path)
     with safe_open(path, "pt") as file:
         top1 = float(file.metadata()["top1"])
     return replace(student, distill=replace(student.distill, weights=str(path))), {"teacher_top1": top1}

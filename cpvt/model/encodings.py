@@ -37,12 +37,16 @@ class PEG(nn.Module):
         if config.convolution == "separable":
             self.mix = nn.Conv2d(width, width, 1, bias=config.bias)
         for layer in self.children():
-            if config.init == "twins":  # N(0, sqrt(2 / fan_out)): std 0.47 for 3x3; PyTorch's default: 0.19
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                layer.weight.data.mul_(layer.groups**0.5)  # PyTorch's fan_out ignores the groups
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+            self.initialise(layer)
         self.requires_grad_(not config.frozen)
+
+    def initialise(self, layer: nn.Conv2d) -> None:
+        layer.reset_parameters()
+        if self.config.init == "twins":  # N(0, sqrt(2 / fan_out)): std 0.47 for 3x3; PyTorch's default: 0.19
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            layer.weight.data.mul_(layer.groups**0.5)  # PyTorch's fan_out ignores the groups
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         if grid is None or x.shape[1] != grid[0] * grid[1]:

@@ -71,8 +71,8 @@ class Trainer:
         teacher = world.main_first(lambda: load_teacher(config.distill, config.model, world.device))
         world.connect()
 
-        torch.manual_seed(run.seed)
         self.model = VisionTransformer(config.model)
+        self.model.draw(run.seed)
         self.model.to(world.device, torch.float64 if run.precision == "fp64" else torch.float32)
         if run.init:
             load_weights(self.model, run.init, resample=True)
