@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cpvt.config import ModelConfig
 from cpvt.lab import results, timing
-from cpvt.lab.experiments import FIVE, table_rows
+from cpvt.lab.experiments import BAG, FIVE, TABLES
 from cpvt.lab.results import COLUMNS, Result, complete, describe
 from cpvt.lab.timing import Step, in_rounds, noise, ratios, seconds_of, summary
 from cpvt.model.vit import VisionTransformer
@@ -45,9 +45,9 @@ def cost_rows() -> list[Row]:
     differ in data, augmentation or length alone, and two heads, whose loss the timed step does not have.
     """
     found = [BASE, AGAIN, *CLAIMED]
-    for row in sum(table_rows().values(), []):
+    for row in sum(TABLES.values(), []):
         own = {name: row[name] for name in COLUMNS["costs"] if name in row}
-        if row == complete("tables", own) and (columns := complete("costs", own)) not in found:
+        if row == own != BAG and (columns := complete("costs", own)) not in found:
             found.append(columns)
     return found
 
