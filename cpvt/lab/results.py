@@ -2,8 +2,8 @@
 
 A result is found by its columns, never by a name:
 
-    rows = read("fashion")
-    select(rows, encoding="peg", global_pool="avg")["top1@14"]
+    rows = read("photographs")
+    select(rows, encoding="peg", global_pool="avg")["top1@8"]
 
 A metric's name carries its resolution in tokens behind @ and its part behind /: `top1@14`, `top1@10x20`,
 `top1@14/d3` (at distance 3), `images_per_s`. Accuracies are in percent.
