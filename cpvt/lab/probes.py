@@ -187,7 +187,7 @@ def moved_maps(
         raise ProbeError(f"shift={shift} on maps of {H}x{W}; shift by less than the map")
     if (H * stride, W * stride) != tuple(old.shape[2:]):
         raise ProbeError(f"{tuple(old.shape[2:])} -> {H}x{W} with stride={stride}; give the true stride")
-    depth = (1 + _depth((H, W)).view(H, W)).to(found.device)  # 1 on the border
+    depth = 1 + _depth((H, W)).view(H, W)  # 1 on the border
     came, expected = _shift(depth, shift, wrap), _shift(before, shift, wrap)  # came: 0 where nothing did
     inside = (depth > border) & (came > border)
     return MovedMaps(found, expected, inside, ~inside & (came > 0))
