@@ -147,17 +147,20 @@ class Experiments:
     def __call__(self) -> None:
         from cpvt.lab.costs import cost_rows, measure_costs
         from cpvt.lab.experiments import EXPERIMENTS, jobs
-        from cpvt.lab.photographs import check_images, one_thread
+        from cpvt.lab.photographs import check_images, measure_baselines, one_thread
         from cpvt.lab.results import describe, results_folder
         from cpvt.lab.runner import run_missing
         from cpvt.training.distributed import pick_device
 
-        known = {**EXPERIMENTS, "costs": measure_costs}
+        known = {**EXPERIMENTS, "baselines": measure_baselines, "costs": measure_costs}
         if not self.name:
             return _list(known)
         if self.name not in known:
             raise ConfigError(f"no experiment {self.name!r}; {nearest(self.name, known)}")
         given = {option: value for option in ("root", "only", "grid") if (value := getattr(self, option))}
+        if self.name == "baselines":
+            measure_baselines(self.root, self.out, _print_row)
+            return print(f"{results_folder(self.out) / 'baselines.jsonl'}: nothing is missing")
         costs = self.name == "costs"
         if unfit := [*given] if costs else ["device"] * (self.device != "auto"):
             raise ConfigError(f"the experiment {self.name!r} has no {', '.join(unfit)}: leave it out")

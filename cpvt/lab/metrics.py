@@ -22,7 +22,7 @@ from cpvt.data.loader import ImageLoader, make_loader, open_split
 from cpvt.data.synthetic import draw
 from cpvt.data.transforms import area_resize, normalise
 from cpvt.lab import probes
-from cpvt.lab.photographs import open_photographs, sha256_of_files
+from cpvt.lab.photographs import DATASET, open_photographs, sha256_of_files
 from cpvt.lab.probes import device_of
 from cpvt.lab.results import fingerprint
 from cpvt.model.encodings import PEG
@@ -32,7 +32,6 @@ from cpvt.training.train import TrainingRun
 
 Score = tuple[dict[str, float], str, str]
 Cache = dict | None  # of decoded images, from run to run: see `data.loader.open_split`
-DATASET = "tiny-imagenet, its first 100 classes"
 
 
 def selected(images: ImageDataset, classes: int) -> ImageDataset:

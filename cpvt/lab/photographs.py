@@ -10,7 +10,8 @@ import ctypes
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -24,9 +25,10 @@ from cpvt.config import DataConfig
 from cpvt.data.datasets import ImageDataset, ImageTensors, load_tensors, open_dataset
 from cpvt.data.transforms import area_resize, normalise
 from cpvt.errors import DataError
-from cpvt.lab.results import recorded, results_folder
+from cpvt.lab.results import Result, append, commit, recorded, results_folder
 
 NAME, CLASSES, SIDE = "tiny-imagenet", 100, 64
+DATASET = "tiny-imagenet, its first 100 classes"
 COUNTS = {"train": 500, "val": 50}  # images a class
 FILE = "tiny-imagenet-100-classes.safetensors"  # below the folder of the images: what `prepare` writes
 
@@ -159,19 +161,48 @@ def nearest_neighbour(x: Tensor, y: Tensor, test: Tensor) -> Tensor:
 LINEAR_GRID = [(lr, decay) for lr in (1e-4, 3e-4, 1e-3) for decay in (0.01, 1.0)]
 
 
-def baselines(root: str | Path, side: int) -> Iterator[tuple[str, dict[str, float], dict]]:
-    """-> name, metrics in percent without their @, configuration: what needs no transformer. The linear map's
-    learning rate and weight decay are chosen on a held-out tenth of the training images."""
-    train, val = (open_photographs(DataConfig(root=str(root)), split) for split in COUNTS)
+def _baselines(root: str, side: int) -> Iterator[tuple[str, float, dict]]:
+    """-> name, top-1 in percent, configuration."""
+    train, val = (open_photographs(DataConfig(root=root), split) for split in COUNTS)
     x, test, y = pixels(train.images, side), pixels(val.images, side), train.labels
 
     def percent(found: Tensor, labels: Tensor) -> float:
         return 100 * (found == labels).double().mean().item()
 
-    yield "chance", {"top1": 100 / CLASSES}, {}
-    yield "nearest neighbour", {"top1": percent(nearest_neighbour(x, y, test), val.labels)}, {}
+    yield "chance", 100 / CLASSES, {"classes": CLASSES}
+    yield "nearest neighbour", percent(nearest_neighbour(x, y, test), val.labels), {"side": side}
     held = torch.arange(len(y)) % 10 == 0
     tried = {o: percent(softmax_regression(x[~held], y[~held], x[held], *o), y[held]) for o in LINEAR_GRID}
     best = max(tried, key=tried.get)
-    chosen = {"lr": best[0], "weight_decay": best[1], "held_out_top1": tried[best]}
-    yield "softmax regression", {"top1": percent(softmax_regression(x, y, test, *best), val.labels)}, chosen
+    chosen = {"side": side, "lr": best[0], "weight_decay": best[1], "held_out_top1": tried[best]}
+    yield "softmax regression", percent(softmax_regression(x, y, test, *best), val.labels), chosen
+
+
+def measure_baselines(root: str = "", folder=None, report: Callable = lambda result, left: None) -> int:
+    """What needs no transformer: chance, the nearest neighbour and softmax regression, on pixels; minutes.
+
+    The linear map's learning rate and weight decay are chosen on a held-out tenth of the training images.
+    """
+    root, version = root or DataConfig.root, commit()
+    path = results_folder(folder) / "baselines.jsonl"
+    done = {result.key for result in recorded("baselines", folder)} if path.exists() else set()
+    for grid, side in ((8, 32), (14, 28)):
+        started = time.perf_counter()
+        for name, top1, config in _baselines(root, side):
+            took = round(time.perf_counter() - started, 1)
+            result = Result(
+                experiment="baselines",
+                columns={"baseline": name, "grid": grid},
+                scale="minutes",
+                dataset=DATASET,
+                dataset_sha256=sha256_of_files(root),
+                config=config,
+                metrics={f"top1@{grid}": top1},
+                seconds=took,
+                device="cpu",
+                cpvt_commit=version,
+            )
+            if result.key not in done:
+                append(result, folder)
+                report(result, 0)
+    return 0

@@ -1,12 +1,16 @@
-"""Images side by side, and a drawn one."""
+"""Images side by side, and a drawn one; measured rows as a table and as dots, one a seed."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import pandas
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cpvt.lab.styles import WIDTH, figure
+from cpvt.lab.stats import by_seed, spread
+from cpvt.lab.styles import GREY, WIDTH, figure, style_of
 from cpvt.rng import uniform
 
 
@@ -46,3 +50,64 @@ def drawn_image(seed: int = 0, height: int = 240, width: int = 320) -> Tensor:
     paint((abs(x - 0.08) < 0.035) & (abs(y - 0.77) < 0.08), 0.25, 0.15, 0.1)  # the door
     paint((abs(x - 0.21) < 0.04) & (abs(y - 0.69) < 0.045), 0.95, 0.9, 0.6)  # a window
     return (255 * image).round().clamp(0, 255).to(torch.uint8)
+
+
+def row_table(
+    rows: pandas.DataFrame,
+    named: dict[str, dict[str, Any]],
+    metrics: dict[str, str],
+    published: dict[str, float] | None = None,
+    baseline: float | None = None,
+) -> pandas.DataFrame:
+    """name -> columns of a row, heading -> metric: a line for each row that is measured, "mean ± half of a 95 %
+    interval" (the values themselves below three seeds), the best mean of a column in bold type's stead with *, one
+    below `baseline` with †; then the number of seeds and, where given, what was published."""
+    lines, means = {}, {}
+    for name, columns in named.items():
+        found = by_seed(rows, columns, next(iter(metrics.values())))
+        if len(found):
+            spreads = {
+                h: spread(found[m].dropna()) if m in found and found[m].notna().any() else None
+                for h, m in metrics.items()
+            }
+            means[name] = {h: one.mean if one else float("nan") for h, one in spreads.items()}
+            lines[name] = {h: _shown(one) for h, one in spreads.items()} | {"seeds": len(found)}
+            if published is not None:
+                lines[name]["published"] = f"{published[name]:.1f}" if name in published else ""
+    table, mean = pandas.DataFrame.from_dict(lines, "index"), pandas.DataFrame.from_dict(means, "index")
+    for heading in metrics if len(table) else ():
+        below = mean[heading] < baseline if baseline is not None else mean[heading].isna() & False
+        table[heading] += [
+            "*" * (value == mean[heading].max()) + "†" * bool(low)
+            for value, low in zip(mean[heading], below, strict=True)
+        ]
+    return table
+
+
+def _shown(found) -> str:
+    if found is None:
+        return ""
+    return f"{found.mean:.1f}" + (f" ± {found.high - found.mean:.1f}" if found.high is not None else "")
+
+
+def seed_dots(
+    axes: Axes,
+    rows: pandas.DataFrame,
+    named: dict[str, dict[str, Any]],
+    metric: str,
+    baseline: float | None = None,
+) -> None:
+    """name -> columns of a row: each measured row is a line of dots, one a seed, its mean a tick; from three seeds
+    on a 95 % interval of the mean. `baseline`: a dashed line."""
+    shown = {name: by_seed(rows, columns, metric) for name, columns in named.items()}
+    shown = {name: found[metric] for name, found in shown.items() if len(found)}
+    for y, (name, values) in enumerate(shown.items()):
+        style, found = style_of(named[name]["encoding"]), spread(values)
+        if found.low is not None:
+            axes.plot([found.low, found.high], [y, y], color=style.colour, linewidth=5, alpha=0.25)
+        axes.plot(values, [y] * len(values), linestyle="none", **style.point())
+        axes.plot([found.mean], [y], marker="|", markersize=16, color=style.colour)
+    axes.set_yticks(range(len(shown)), list(shown))
+    axes.invert_yaxis()
+    if baseline is not None:
+        axes.axvline(baseline, color=GREY, linestyle=(0, (5, 2)), linewidth=1.2)
