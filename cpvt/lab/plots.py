@@ -60,8 +60,8 @@ def row_table(
     baseline: float | None = None,
 ) -> pandas.DataFrame:
     """name -> columns of a row, heading -> metric: a line for each row that is measured, "mean ± half of a 95 %
-    interval" (the values themselves below three seeds), the best mean of a column in bold type's stead with *, one
-    below `baseline` with †; then the number of seeds and, where given, what was published."""
+    interval" (the values themselves below three seeds), the best mean of a column marked *, one below
+    `baseline` †; then the number of seeds and, where given, what was published."""
     lines, means = {}, {}
     for name, columns in named.items():
         found = by_seed(rows, columns, next(iter(metrics.values())))

@@ -167,7 +167,7 @@ class Claim:
 _NONE, _LEARNED, _PEG, _FIVE, _CIRCULAR, _ROTARY, _BORDER = (
     {"encoding": encoding} for encoding in ("none", "learned", "peg", FIVE, CIRCULAR, "rotary", BORDER)
 )
-# On the core rows of `photographs`, five seeds each: one family, judged once. Whatever else is compared is post hoc.
+# On the core rows of `photographs`, five seeds each: one family, judged once. All other comparisons are post hoc.
 CLAIMS: dict[str, Claim] = {
     "learned > none": Claim(ahead(_LEARNED, _NONE), "order says something; published: 72.2 against 68.2"),
     "one PEG > none": Claim(ahead(_PEG, _NONE), "the same; published: 72.4 against 68.2"),
