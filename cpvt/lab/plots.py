@@ -78,7 +78,7 @@ def row_table(
     for heading in metrics if len(table) else ():
         below = mean[heading] < baseline if baseline is not None else mean[heading].isna() & False
         table[heading] += [
-            "*" * (value == mean[heading].max()) + "†" * bool(low)
+            "*" * int(value == mean[heading].max()) + "†" * int(low)
             for value, low in zip(mean[heading], below, strict=True)
         ]
     return table
