@@ -10,13 +10,11 @@ from cpvt.config import TrainConfig, from_json, replace, to_json
 from cpvt.data.transforms import crop_boxes
 from cpvt.errors import ConfigError, ResultsError
 from cpvt.lab import experiments as lab
-from cpvt.lab.experiments import EXPERIMENTS, jobs, synthetic_config, table_config, table_rows
+from cpvt.lab.experiments import EXPERIMENTS, jobs, photograph_config, synthetic_config
 from cpvt.lab.results import COLUMNS, recorded
 from cpvt.model.vit import VisionTransformer
-from cpvt.training.optim import resolve
 
-COUNTS = {"synthetic": 252, "padding": 18, "pooling": 26, "pipelines": 6, "tuning": 24, "tables": 204}
-COUNTS |= {"fashion-tuning": 15, "fashion": 80, "fashion-length": 24}
+COUNTS = {"synthetic": 252, "padding": 18, "pooling": 26, "pipelines": 6, "pilot": 30, "photographs": 158}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -41,26 +39,48 @@ def test_every_row_is_one_configuration_that_builds_and_recorded_rows_are_planne
 def test_first_seeds_come_first_and_what_claims_rest_on():
     seeds = [job.config.run.seed for job in jobs("synthetic")]
     assert seeds == sorted(seeds)
-    ranks = {tuple(row.items()): rank for rank, rows in table_rows().items() for row in rows}
-    planned = [(ranks[tuple(job.columns.items())], job.config.run.seed) for job in jobs("tables")]
-    assert planned == sorted(planned, key=lambda job: (list(lab.TABLE_SEEDS).index(job[0]), job[1]))
-    assert {seed for rank, seed in planned if rank == "claim"} == set(range(5))
+    first = jobs("photographs")[: 5 * len(lab.TABLES["core"])]
+    assert [job.config.run.seed for job in first] == sorted(5 * [*range(5)] + 3 * [*range(5)])
+    core = [
+        job.columns["encoding"]
+        for job in first
+        if job.config.run.seed == 4 and not job.columns["mlp_only_blocks"]
+    ]
+    assert core == list(lab.CORE) and {
+        job.config.run.seed for job in jobs("photographs", only="padding")
+    } == {0, 1, 2}
 
 
-def test_parts_of_the_images_keep_the_number_of_steps():
-    whole = table_config(encoding="learned")
-    for images in (5_000, 15_000):
-        part = table_config(encoding="learned", epochs=0, limit=images)
-        both = resolve(whole, 50_000 // 1024).optim, resolve(part, images // 1024).optim
-        assert both[0].steps == both[1].steps and both[0].warmup_steps == both[1].warmup_steps
+def test_rows_differ_in_their_columns_alone():
+    """The same images, length, rate and augmentation; shifted rows have their squares elsewhere."""
+    base = photograph_config(encoding="none")
+    for job in jobs("photographs"):
+        model, place = (
+            replace(
+                job.config.model, **{n: getattr(base.model, n) for n in COLUMNS["costs"] if n != "again"}
+            ),
+            "centre",
+        )
+        place = "random" if job.columns["shifted"] else "centre"
+        assert replace(model, distilled=False) == base.model and job.config.augment.crop_place == place
+        augment = replace(job.config.augment, crop_place="centre")
+        assert (job.config.data, augment, job.config.optim) == (base.data, base.augment, base.optim)
+    other = photograph_config(encoding="none", grid=14)
+    assert (base.model.grid, other.model.grid, other.optim) == ((8, 8), (14, 14), base.optim)
 
 
-def test_rows_without_scale_jitter_still_see_images_shifted():
-    augment = table_config(encoding="none", scale_jitter=False).augment
-    sides = torch.full((64,), 64)
-    boxes = crop_boxes(augment, 0, 0, torch.arange(64), sides, sides)
-    assert (boxes[:, 2:] == 56).all() and boxes[:, 0].unique().tolist() == boxes[:, 1].unique().tolist()
-    assert set(boxes[:, 0].tolist()) == set(range(9))
+def test_squares_lie_in_the_middle_unless_shifts_are_asked_for():
+    sides, still, moved = (
+        torch.full((256,), 64),
+        *(photograph_config(encoding="none", shifted=s) for s in (False, True)),
+    )
+    boxes = [crop_boxes(c.augment, 0, 0, torch.arange(256), sides, sides) for c in (still, moved)]
+    assert torch.equal(boxes[0][:, 2:], boxes[1][:, 2:]) and (boxes[0][:, 2] == boxes[0][:, 3]).all()
+    assert boxes[0][:, 2].min() == 48 and boxes[0][:, 2].max() == 64
+    assert torch.equal(boxes[0][:, :2], (64 - boxes[0][:, 2:]) // 2)
+    assert set(boxes[1][:, 0].tolist()) == set(range(16)) | {16} and not torch.equal(
+        boxes[1][:, 0], boxes[1][:, 1]
+    )
 
 
 def test_every_padding_differs_from_zero_padding_in_the_encoding_alone():
@@ -88,27 +108,27 @@ def test_pooling_asks_again_on_fresh_seeds_and_pipelines_change_the_loader_alone
 
 
 def test_learning_rates_are_tuned_alike_and_without_a_look_at_the_validation_images():
-    for name, rates in (("tuning", lab.TABLE_RATES), ("fashion-tuning", lab.FASHION_RATES)):
-        cells = {(job.columns["encoding"], job.config.optim.lr) for job in jobs(name)}
-        assert cells == {(job.columns["encoding"], lr) for job in jobs(name) for lr in rates}
-        assert all(job.config.data.hold_out == 10 for job in jobs(name))
-        assert all(job.config.optim.lr == job.columns["lr"] for job in jobs(name))
+    planned = jobs("pilot")
+    cells = {(job.columns["encoding"], job.config.optim.lr) for job in planned if job.columns["epochs"] == 2}
+    assert cells == set(product(lab.CORE, lab.PILOT_RATES))
+    assert all(job.config.data.hold_out == 10 for job in planned)
+    assert all(job.config.optim.lr == job.columns["lr"] for job in planned)
 
 
 def test_a_table_alone_a_root_and_what_an_experiment_has_not():
-    alone = jobs("tables", table="padding")
-    assert len(alone) == 34
-    assert {job.columns["encoding"] for job in alone} >= {"none", "peg", "peg(skip=False)"}
-    for name in ("tables", "tuning", "fashion", "fashion-tuning", "fashion-length"):
+    alone = jobs("photographs", only="padding")
+    assert len(alone) == 12 and len(jobs("photographs", grid=14)) == 158
+    for name in ("photographs", "pilot"):
         assert jobs(name, root="/images")[0].config.data.root == "/images"
     for name, options, message in (
-        ("tables", {"table": "pading"}, "'pading'.*padding"),
+        ("photographs", {"only": "pading"}, "'pading'.*padding"),
+        ("photographs", {"grid": 9}, "grid=9.*8 or of 14"),
         ("synthetic", {"root": "/images"}, "no root"),
-        ("fashon", {}, "'fashon'.*fashion"),
+        ("photografs", {}, "'photografs'.*photographs"),
     ):
         with pytest.raises(ConfigError, match=message):
             jobs(name, **options)
     with pytest.raises(ConfigError, match="'when'"):
         synthetic_config("when", "peg")
     with pytest.raises(ResultsError, match="'pool'"):
-        table_config(encoding="peg", pool="avg")
+        photograph_config(encoding="peg", pool="avg")

@@ -4,33 +4,40 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cpvt.config import ModelConfig, TrainConfig, replace
-from cpvt.data.loader import make_loader
+from cpvt.data.datasets import ImageTensors
 from cpvt.data.transforms import normalise
-from cpvt.lab import metrics
-from cpvt.lab.experiments import FIVE, fashion_config, synthetic_config, table_config
-from cpvt.lab.probes import attention_maps
+from cpvt.lab import metrics, photographs
+from cpvt.lab.experiments import FIVE, jobs, photograph_config, photograph_loader, synthetic_config
+from cpvt.lab.probes import MovedMaps, attention_maps, split_error
 from cpvt.lab.results import unpack
 from cpvt.lab.runner import with_teacher
 from cpvt.model.vit import VisionTransformer
-from cpvt.training.evaluate import correct
 from cpvt.training.train import TrainingRun, train
+
+
+@pytest.fixture
+def few(tiny_imagenet, monkeypatch):
+    """Root of photographs in miniature: two classes, eight and four images each."""
+    monkeypatch.setattr(photographs, "CLASSES", 2)
+    monkeypatch.setattr(photographs, "COUNTS", {"train": 8, "val": 4})
+    return tiny_imagenet
 
 
 def short(config: TrainConfig, root, depth: int = 2) -> TrainConfig:
     """Three steps on a CPU, at a small width; everything that makes the row stays."""
     length = {"epochs": 0, "warmup_epochs": 0, "steps": 3, "warmup_steps": 1, "global_batch_size": 4}
-    data = replace(config.data, root=str(root), limit=min(config.data.limit, 8))
-    run = replace(config.run, device="cpu", precision="fp32", compile="off")
+    data, run = replace(config.data, root=str(root)), replace(config.run, device="cpu")
     model = replace(config.model, width=16, heads=2, depth=depth)
     return replace(config, model=model, data=data, optim=replace(config.optim, **length), run=run)
 
 
 def untrained(encoding: str, **model) -> VisionTransformer:
     torch.manual_seed(0)
-    config = replace(fashion_config(encoding=encoding).model, width=16, depth=2, **model)
+    config = replace(photograph_config(encoding=encoding, grid=14).model, width=16, depth=2, heads=2, **model)
     return VisionTransformer(config).eval()
 
 
@@ -48,55 +55,58 @@ def images(count: int = 4) -> torch.Tensor:
     "columns",
     [
         {"encoding": "learned", "distilled": True, "teacher": "resnet10t"},
-        {"encoding": "sine", "stem": "conv", "scale_jitter": False},
-        {"encoding": "rotary", "limit": 5_000, "epochs": 0},
+        {"encoding": "sine", "stem": "conv", "shifted": True},
+        {"encoding": "rotary", "grid": 14},
         {"encoding": FIVE, "global_pool": "avg", "mlp_only_blocks": 1},
         {"encoding": "peg(padding='none', skip=False)"},
     ],
     ids=lambda columns: columns["encoding"],
 )
-def test_rows_of_the_tables_are_trained_and_scored(columns, tiny_imagenet):
-    config = short(table_config(**columns), tiny_imagenet, depth=6 if columns["encoding"] == FIVE else 2)
-    run = train(with_teacher(config)[0])
-    found, dataset, digest = metrics.score_table_row(run, images=8)
-    assert dataset == "tiny-imagenet" and len(digest) == 64 and all(map(math.isfinite, found.values()))
-    shifts = {f"shift{pixels}" for pixels in (0, 1, 2, 4, 6)}
-    sizes = {f"top1@{tokens}" for tokens in (10, 14, 24, 28, 32)}
-    assert sizes | {"top1@14x28", "same_class/shift4", "position_r2/noise/interior"} <= found.keys()
-    assert found["top1@14"] == run.metrics["top1"]
+def test_rows_of_photographs_are_trained_and_scored(columns, few):
+    config = short(photograph_config(**columns), few, depth=6 if columns["encoding"] == FIVE else 2)
+    run = train(with_teacher(config, None, photograph_loader)[0], make_loader=photograph_loader)
+    found, dataset, digest = metrics.score_photographs(run, images=8)
+    assert dataset == photographs.DATASET and len(digest) == 64 and all(map(math.isfinite, found.values()))
+    t, sizes = columns.get("grid", 8), (10, 14, 24, 28, 32) if "grid" in columns else (6, 8, 12, 14, 16)
+    wanted = {f"top1@{tokens}" for tokens in sizes} | {
+        f"top1@{sizes[3]}x{t}",
+        f"top1@{t}x{sizes[3]}",
+        f"top1@{t}/window",
+    }
+    assert wanted | {"kept/window4", "moved/circular8", "position_r2/noise/interior"} <= found.keys()
+    assert found[f"top1@{t}"] == run.metrics["top1"]
     others = {key.partition("/")[2] for key in found if key.startswith("top1@") and "/" in key}
     rules = {"sine": {"resample", "rescale"}, "rotary": {"rescale"}}.get(columns["encoding"], set())
-    assert others == shifts | rules
+    assert others == {f"circular{d}" for d in (1, 2, 3, 4, 6, 8)} | {"window"} | rules
     # Without padding the map is smaller, and has no counterpart under a shift.
     shrinks = "'none'" in columns["encoding"]
-    assert ("shift_error/window/border" in found) != shrinks
+    assert ("map_error/window/border/pattern" in found) != shrinks
     seen = [key for key in found if key.startswith("attention_distance")]
     assert len(seen) == (1 if shrinks else run.model.config.depth - columns.get("mlp_only_blocks", 0))
 
 
-def test_rows_on_clothes_and_what_is_kept_of_them(clothes):
-    run = train(short(fashion_config(encoding="learned + peg"), clothes))
-    found, dataset, digest = metrics.score_fashion(run, images=8)
-    assert dataset == "fashion-mnist" and len(digest) == 64 and found["top1@14"] == run.metrics["top1"]
-    parts = {"same_class/shift6", "position_r2/constant", "shift_error/zero", "attention_distance/block1"}
-    assert parts <= found.keys()
+def test_what_is_kept_of_a_row(few):
+    run = train(short(photograph_config(encoding="learned + peg"), few), make_loader=photograph_loader)
     arrays = metrics.arrays_of(run)
-    assert arrays["peg0"].shape == (16, 1, 3, 3) and arrays["table"].shape == (197, 16)
-    everything, labels = metrics.held_out_images(metrics.held_out(run), 1000)
-    assert torch.equal(unpack(arrays["correct"], 20), correct(run.model, everything, labels).cpu())
-    middle = 1 + 7 * 14 + 7  # behind the class token: row 7, column 7
+    assert arrays["peg0"].shape == (16, 1, 3, 3) and arrays["table"].shape == (65, 16)
+    held = photographs.open_photographs(run.config.data, "val")
+    ((everything, labels),) = metrics.photographs_at(held, (32, 32))
+    right = unpack(arrays["correct"], 8).double().mean().item()
+    assert 100 * right == run.metrics["top1"] and len(labels) == 8
+    middle = 1 + 4 * 8 + 4  # behind the class token: row 4, column 4
     weights = attention_maps(run.model, everything)[1][:, :, middle].mean((0, 1))
     assert torch.allclose(arrays["attention"][1].flatten().float(), weights[1:], atol=1e-4)
-    assert arrays["attention"].shape == (2, 14, 14)
+    assert arrays["attention"].shape == (2, 8, 8)
 
 
-def test_a_tuning_row_never_sees_the_validation_images(clothes):
-    config = short(fashion_config(encoding="peg"), clothes)
-    run = train(replace(config, data=replace(config.data, hold_out=10)))
-    found, data, _ = metrics.score_tuning(run)
-    assert found["images"] == 4 and "training images" in data  # a tenth of forty
-    whole = make_loader(config.data, seed=0).train_set
-    assert torch.equal(metrics.held_out(run).val_set.images, whole.images[::10])
+def test_a_pilot_row_never_sees_the_validation_images(few):
+    job = next(job for job in jobs("pilot", root=str(few)) if job.columns["encoding"] == "peg")
+    run = train(short(job.config, few), make_loader=photograph_loader)
+    found, data, _ = metrics.score_pilot(run)
+    assert found["top1@8"] == run.metrics["top1"] and "training images" in data
+    held, rest = (photographs.open_photographs(run.config.data, split).images for split in ("val", "train"))
+    whole = photographs.open_photographs(replace(run.config.data, hold_out=0), "train").images
+    assert torch.equal(held, whole[::10]) and len(rest) == len(whole) - len(held)
 
 
 def test_synthetic_scores():
@@ -109,15 +119,14 @@ def test_synthetic_scores():
         assert metrics.score_synthetic(run, images=16)[2] == digest  # of the images, which the seed decides
 
 
-def test_every_class_has_a_part_in_what_is_scored_and_larger_tests_show_detail(tiny_imagenet):
-    """Held-out images stand class by class; those of 64 pixels are shown at 64 as they lie on the disk."""
-    data = replace(short(table_config(encoding="none"), tiny_imagenet).data, image_size=64)
-    loader = make_loader(data, seed=0, train=False)
-    some, labels = metrics.held_out_images(loader, 4, spread=True)
-    assert labels.tolist() == [0, 0, 1, 1]
-    everything, _ = metrics.held_out_images(loader, 8)
-    assert torch.equal(some, everything[[0, 2, 4, 7]])
-    assert torch.equal(everything, normalise(loader.val_set.images.float() / 255))
+def test_larger_tests_show_detail(few):
+    """Originals of 64 pixels are shown at 64 as they are; at 32 a pixel is the mean of four."""
+    held = photographs.open_photographs(photograph_config(encoding="none", root=str(few)).data, "val")
+    whole = torch.cat([x for x, _ in metrics.photographs_at(held, (64, 64))])
+    assert torch.equal(whole, normalise(held.images.float() / 255))
+    half = torch.cat([x for x, _ in metrics.photographs_at(held, (32, 32))])
+    means = F.avg_pool2d(held.images.float(), 2)
+    assert (half - normalise(means / 255)).abs().max() <= 0.5 / 255 / 0.22  # rounded to a level
 
 
 # --------------------------------------------------------------------------- their parts
@@ -152,37 +161,51 @@ def test_attention_distance_of_who_reads_evenly():
     assert found["attention_distance/block0"] == pytest.approx(even, rel=1e-5) == pytest.approx(7.3, abs=0.05)
 
 
-def test_shifts_by_nothing_change_nothing_and_black_comes_in():
-    class FirstColumn(nn.Module):  # answers 1 where the first column of pixels is black, else 0
-        config = ModelConfig(image_size=(28, 28), patch_size=2)
+def test_shifts_are_those_of_the_image_both_ways():
+    class LeftHalf(nn.Module):  # answers 1 where the left half of an image is brighter than the right
+        config = ModelConfig(image_size=(32, 32), patch_size=4)
 
         def forward(self, images):
-            black = (images[..., 0] < -1.5).all(-1).all(-1)
-            return torch.stack([~black, black], -1).float()
+            left, right = (part.mean((1, 2, 3)) for part in images.chunk(2, 3))
+            return torch.stack([right - left, left - right], -1)
 
-    bright = torch.rand(8, 3, 28, 28)  # normalised black is darker than any of these
-    found = metrics.score_shifts(FirstColumn(), bright, torch.zeros(8, dtype=torch.long))
-    assert found["top1@14/shift0"] == 100.0  # below: wrong to the right, right to the left
-    assert found["top1@14/shift4"] == found["same_class/shift4"] == 50.0
+    # A line of light, brighter from image to image: of 40 pixels at 25 to 27.5, so of a window from 8 on at 17.
+    pixels, light = (
+        torch.zeros(8, 3, 64, 64, dtype=torch.uint8),
+        100 + 10 * torch.arange(8).byte()[:, None, None, None],
+    )
+    pixels[..., 40:44] = light
+    held = ImageTensors(pixels, torch.ones(8, dtype=torch.long), ("a", "b"))
+    found = metrics.score_shifts(LeftHalf(), held, torch.arange(8))
+    assert found["top1@8/window"] == 0 and found["kept/window8"] == 100 and found["moved/window8"] < 1e-3
+    pixels[..., 40:44], pixels[..., 30:34] = (
+        0,
+        200,
+    )  # at 18.75 to 21.25: left of the middle for windows from 6 on
+    found = metrics.score_shifts(LeftHalf(), held, torch.arange(8))
+    assert found["kept/window1"] == 100 and found["kept/window8"] == 50  # across; down nothing changes
+    assert found["moved/window8"] > 1
+    # Around the ring, at 15 to 17 of 32: by eight it is right or left of the middle, each the answer once.
+    assert found["kept/circular8"] == pytest.approx(75) and found["top1@8/circular8"] == pytest.approx(25)
 
 
 def test_maps_move_along_where_theory_says_so():
     for encoding, exact in (("none", 1), ("peg(padding='circular')", 1), ("learned", 0), ("peg", 0)):
-        found = metrics.score_maps(untrained(encoding).double(), images().double())
-        assert (found["shift_error/circular"] < 1e-12) == exact, encoding
-        wanted = {"shift_error/zero", "shift_error/circular/block0", "shift_error/circular/border"}
-        assert wanted <= found.keys() and "shift_error/window" not in found
+        wide = torch.randn(4, 3, 28, 30, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+        found = metrics.score_map_errors(untrained(encoding).double(), wide[..., :28], wide)
+        assert (found["map_error/circular/interior"] < 1e-12) == exact, encoding
+        wanted = {"map_error/circular/interior/block0/pattern", "map_error/window/border/common"}
+        assert wanted <= found.keys()
 
 
-def test_bands_twice_as_wide_as_high(clothes):
-    shapes = []
-
-    class Spy(VisionTransformer):
-        def forward(self, images, *rest):
-            shapes.append(tuple(images.shape))
-            return super().forward(images, *rest)
-
-    config = short(fashion_config(encoding="learned"), clothes)
-    loader = make_loader(config.data, seed=0, train=False)
-    found = metrics.score_oblong(Spy(config.model).eval(), loader)
-    assert shapes == [(20, 3, 28, 56)] and 0 <= found["top1@14x28"] <= 100
+def test_an_error_is_a_common_vector_and_a_pattern():
+    torch.manual_seed(0)
+    expected, mask = torch.randn(2, 5, 4, 4, dtype=torch.double), torch.rand(4, 4) > 0.3
+    shared = torch.randn(2, 5, 1, 1, dtype=torch.double)
+    pattern = torch.randn(2, 5, 4, 4, dtype=torch.double) * mask
+    pattern[:, :, mask] -= pattern[:, :, mask].mean(2, keepdim=True)
+    for error, zero in ((shared, "pattern"), (pattern, "common")):
+        found = split_error(MovedMaps(expected + error, expected, mask, ~mask), mask)
+        assert getattr(found, zero) < 1e-12 < found.total and len({*found}) == 3
+    nothing = split_error(MovedMaps(expected, expected, mask, mask & False), mask & False)
+    assert all(map(math.isnan, nothing))

@@ -200,8 +200,8 @@ KEPT = (
     "peg(positions=(0, 1, 2))",
     CIRCULAR,
 )  # whose weights are kept, of seed 0
-LR, EPOCHS = 2e-3, 10
-PILOT_RATES, PILOT_EPOCHS = (1e-3, 2e-3, 4e-3), 2
+LR, EPOCHS = 4e-3, 10
+PILOT_RATES, PILOT_EPOCHS = (1e-3, 2e-3, 4e-3, 8e-3), 2
 _CROPS = {"crop": True, "crop_scale": ((48 / 64) ** 2, 1.0), "crop_ratio": (1.0, 1.0), "hflip": 0.5}
 
 

@@ -110,19 +110,24 @@ def score_photographs(run: TrainingRun, cache: Cache = None, images: int = 1000)
     for side in sizes_of(p):
         for suffix, variant in _variants(model, side):
             scores = seen(variant, (side, side))
-            metrics |= {f"{name}@{side // p}{suffix}": scores[name] for name in ("top1", "top5")}
+            metrics |= {
+                f"{name}@{side // p}{suffix}": scores[name] for name in ("top1", "top5") if name in scores
+            }
     long = sizes_of(p)[-2]  # of originals of 64 pixels the middle band of that shape, the whole way across
     for size in ((long, trained), (trained, long)):
         high, wide = (64 * side / long for side in size)
         scores = seen(model, size, box=((64 - high) / 2, (64 - wide) / 2, high, wide))
         metrics[f"top1@{size[0] // p}x{size[1] // p}"] = scores["top1"]
-    even = torch.linspace(0, len(held.labels) - 1, images).long()
-    metrics |= score_shifts(model, held, even, precision)
-    few, some = (
-        torch.cat([x for x, _ in photographs_at(held, config.image_size, even[:: images // n])])
-        for n in (64, 256)
+    metrics |= score_shifts(model, held, at_even_steps(held, images), precision)
+
+    def spread(count: int, size: Grid) -> Tensor:
+        return torch.cat([x for x, _ in photographs_at(held, size, at_even_steps(held, count))])
+
+    few, some, wider = (
+        spread(64, config.image_size),
+        spread(256, config.image_size),
+        spread(64, (trained + p,) * 2),
     )
-    wider = torch.cat([x for x, _ in photographs_at(held, (trained + p, trained + p), even[:: images // 64])])
     wider = wider[:, :, p // 2 : p // 2 + trained]
     metrics |= score_map_errors(model, few, wider) | score_position(model, some) | score_attention(model, few)
     metrics = {
@@ -134,6 +139,11 @@ def score_photographs(run: TrainingRun, cache: Cache = None, images: int = 1000)
 def sizes_of(patch: int) -> tuple[int, ...]:
     """The sides of test images in pixels, the second trained: 6 to 16 tokens of 4 pixels, 10 to 32 of 2."""
     return (24, 32, 48, 56, 64) if patch == 4 else (20, 28, 48, 56, 64)
+
+
+def at_even_steps(held: ImageTensors, count: int) -> Tensor:
+    """Indices of so many images, spread over the classes, which stand one after the other."""
+    return torch.linspace(0, len(held.labels) - 1, min(count, len(held.labels))).long()
 
 
 def photographs_at(
@@ -150,7 +160,7 @@ def photographs_at(
 def score_pilot(run: TrainingRun, cache: Cache = None) -> Score:
     """Of a run with `data.hold_out`: accuracy on the held-out part of the training images."""
     tokens = run.config.model.grid[0]
-    metrics = {f"{name}@{tokens}": run.metrics[name] for name in ("top1", "top5")}
+    metrics = {f"{name}@{tokens}": run.metrics[name] for name in ("top1", "top5") if name in run.metrics}
     part = f"{DATASET}, one of {run.config.data.hold_out} training images"
     return metrics, part, sha256_of_files(run.config.data.root)
 
@@ -186,7 +196,7 @@ def arrays_of(run: TrainingRun, cache: Cache = None) -> dict[str, Tensor]:
     if model.pos_embed is not None:
         found["table"] = model.pos_embed[0]
     (H, W), P = model.config.grid, model.num_prefix_tokens
-    middle, even = P + H // 2 * W + W // 2, torch.linspace(0, len(held.labels) - 1, 64).long()
+    middle, even = P + H // 2 * W + W // 2, at_even_steps(held, 64)
     images = torch.cat([x for x, _ in photographs_at(held, model.config.image_size, even)])
     maps = [maps for maps in probes.attention_maps(model, images).values() if maps.shape[-1] == P + H * W]
     if maps:
@@ -301,7 +311,7 @@ def score_shifts(
     for kind, moved in pairs.items():
         for d, both in moved.items():
             kept = [(a.argmax(1) == b.argmax(1)).float().mean() for a, b in both]
-            change = [(b - a).norm() / (a - a.mean(0)).norm() for a, b in both]
+            change = [(b - a).norm() / (a - a.mean(0)).norm().clamp(min=1e-9) for a, b in both]
             metrics[f"kept/{kind}{d}"] = 100 * torch.stack(kept).mean().item()
             metrics[f"moved/{kind}{d}"] = torch.stack(change).mean().item()
     metrics |= {f"top1@{t}/circular{d}": fmean(right(b) for _, b in rolled[d]) for d in rolled}
