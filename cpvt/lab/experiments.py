@@ -264,7 +264,7 @@ def pilot(root: str = "") -> Iterator[Job]:
     The core rows at each rate for two epochs; the table and the bag of patches for the whole length.
     """
     tried = [(lr, PILOT_EPOCHS, row) for row, lr in product(_rows(*CORE), PILOT_RATES)]
-    for lr, epochs, row in tried + [(LR, EPOCHS, row) for row in _rows("learned") + [BAG]]:
+    for lr, epochs, row in [(LR, EPOCHS, row) for row in _rows("learned") + [BAG]] + tried:
         columns = complete("pilot", {**row, "lr": lr, "epochs": epochs})
         config = photograph_config(lr=lr, epochs=epochs, root=root, **row)
         config = replace(config, data=replace(config.data, hold_out=10))
