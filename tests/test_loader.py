@@ -208,7 +208,8 @@ def test_a_gpu_gives_the_batches_of_the_cpu(image_folder, decode):
     if decode == "auto" and not find_jpeg_decoder():
         pytest.skip("torchcodec cannot be loaded")
     config = small_run(image_folder)
-    calm = replace(config, augment=replace(config.augment, randaugment=""))
+    # Without the two whose results a GPU does not share: operations that amplify, and its own erasing noise.
+    calm = replace(config, augment=replace(config.augment, randaugment="", random_erasing=0.0))
     own, its = opened(calm), opened(with_data(calm, decode=decode, workers=2), device="cuda")
     batches = [(own.batch(step), its.batch(step)) for step in range(4)]
     batches += zip(own.eval_batches(), its.eval_batches(), strict=True)

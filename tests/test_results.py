@@ -97,18 +97,20 @@ def test_an_experiment_without_rows_is_an_empty_frame_and_an_unknown_one_an_erro
     default = results.results_folder()  # whatever the working directory
     monkeypatch.chdir(tmp_path)
     assert results.results_folder() == default and (default / "synthetic.jsonl").is_file()
-    rows = read("tables", tmp_path)
-    assert len(rows) == len(select(rows, encoding="peg")) == 0 and set(results.COLUMNS["tables"]) <= set(rows)
-    with pytest.raises(ResultsError, match="'tabels'.*tables"):
-        read("tabels", tmp_path)
+    rows = read("pilot", tmp_path)
+    assert len(rows) == len(select(rows, encoding="peg")) == 0 and set(results.COLUMNS["pilot"]) <= set(rows)
+    with pytest.raises(ResultsError, match="'pilots'.*pilot"):
+        read("pilots", tmp_path)
     with pytest.raises(ResultsError, match="no folder"):
-        read("tables", tmp_path / "nowhere")
+        read("pilot", tmp_path / "nowhere")
 
 
 def test_selecting_takes_the_usual_values_of_what_is_not_named(tmp_path):
-    for row in ({}, {"global_pool": "avg"}, {"max_steps": 900}, {"encoding": "sine"}):
-        append(make_result("fashion", columns=complete("fashion", {"encoding": "peg"} | row)), tmp_path)
-    rows = read("fashion", tmp_path)
+    for row in ({}, {"global_pool": "avg"}, {"shifted": True}, {"encoding": "sine"}):
+        append(
+            make_result("photographs", columns=complete("photographs", {"encoding": "peg"} | row)), tmp_path
+        )
+    rows = read("photographs", tmp_path)
     assert select(rows, encoding="peg").index.tolist() == [0]
     assert select(rows, encoding="peg(positions=(0,))", global_pool="avg").index.tolist() == [1]
     assert select(rows).index.tolist() == [0, 3]  # an encoding has no usual value
@@ -132,6 +134,8 @@ def test_commit_turns_dirty_with_the_package_only(tmp_path, monkeypatch):
     assert not results.commit().endswith("-dirty")
     (package / "results.py").write_text("a = 2\n")
     assert results.commit().endswith("-dirty")
+    monkeypatch.setenv("CPVT_COMMIT", "abc")
+    assert results.commit() == "abc"
 
 
 def test_fingerprint_tells_values_shapes_and_types_apart():
@@ -142,15 +146,21 @@ def test_fingerprint_tells_values_shapes_and_types_apart():
 
 def test_arrays_are_found_by_the_columns_of_their_row(tmp_path):
     for seed in (1, 0):
-        row = make_result("fashion", seed, columns=complete("fashion", {"encoding": "peg"}))
+        row = make_result("photographs", seed, columns=complete("photographs", {"encoding": "peg"}))
         append(row, tmp_path, arrays={"peg0": torch.full((2,), seed), "table": torch.ones(3)})
-    found = read_arrays("fashion", "peg0", tmp_path, encoding="peg")
+    found = read_arrays("photographs", "peg0", tmp_path, encoding="peg")
     assert list(found) == [0, 1] and found[1].tolist() == [1, 1]
-    assert read_arrays("fashion", "peg0", tmp_path, encoding="peg", global_pool="avg") == {}
+    assert read_arrays("photographs", "peg0", tmp_path, encoding="peg", global_pool="avg") == {}
     assert read_arrays("padding", "peg0", tmp_path) == {}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fashion.jsonl", "fashion.safetensors"]
-    for text in read("fashion").encoding.unique():  # every recorded row has its arrays
-        assert {len(array) for array in read_arrays("fashion", "correct", encoding=text).values()} == {1250}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "photographs.jsonl",
+        "photographs.safetensors",
+    ]
+    for result in results.recorded("photographs"):  # every recorded row has its arrays
+        hits = results.unpack(read_arrays("photographs", "correct", **result.columns)[result.seed], 5000)
+        assert 100 * hits.double().mean().item() == pytest.approx(
+            result.metrics[f"top1@{result.columns['grid']}"]
+        )
     packed = torch.tensor([0b10100000], dtype=torch.uint8)
     assert results.unpack(packed, 4).tolist() == [True, False, True, False]
     with pytest.raises(ResultsError, match="13"):

@@ -1,7 +1,6 @@
 """What a few seeds resolve, what many claims at once cost; predictions of the synthetic tasks."""
 
 import math
-from collections import Counter
 
 import pandas
 import pytest
@@ -11,9 +10,9 @@ from helpers import make_result
 from cpvt.errors import ResultsError
 from cpvt.lab import stats
 from cpvt.lab.experiments import ENCODINGS, GRIDS, POOLS, jobs
-from cpvt.lab.results import NOT_YET, append, read
+from cpvt.lab.results import NOT_YET, append, complete, read
 
-T = "top1@14"
+T = "top1@8"
 A, B, C = ({"encoding": text} for text in ("none", "learned", "sine"))
 
 
@@ -126,30 +125,34 @@ def test_holm_stops_at_the_first_that_fails_and_what_is_not_measured_has_no_verd
     assert stats.verdicts([weak, None, None, None])[0] == "not resolved"
 
 
-def test_every_claim_is_about_rows_that_are_measured_at_every_seed():
-    planned = [*jobs("fashion"), *jobs("fashion-length")]
-    seeds = Counter((tuple(job.columns.items()), job.config.run.seed in (0, 1, 2)) for job in planned)
-    for claims in stats.CLAIMS.values():
-        for terms in claims.values():
-            assert sum(weight for weight, _, _ in terms) == 0
-            for _, columns, metric in terms:
-                full = {**planned[0].columns, **columns}
-                assert seeds[tuple(full.items()), True] == 3, columns
-                assert metric.startswith(("top1@14", "same_class"))
+def test_every_claim_is_about_core_rows():
+    planned = {(*job.columns.items(),): set() for job in jobs("photographs", only="core")}
+    for job in jobs("photographs", only="core"):
+        planned[(*job.columns.items(),)].add(job.config.run.seed)
+    assert len(stats.CLAIMS) <= 12 and len({claim.reason for claim in stats.CLAIMS.values()}) > 8
+    metrics = {"top1@8", "top1@16", "kept/window4", "map_error/window/interior/pattern"}
+    for claim in stats.CLAIMS.values():
+        assert sum(weight for weight, _, _ in claim.terms) == 0 and claim.reason
+        for _, columns, metric in claim.terms:
+            assert len(planned[(*complete("photographs", columns).items(),)]) == 5 and metric in metrics
 
 
-def test_claims_on_length_compare_the_same_seeds_of_a_short_and_a_long_run():
-    """Leads of 2 at 300 steps and 1 at 900, in every seed: two claims are positive, two measure what shrank."""
-    gain = {"none": 0.0, "learned": 1.0, "peg": 3.0, "peg(padding='circular')": 2.0}
-    short = {name: [50 + seed + more for seed in range(3)] for name, more in gain.items()}
-    long = {name: [70 - seed + more / 2 for seed in range(3)] for name, more in gain.items()}
-    usual = {"global_pool": "token", "distilled": False, "teacher": ""}
-    rows = [table(short, "fashion", max_steps=300, **usual)]
-    rows += [table(long, "fashion-length", max_steps=900, **usual)]
-    judged = stats.judge(pandas.concat(rows), stats.CLAIMS["fashion-length"], across=True)
-    assert [found.mean for found in judged["difference"]] == [1.0, 0.5, 1.5, 1.0]
-    assert set(judged["verdict"]) == {"supported"} and {*judged.index} == {*stats.CLAIMS["fashion-length"]}
-    assert set(stats.judge(rows[1], stats.CLAIMS["fashion-length"])["verdict"][2:]) == {NOT_YET}
+def test_claims_are_judged_together():
+    """Leads of 2 and of 1 in every seed, and one that only two seeds of five share."""
+    values = {"none": [50.0 + seed for seed in range(5)]}
+    values |= {"learned": [52.0 + seed + 0.01 * (seed % 2) for seed in range(5)]}
+    values |= {"sine": [50.0 + seed + (-1) ** seed for seed in range(5)]}
+    claims = {
+        "learned": stats.Claim(stats.ahead(B, A, T), "a"),
+        "none": stats.Claim(stats.ahead(A, B, T), "b"),
+        "sine": stats.Claim(stats.ahead(C, A, T), "c"),
+        "peg": stats.Claim(stats.ahead({"encoding": "peg"}, A, T), "d"),
+    }
+    judged = stats.judge(table(values), claims)
+    assert judged["verdict"].tolist() == ["supported", "contradicted", "not resolved", NOT_YET]
+    assert judged.loc["learned", "difference"].mean == pytest.approx(2.004) and judged["reason"].tolist() == [
+        *"abcd"
+    ]
 
 
 # --------------------------------------------------------------------------- predictions

@@ -205,7 +205,8 @@ class BatchReader(Dataset):
     def _take(self, data: bytes) -> tuple[numpy.ndarray, int, int, bool]:
         if self.keep_jpegs:
             with open_image(data) as image:
-                if jpeg := plain_jpeg(data, image):
+                # Not grey ones: an H200's decoder gave them wrong by 43 levels in the mean (torchcodec 0.17).
+                if image.mode != "L" and (jpeg := plain_jpeg(data, image)):
                     return numpy.frombuffer(jpeg, numpy.uint8), image.height, image.width, True
         image = decode_image(data)
         return image.permute(1, 2, 0).reshape(-1).numpy(), image.shape[1], image.shape[2], False
