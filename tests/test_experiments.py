@@ -14,7 +14,15 @@ from cpvt.lab.experiments import EXPERIMENTS, jobs, photograph_config, synthetic
 from cpvt.lab.results import COLUMNS, recorded
 from cpvt.model.vit import VisionTransformer
 
-COUNTS = {"synthetic": 252, "padding": 18, "pooling": 26, "pipelines": 6, "pilot": 30, "photographs": 158}
+COUNTS = {
+    "synthetic": 252,
+    "padding": 18,
+    "pooling": 26,
+    "pictures": 6,
+    "pipelines": 6,
+    "pilot": 30,
+    "photographs": 158,
+}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -10,13 +10,13 @@ import pytest
 from cpvt.config import TrainConfig, from_json, replace
 from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError, ResultsError, TrainingError
-from cpvt.lab.experiments import jobs, photograph_config, synthetic_config
+from cpvt.lab.experiments import KEPT, jobs, photograph_config, synthetic_config
 from cpvt.lab.kept_models import load_kept
 from cpvt.lab.metrics import score_synthetic
 from cpvt.lab.results import append, complete, read, read_arrays, recorded, select
 from cpvt.lab.runner import RUNNING, Job, _alone, run_job, run_missing, train_teacher, with_teacher
 from cpvt.training.distributed import Stopped
-from cpvt.training.train import train
+from cpvt.training.train import TrainingRun, train
 
 
 def job(name: str, seed: int = 0, lr: float = 3e-3, score=score_synthetic, **fields) -> Job:
@@ -141,6 +141,18 @@ def test_weights_are_kept_small_and_come_back(tmp_path):
     assert file.stat().st_size < 2 * sum(p.numel() for p in kept.parameters()) + 8192
     with pytest.raises(ResultsError, match="no weights are kept of x-b.*x-a"):
         load_kept("x", tmp_path, row="b")
+
+
+@pytest.mark.parametrize("encoding", KEPT)
+def test_kept_weights_have_the_scores_of_their_rows(encoding):
+    """Of *where*, drawn anew; half precision may turn an answer or two of 256."""
+    (row,) = select(read("pictures"), task="where", encoding=encoding).to_dict("records")
+    model = load_kept("pictures", task="where", encoding=encoding)
+    run = TrainingRun(model, from_json(TrainConfig, json.dumps(row["config"])))
+    found, _, digest = score_synthetic(run)
+    assert digest == row["dataset_sha256"]
+    for name, value in found.items():
+        assert value == pytest.approx(row[name], abs=1), name
 
 
 def student(clothes, **optim):

@@ -89,6 +89,14 @@ def synthetic() -> Iterator[Job]:
         yield _synthetic_job("synthetic", seed, task=task, encoding=encoding, global_pool=pool)
 
 
+def pictures() -> Iterator[Job]:
+    """*Where* with the encodings whose trained weights are kept for pictures; a minute a row."""
+    for encoding in KEPT:
+        columns = complete("pictures", {"task": "where", "encoding": encoding})
+        config = synthetic_config(**columns)
+        yield Job("pictures", columns, "seconds", config, metrics.score_synthetic, keep_weights=True)
+
+
 def padding() -> Iterator[Job]:
     """*Where* with every padding of one PEG and a class token; `synthetic` has zero padding with its skip.
 
@@ -276,7 +284,7 @@ photograph_loader = partial(make_loader, open_split=open_photographs)
 
 # --------------------------------------------------------------------------- all of them
 
-_ALL = (synthetic, padding, pooling, pipelines, pilot, photographs)
+_ALL = (synthetic, pictures, padding, pooling, pipelines, pilot, photographs)
 EXPERIMENTS: dict[str, Callable[..., Iterator[Job]]] = {f.__name__.replace("_", "-"): f for f in _ALL}
 
 

@@ -42,6 +42,7 @@ _MODEL = {"encoding": None, "stem": "patch", "global_pool": "token", "mlp_only_b
 COLUMNS: dict[str, dict[str, Any]] = {
     "synthetic": _SYNTHETIC,
     "padding": _SYNTHETIC,
+    "pictures": _SYNTHETIC,
     "pooling": {**_SYNTHETIC, "max_steps": 500},
     "pipelines": {"pipeline": None},
     "pilot": {**_MODEL, "lr": None, "epochs": None},
