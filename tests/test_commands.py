@@ -39,7 +39,12 @@ class Understood(Exception):
 
 @pytest.mark.parametrize("words", PRINTED)
 def test_a_printed_command_is_understood(words, monkeypatch, capsys):
-    lab = "lab.runner.run_missing", "lab.costs.measure_costs", "lab.benchmark.Benchmark.__call__"
+    lab = (
+        "lab.photographs.check_images",
+        "lab.runner.run_missing",
+        "lab.costs.measure_costs",
+        "lab.benchmark.Benchmark.__call__",
+    )
     for work in ("training.train.train", "training.checkpoint.load_model", "data.pack.pack", *lab):
         monkeypatch.setattr(f"cpvt.{work}", mock.Mock(side_effect=Understood))
     with pytest.raises((Understood, SystemExit)) as end:
@@ -48,6 +53,23 @@ def test_a_printed_command_is_understood(words, monkeypatch, capsys):
     if end.type is SystemExit:
         lists = {"--help", "--list"} & set(words) or words == ["experiments"]
         assert not end.value.code and lists, capsys.readouterr().err
+
+
+def test_photographs_without_their_images_are_refused_by_name(tmp_path, capsys):
+    """A folder that has one class of a hundred; a table and a grid that there are not."""
+    for split in ("train", "val"):
+        (tmp_path / "tiny-imagenet-200" / split / "n01443537").mkdir(parents=True)
+        (tmp_path / "tiny-imagenet-200" / split / "n01443537" / "0.JPEG").write_bytes(b"")
+    asked = ["experiments", "photographs", "--root", str(tmp_path), "--out", str(tmp_path / "rows")]
+    for more, words in (
+        ([], "1 classes; expected the 100"),
+        (["--only", "cores"], "core"),
+        (["--grid", "9"], "8 or of 14"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*asked, *more])
+        assert end.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "rows").exists()
 
 
 def test_a_stopped_run_asks_to_be_called_again(monkeypatch, capsys):
