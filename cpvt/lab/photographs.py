@@ -158,7 +158,7 @@ def nearest_neighbour(x: Tensor, y: Tensor, test: Tensor) -> Tensor:
     return torch.cat([y[(length - 2 * part @ x.T).argmin(1)] for part in test.split(250)])
 
 
-LINEAR_GRID = [(lr, decay) for lr in (1e-4, 3e-4, 1e-3) for decay in (0.01, 1.0)]
+LINEAR_GRID = [(lr, decay) for lr in (3e-5, 1e-4, 3e-4) for decay in (0.1, 1.0, 10.0)]
 
 
 def _baselines(root: str, side: int) -> Iterator[tuple[str, float, dict]]:
