@@ -52,8 +52,8 @@ def test_one_step_is_adamw_written_out():
     config = tiny()
     optim = replace(config.optim, steps=1, weight_decay=0.1, label_smoothing=0.1, clip_grad=0.05)
     run = train(replace(config, optim=optim))
-    torch.manual_seed(0)
     model = VisionTransformer(run.config.model)
+    model.draw(0)
     images, labels = make_loader(config.data, global_batch_size=8, seed=0).batch(0)
     torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
@@ -135,7 +135,7 @@ def test_train_and_evaluate_from_the_command_line(tmp_path, capsys):
         ("evaluate nothing.safetensors", "cannot be read"),
         ("experiments synthetics", "did you mean synthetic"),
         ("experiments costs --root images", "'costs' has no root"),
-        ("experiments tables --device cpu", "'tables' has no device"),
+        ("experiments photographs --device cpu", "'photographs' has no device"),
         ("benchmark --size cpu --only stepp", "no part 'stepp'"),
     ],
 )
