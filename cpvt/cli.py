@@ -20,7 +20,7 @@ INTERRUPTED = 75  # exit status of a run that was stopped and can go on: the sys
 ABOUT_TRAINING = """Train a model.
 
 --model NAME    deit_SIZE, cpvt_SIZE or cpvt_SIZE_5peg, SIZE tiny, small or base; then _gap or _distilled if wanted
---data NAME     where, arrangement, what (drawn); tiny-imagenet, cifar10, fashion-mnist; a folder,
+--data NAME     where, arrangement, what (drawn); tiny-imagenet; a folder,
                 with FOLDER/train/CLASS/*.JPEG and FOLDER/val/..., or what `cpvt pack` made of it
 --recipe NAME   what the options below are by default:
 {recipes}

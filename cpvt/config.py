@@ -255,7 +255,7 @@ class ModelConfig:
 class DataConfig:
     """What is trained on: a synthetic task (drawn, `train_size` images) or real images."""
 
-    name: str = "where"  # arrangement, what; tiny-imagenet, cifar10, fashion-mnist; or a folder (shards too)
+    name: str = "where"  # arrangement, what; tiny-imagenet; or a folder (shards too)
     root: str = "data/images"  # where real images lie or are put; never committed
     image_size: int = 64  # side in pixels of what the model sees
     store: Literal["memory", "files"] = "memory"  # held decoded, or read when needed

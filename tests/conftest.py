@@ -45,21 +45,3 @@ def tiny_imagenet(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
     draw_images(root / "tiny-imagenet-200", train=8, val=4, classes=2, sides=(64, 65))
     return root
-
-
-@pytest.fixture(scope="session")
-def clothes(tmp_path_factory) -> Path:
-    """Root of Fashion-MNIST in miniature: squares on black, brighter by class, 40 and 20 images."""
-    import numpy
-
-    rng, root = numpy.random.default_rng(0), tmp_path_factory.mktemp("clothes")
-    (root / "FashionMNIST" / "raw").mkdir(parents=True)
-    for split, count in (("train", 40), ("t10k", 20)):
-        labels = numpy.arange(count, dtype="uint8") % 10
-        images = numpy.zeros((count, 28, 28), "uint8")
-        images[:, 6:22, 6:22] = 20 + 22 * labels[:, None, None] + rng.integers(0, 10, (count, 16, 16))
-        for kind, array in (("images", images), ("labels", labels)):
-            head = bytes((0, 0, 8, array.ndim)) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-            file = root / "FashionMNIST" / "raw" / f"{split}-{kind}-idx{array.ndim}-ubyte"
-            file.write_bytes(head + array.tobytes())
-    return root

@@ -1,15 +1,12 @@
 """Images are read by name or from folders, in one order and with one decoder; what cannot be read is named."""
 
-import pickle
 from pathlib import Path
 from unittest import mock
 
-import numpy
 import pytest
 import torch
 from encoded import BROKEN, encoded, picture, put, refusal
 from PIL import Image
-from torchvision import datasets as published
 from torchvision.transforms.v2 import functional as transforms
 
 from cpvt.data import datasets
@@ -111,45 +108,18 @@ def test_tiny_imagenet_is_read_as_published_and_with_folders(folder, tmp_path):
     data = open_dataset("tiny-imagenet", "val", root=tmp_path)
     assert data.classes == open_dataset("tiny-imagenet", root=tmp_path).classes == ("n01", "n02", "n03")
     assert data.labels.tolist() == [1, 2, 0] and data[1][0].shape == (3, 8, 10)
-    assert "'train' or 'val'" in refusal(open_dataset, "tiny-imagenet", "test", root=tmp_path)
+    assert "no folder 'test'" in refusal(open_dataset, "tiny-imagenet", "test", root=tmp_path)
     (here / "images" / "val_1.JPEG").unlink()
     assert "val_1.JPEG" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
     put(here / "val_annotations.txt", b"val_0.JPEG\tn09\t0\t0\t1\t1\n")
     assert "val_0.JPEG or its class" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
 
 
-def test_fashion_mnist_is_read_as_published(clothes):
-    raw = clothes / "FashionMNIST" / "raw"
-    data = open_dataset("fashion-mnist", "val", root=clothes)
-    assert data.labels.tolist() == [*range(10)] * 2 and data.classes[9] == "Ankle boot"
-    pixels, images = (raw / "t10k-images-idx3-ubyte").read_bytes()[16:], load_tensors(data, 28).images
-    assert all(images[:, c].numpy().tobytes() == pixels for c in range(3))
-    assert len(open_dataset("fashion-mnist", root=clothes)) == 40
-    assert "array" in refusal(data.read, 0)
-    assert "'train' or 'val'" in refusal(open_dataset, "fashion-mnist", "dev", root=clothes)
-
-
-def test_cifar10_is_read_by_name(tmp_path, monkeypatch):
-    """Files of its layout with four images in a batch."""
-    monkeypatch.setattr(published.CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
-    folder, pixels = tmp_path / published.CIFAR10.base_folder, numpy.arange(4 * 3072).reshape(4, 3072) % 251
-    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        put(folder / name, pickle.dumps({"data": (pixels + i).astype("uint8"), "labels": [i, 1, 2, 3]}))
-    put(folder / "batches.meta", pickle.dumps({"label_names": [f"name {i}" for i in range(10)]}))
-    data = open_dataset("cifar10", root=tmp_path)
-    assert len(data) == 20 and data.labels[::4].tolist() == [0, 1, 2, 3, 4] and data.classes[3] == "name 3"
-    found = load_tensors(open_dataset("cifar10", "val", root=tmp_path), 32).images
-    assert found.numpy().tolist() == (pixels + 5).reshape(4, 3, 32, 32).tolist()
-    (folder / "data_batch_2").unlink()
-    assert str(folder) in refusal(open_dataset, "cifar10", "train", root=tmp_path)
-
-
 def test_missing_data_name_the_folder_to_fill(tmp_path, monkeypatch):
     fail = mock.Mock(side_effect=OSError("no route to host"))
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
     monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", fail)
-    for name, folder in datasets.FOLDERS.items():
+    for name, folder in datasets.NAMED.items():
         assert str(tmp_path / folder) in refusal(open_dataset, name, root=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Images and labels by name or path: torchvision's data sets, folders, shards. n: images; S: pixels a side."""
+"""Images and labels by path or name: folders, shards, Tiny-ImageNet. n: images; S: pixels a side."""
 
 import hashlib
 import os
@@ -19,11 +19,7 @@ from cpvt.data.shards import Shards
 from cpvt.data.transforms import centre_resize
 from cpvt.errors import DataError
 
-FOLDERS = {  # below `root`, as torchvision names them
-    "tiny-imagenet": "tiny-imagenet-200",
-    "cifar10": "cifar-10-batches-py",
-    "fashion-mnist": "FashionMNIST",
-}
+NAMED = {"tiny-imagenet": "tiny-imagenet-200"}  # its folder below `root`
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -33,9 +29,9 @@ class ImageDataset(Dataset):
     """Pairs (image (3, h, w) uint8, label), each image decoded when it is asked for.
 
     items    paths as bytes, in one array: a million Python objects would be copied, page by page, into every
-             process that reads; or the images themselves, (n, H, W) or (n, H, W, 3) uint8
+             process that reads
     labels   (n,) int64, an index into `classes`
-    classes  WordNet ids in sorted order, or the names that the publisher gives
+    classes  names of folders, for ImageNet WordNet ids, in sorted order
     others   number of files that are left out because their names are not an image's
     """
 
@@ -50,16 +46,9 @@ class ImageDataset(Dataset):
         return len(self.items)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        if self.items.dtype == numpy.uint8:
-            image = torch.from_numpy(self.items[i])
-            image = image.expand(3, -1, -1) if image.dim() == 2 else image.permute(2, 0, 1)
-        else:
-            image = decode_image(self.read(i))
-        return image, int(self.labels[i])
+        return decode_image(self.read(i)), int(self.labels[i])
 
     def path(self, i: int) -> Path:
-        if self.items.dtype == numpy.uint8:
-            raise DataError(f"image {i} of {self.name} is held as an array, not a file: take dataset[{i}]")
         return Path(os.fsdecode(self.items[i]))
 
     def key(self, i: int) -> str:
@@ -118,18 +107,19 @@ def open_dataset(
 ) -> ImageDataset | Shards:
     """Open one split of a data set.
 
-    name_or_path  "tiny-imagenet", "cifar10" or "fashion-mnist", or a folder: what `cpvt pack` wrote,
-                  <split>/<class>/*.JPEG as ImageNet, or Tiny-ImageNet as published
-    split         "train", "val" (CIFAR-10's and Fashion-MNIST's test images), or another that the folder has
-    root          the folder that holds the data sets known by name; what it lacks is downloaded
+    name_or_path  a folder: what `cpvt pack` wrote, <split>/<class>/*.JPEG as ImageNet, or Tiny-ImageNet as
+                  published; or "tiny-imagenet"
+    split         "train", "val", or another that the folder has
+    root          the folder that holds what is known by name; what it lacks is downloaded
 
     Raises DataError where something is missing, with the folder to fill.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
-    if name in FOLDERS:
-        return _open_named(name, split, Path(root).expanduser())
+    if name in NAMED:
+        path = _fetched(name, Path(root).expanduser())
+        return _read_folder(path, split, name)
     if not path.is_dir():
-        raise DataError(f"no folder and no data set {name!r}; those known by name: {', '.join(FOLDERS)}")
+        raise DataError(f"no folder and no data set {name!r}; those known by name: {', '.join(NAMED)}")
     packed = (path / split / "index.json").is_file()
     return Shards(path / split) if packed else _read_folder(path, split, path.name)
 
@@ -191,23 +181,17 @@ def _folders(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
 
 
-def _open_named(name: str, split: str, root: Path) -> ImageDataset:
-    from torchvision.datasets import CIFAR10, FashionMNIST  # takes a second
-    from torchvision.datasets.utils import download_and_extract_archive
+def _fetched(name: str, root: Path) -> Path:
+    """The folder of a data set known by name; downloaded, whole or not at all, where it is not there."""
+    from torchvision.datasets.utils import download_and_extract_archive  # takes a second
 
-    if split not in ("train", "val"):
-        raise DataError(f"split={split!r} was given for {name}: use 'train' or 'val'")
-    folder = root / FOLDERS[name]
+    folder = root / NAMED[name]
     try:
-        if published := {"cifar10": CIFAR10, "fashion-mnist": FashionMNIST}.get(name):
-            data = published(root, split == "train", download=True)  # where it is not there
-            items, labels = numpy.asarray(data.data), torch.as_tensor(data.targets)
-            return ImageDataset(name, split, tuple(data.classes), items, labels)
         if not folder.is_dir():
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=root) as aside:
                 download_and_extract_archive(TINY_IMAGENET, aside, md5=TINY_IMAGENET_MD5)
-                Path(aside, FOLDERS[name]).rename(folder)  # whole
-    except (RuntimeError, OSError, ValueError, AssertionError, TypeError, EOFError) as error:
-        raise DataError(f"{name} cannot be read or fetched ({reason(error)}): fill {folder}") from error
-    return _read_folder(folder, split, name)
+                Path(aside, NAMED[name]).rename(folder)
+    except (RuntimeError, OSError, ValueError, EOFError) as error:
+        raise DataError(f"{name} cannot be fetched ({reason(error)}): fill {folder}") from error
+    return folder
