@@ -136,9 +136,7 @@ class Experiments:
     name: Annotated[str, tyro.conf.Positional] = ""
     root: str = ""  # folder that holds the images (default: data/images)
     out: Path | None = None  # folder of NAME.jsonl (default: the repository's data/results)
-    only: str = (
-        ""  # photographs: one table: core, encodings, placement, parameters, padding, pooling, shifted
-    )
+    only: str = ""  # photographs: one of its tables: core, encodings, placement, ...
     grid: int = 0  # photographs: 8 (the default) or 14 tokens a side
     budget_minutes: float = 0.0  # start no row that would not be done by then, after a first one; 0: run all
     device: str = "auto"  # costs: cpu, cuda
@@ -158,12 +156,12 @@ class Experiments:
         if self.name not in known:
             raise ConfigError(f"no experiment {self.name!r}; {nearest(self.name, known)}")
         given = {option: value for option in ("root", "only", "grid") if (value := getattr(self, option))}
-        if self.name == "baselines":
-            measure_baselines(self.root, self.out, _print_row)
-            return print(f"{results_folder(self.out) / 'baselines.jsonl'}: nothing is missing")
-        costs = self.name == "costs"
-        if unfit := [*given] if costs else ["device"] * (self.device != "auto"):
+        costs, baselines = self.name == "costs", self.name == "baselines"
+        unfit = ["device"] * (self.device != "auto" and not costs) + ["list"] * (self.list and baselines)
+        if unfit := unfit + [option for option in given if costs or (baselines and option != "root")]:
             raise ConfigError(f"the experiment {self.name!r} has no {', '.join(unfit)}: leave it out")
+        if baselines:
+            return measure_baselines(self.root, self.out, _print_row)
         rows = cost_rows() if costs else jobs(self.name, **given)
         if self.list:
             return print(*(describe(row) if costs else row.label for row in rows), sep="\n")

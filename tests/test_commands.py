@@ -72,6 +72,13 @@ def test_photographs_without_their_images_are_refused_by_name(tmp_path, capsys):
     assert not (tmp_path / "rows").exists()
 
 
+def test_baselines_take_no_option_that_they_would_ignore(capsys):
+    for more in (["--list"], ["--only", "core"], ["--grid", "8"], ["--device", "cpu"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["experiments", "baselines", *more])
+        assert end.value.code == 2 and f"has no {more[0][2:]}" in capsys.readouterr().err
+
+
 def test_a_stopped_run_asks_to_be_called_again(monkeypatch, capsys):
     run = mock.Mock(interrupted="SIGTERM", steps=3)
     monkeypatch.setattr("cpvt.training.train.train", lambda *_, **__: run)

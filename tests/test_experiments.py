@@ -11,7 +11,7 @@ from cpvt.data.transforms import crop_boxes
 from cpvt.errors import ConfigError, ResultsError
 from cpvt.lab import experiments as lab
 from cpvt.lab.experiments import EXPERIMENTS, jobs, photograph_config, synthetic_config
-from cpvt.lab.results import COLUMNS, recorded
+from cpvt.lab.results import COLUMNS, read, recorded
 from cpvt.model.vit import VisionTransformer
 
 COUNTS = {
@@ -63,12 +63,8 @@ def test_rows_differ_in_their_columns_alone():
     """The same images, length, rate and augmentation; shifted rows have their squares elsewhere."""
     base = photograph_config(encoding="none")
     for job in jobs("photographs"):
-        model, place = (
-            replace(
-                job.config.model, **{n: getattr(base.model, n) for n in COLUMNS["costs"] if n != "again"}
-            ),
-            "centre",
-        )
+        own = {name: getattr(base.model, name) for name in COLUMNS["costs"] if name != "again"}
+        model = replace(job.config.model, **own)
         place = "random" if job.columns["shifted"] else "centre"
         assert replace(model, distilled=False) == base.model and job.config.augment.crop_place == place
         augment = replace(job.config.augment, crop_place="centre")
@@ -121,6 +117,8 @@ def test_learning_rates_are_tuned_alike_and_without_a_look_at_the_validation_ima
     assert cells == set(product(lab.CORE, lab.PILOT_RATES))
     assert all(job.config.data.hold_out == 10 for job in planned)
     assert all(job.config.optim.lr == job.columns["lr"] for job in planned)
+    short = read("pilot").query("epochs == 2")
+    assert short.groupby("lr")["top1@8"].mean().idxmax() == lab.LR and len(short) == len(cells)
 
 
 def test_a_table_alone_a_root_and_what_an_experiment_has_not():

@@ -14,10 +14,10 @@ from cpvt.lab import photographs
 from cpvt.lab.experiments import jobs, photograph_config, photograph_loader
 from cpvt.lab.photographs import (
     check_images,
-    first_classes,
     nearest_neighbour,
     open_photographs,
     softmax_regression,
+    whole_split,
 )
 from cpvt.lab.results import append, complete
 from cpvt.model.vit import VisionTransformer
@@ -89,7 +89,7 @@ def test_half_an_archive_other_images_and_none_are_refused_by_name(few, tmp_path
     assert missing.parent.name in words and "7 images; expected 8" in words
     missing.write_bytes(kept)
     photographs.CLASSES = 3  # put back by the fixture
-    assert "2 classes; expected the 3 or 200" in refusal(first_classes, few, "val")
+    assert "2 classes; expected the 3 or 200" in refusal(whole_split, few, "val")
     photographs.CLASSES = 2
     assert not list(few.glob("*.safetensors")), "nothing half-written"
     row = make_result("photographs", columns=complete("photographs", {"encoding": "peg"}))
@@ -180,3 +180,19 @@ def test_baselines_find_what_they_can():
         assert (found == labels[test]).double().mean() > 0.9
     brute = torch.cdist(x[test], x[train]).argmin(1)
     assert torch.equal(nearest_neighbour(x[train], labels[train], x[test]), labels[train][brute])
+
+
+def test_baselines_that_are_measured_are_not_measured_again(few, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("measured again")
+
+    seen, rows = [], tmp_path / "rows"
+    monkeypatch.setattr(photographs, "LINEAR_GRID", [(1e-3, 0.1)])
+    monkeypatch.setattr(photographs, "softmax_regression", lambda x, y, test, *_: y[:1].expand(len(test)))
+    photographs.measure_baselines(str(few), rows, lambda result, left: seen.append((result.columns, left)))
+    assert [left for _, left in seen] == [5, 4, 3, 2, 1, 0] and seen[0][0] == {
+        "baseline": "chance",
+        "grid": 8,
+    }
+    monkeypatch.setattr(photographs, "BASELINES", dict.fromkeys(photographs.BASELINES, never))
+    photographs.measure_baselines(str(few), rows)

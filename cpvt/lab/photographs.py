@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -33,7 +33,7 @@ COUNTS = {"train": 500, "val": 50}  # images a class
 FILE = "tiny-imagenet-100-classes.safetensors"  # below the folder of the images: what `prepare` writes
 
 
-def first_classes(root: str | Path, split: str) -> ImageDataset:
+def whole_split(root: str | Path, split: str) -> ImageDataset:
     """The images of the first hundred classes, class by class, each by name: the same for the archive as published
     and for folders of classes. Raises DataError where one is missing."""
     found = open_dataset(NAME, split, root)
@@ -65,7 +65,7 @@ def prepare(root: str | Path) -> Path:
         if not path.exists():
             digest, parts, classes = hashlib.sha256(), {}, ()
             for split in COUNTS:
-                images = first_classes(root, split)
+                images = whole_split(root, split)
                 for i in range(len(images)):
                     digest.update(images.read(i))
                 decoded, classes = load_tensors(images, SIDE), images.classes
@@ -161,48 +161,50 @@ def nearest_neighbour(x: Tensor, y: Tensor, test: Tensor) -> Tensor:
 LINEAR_GRID = [(lr, decay) for lr in (3e-5, 1e-4, 3e-4) for decay in (0.1, 1.0, 10.0)]
 
 
-def _baselines(root: str, side: int) -> Iterator[tuple[str, float, dict]]:
-    """-> name, top-1 in percent, configuration."""
-    train, val = (open_photographs(DataConfig(root=root), split) for split in COUNTS)
-    x, test, y = pixels(train.images, side), pixels(val.images, side), train.labels
+def _percent(found: Tensor, labels: Tensor) -> float:
+    return 100 * (found == labels).double().mean().item()
 
-    def percent(found: Tensor, labels: Tensor) -> float:
-        return 100 * (found == labels).double().mean().item()
 
-    yield "chance", 100 / CLASSES, {"classes": CLASSES}
-    yield "nearest neighbour", percent(nearest_neighbour(x, y, test), val.labels), {"side": side}
+def _tuned_regression(x: Tensor, y: Tensor, test: Tensor, labels: Tensor) -> tuple[float, dict]:
+    """Learning rate and weight decay are chosen on a held-out tenth of the training images."""
     held = torch.arange(len(y)) % 10 == 0
-    tried = {o: percent(softmax_regression(x[~held], y[~held], x[held], *o), y[held]) for o in LINEAR_GRID}
+    tried = {o: _percent(softmax_regression(x[~held], y[~held], x[held], *o), y[held]) for o in LINEAR_GRID}
     best = max(tried, key=tried.get)
-    chosen = {"side": side, "lr": best[0], "weight_decay": best[1], "held_out_top1": tried[best]}
-    yield "softmax regression", percent(softmax_regression(x, y, test, *best), val.labels), chosen
+    chosen = {"lr": best[0], "weight_decay": best[1], "held_out_top1": tried[best]}
+    return _percent(softmax_regression(x, y, test, *best), labels), chosen
 
 
-def measure_baselines(root: str = "", folder=None, report: Callable = lambda result, left: None) -> int:
-    """What needs no transformer: chance, the nearest neighbour and softmax regression, on pixels; minutes.
+# name -> pixels and labels to train on, pixels and labels to test on -> top-1 in percent, configuration
+BASELINES = {
+    "chance": lambda x, y, test, labels: (100 / CLASSES, {}),
+    "nearest neighbour": lambda x, y, test, labels: (_percent(nearest_neighbour(x, y, test), labels), {}),
+    "softmax regression": _tuned_regression,
+}
 
-    The linear map's learning rate and weight decay are chosen on a held-out tenth of the training images.
-    """
+
+def measure_baselines(root: str = "", folder=None, report: Callable = lambda result, left: None) -> None:
+    """What needs no transformer: chance, the nearest neighbour and softmax regression, on pixels; minutes."""
     root, version = root or DataConfig.root, commit()
     path = results_folder(folder) / "baselines.jsonl"
-    done = {result.key for result in recorded("baselines", folder)} if path.exists() else set()
-    for grid, side in ((8, 32), (14, 28)):
-        started = time.perf_counter()
-        for name, top1, config in _baselines(root, side):
-            took = round(time.perf_counter() - started, 1)
-            result = Result(
-                experiment="baselines",
-                columns={"baseline": name, "grid": grid},
-                scale="minutes",
-                dataset=DATASET,
-                dataset_sha256=sha256_of_files(root),
-                config=config,
-                metrics={f"top1@{grid}": top1},
-                seconds=took,
-                device="cpu",
-                cpvt_commit=version,
-            )
-            if result.key not in done:
-                append(result, folder)
-                report(result, 0)
-    return 0
+    done = [result.columns for result in recorded("baselines", folder)] if path.exists() else []
+    planned = [{"baseline": name, "grid": grid} for grid in (8, 14) for name in BASELINES]
+    missing = [columns for columns in planned if columns not in done]
+    for left, columns in reversed([*enumerate(reversed(missing))]):
+        started, side = time.perf_counter(), {8: 32, 14: 28}[columns["grid"]]
+        train, val = (open_photographs(DataConfig(root=root), split) for split in COUNTS)
+        x, test = pixels(train.images, side), pixels(val.images, side)
+        top1, config = BASELINES[columns["baseline"]](x, train.labels, test, val.labels)
+        result = Result(
+            experiment="baselines",
+            columns=columns,
+            scale="minutes",
+            dataset=DATASET,
+            dataset_sha256=sha256_of_files(root),
+            config={"side": side, **config},
+            metrics={f"top1@{columns['grid']}": top1},
+            seconds=round(time.perf_counter() - started, 1),
+            device="cpu",
+            cpvt_commit=version,
+        )
+        append(result, folder)
+        report(result, left)

@@ -72,14 +72,13 @@ def over_seeds(rows: pandas.DataFrame, metric: str, by: list[str]) -> pandas.Dat
     return found.groupby(by, sort=False)[metric].agg(["mean", "min", "max"])
 
 
-def combination(rows: pandas.DataFrame, *terms: tuple, across: bool = False) -> Spread | None:
+def combination(rows: pandas.DataFrame, *terms: tuple) -> Spread | None:
     """The Spread, over the seeds that have them all, of a weighted sum: (weight, columns, metric), ...
 
-    None without a common seed. Raises ResultsError where rows of a seed differ in scale, data or experiment
-    (unless `across`: rows of several experiments on the same images).
+    None without a common seed. Raises ResultsError where rows of a seed differ in scale, data or experiment.
     """
     parts = [(weight, by_seed(rows, columns, metric), metric) for weight, columns, metric in terms]
-    alike = ["scale", "dataset", "dataset_sha256"] + ["experiment"] * (not across)
+    alike = ["experiment", "scale", "dataset", "dataset_sha256"]
     sums = []
     for seed in sorted(set.intersection(*(set(part.index) for _, part, _ in parts))):
         for name in alike:

@@ -57,7 +57,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, qk_x: Tensor, encoding: Encoding, block: int, grid: Grid) -> Tensor:
         """`qk_x` (B, T, D): the tokens that queries and keys are made from; nearly always `x` itself."""
         q, k, v, bias = self._qkv(x, qk_x, encoding, block, grid)
-        # PyTorch's own attention is slow in bfloat16 on a CPU: 2.5 times the whole step at 65 tokens.
+        # PyTorch's own attention is slow in bfloat16 on a CPU.
         if encoding.needs_weights or (q.dtype == torch.bfloat16 and not q.is_cuda):
             weights = _weights(q, k, bias)  # (B, h, T, T)
             out, more = weights @ v, encoding.attn_values(block, weights, grid)
