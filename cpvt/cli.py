@@ -165,7 +165,7 @@ class Experiments:
         rows = cost_rows() if costs else jobs(self.name, **given)
         if self.list:
             return print(*(describe(row) if costs else row.label for row in rows), sep="\n")
-        if self.name in ("photographs", "pilot"):
+        if self.name in ("photographs", "pilot", "precision"):
             check_images(self.root, self.out)
             one_thread()
         if costs:

@@ -103,7 +103,7 @@ def open_photographs(data: DataConfig, split: str, device="cpu", cache: dict | N
 
 def check_images(root: str | Path, folder: str | Path | None = None) -> None:
     """Raises DataError where the images are not those that recorded rows were trained on."""
-    found, names = sha256_of_files(root or DataConfig.root), ("photographs", "pilot")
+    found, names = sha256_of_files(root or DataConfig.root), ("photographs", "pilot", "precision")
     paths = [results_folder(folder) / f"{name}.jsonl" for name in names]
     for result in (result for path in paths if path.exists() for result in recorded(path.stem, folder)):
         if result.dataset_sha256 != found:

@@ -46,6 +46,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "pooling": {**_SYNTHETIC, "max_steps": 500},
     "pipelines": {"pipeline": None},
     "pilot": {**_MODEL, "lr": None, "epochs": None},
+    "precision": {"encoding": None, "precision": None},
     "baselines": {"baseline": None, "grid": 8},
     "photographs": {**_MODEL, **_HEADS, "shifted": False, "grid": 8},
     "costs": {**_MODEL, "again": False},
