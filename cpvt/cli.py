@@ -145,7 +145,7 @@ class Experiments:
     def __call__(self) -> None:
         from cpvt.lab.costs import cost_rows, measure_costs
         from cpvt.lab.experiments import EXPERIMENTS, jobs
-        from cpvt.lab.photographs import check_images, measure_baselines, one_thread
+        from cpvt.lab.photographs import TRAINED_ON, check_images, measure_baselines, one_thread
         from cpvt.lab.results import describe, results_folder
         from cpvt.lab.runner import run_missing
         from cpvt.training.distributed import pick_device
@@ -165,7 +165,7 @@ class Experiments:
         rows = cost_rows() if costs else jobs(self.name, **given)
         if self.list:
             return print(*(describe(row) if costs else row.label for row in rows), sep="\n")
-        if self.name in ("photographs", "pilot", "precision"):
+        if self.name in TRAINED_ON:
             check_images(self.root, self.out)
             one_thread()
         if costs:

@@ -11,6 +11,7 @@ from cpvt.data.transforms import crop_boxes
 from cpvt.errors import ConfigError, ResultsError
 from cpvt.lab import experiments as lab
 from cpvt.lab.experiments import EXPERIMENTS, jobs, photograph_config, synthetic_config
+from cpvt.lab.photographs import TRAINED_ON
 from cpvt.lab.results import COLUMNS, read, recorded
 from cpvt.model.vit import VisionTransformer
 
@@ -112,6 +113,13 @@ def test_pooling_asks_again_on_fresh_seeds_and_pipelines_change_the_loader_alone
         assert (ours.columns["pipeline"], theirs.columns["pipeline"]) == ("cpvt", "timm")
 
 
+def test_the_row_in_float32_differs_in_that_alone():
+    (job,) = jobs("precision")
+    assert job.columns["precision"] == job.config.run.precision == "fp32"
+    same = replace(job.config, run=replace(job.config.run, precision="bf16"))
+    assert same in [other.config for other in jobs("photographs", only="core")]
+
+
 def test_learning_rates_are_tuned_alike_and_without_a_look_at_the_validation_images():
     planned = jobs("pilot")
     cells = {(job.columns["encoding"], job.config.optim.lr) for job in planned if job.columns["epochs"] == 2}
@@ -125,7 +133,7 @@ def test_learning_rates_are_tuned_alike_and_without_a_look_at_the_validation_ima
 def test_a_table_alone_a_root_and_what_an_experiment_has_not():
     alone = jobs("photographs", only="padding")
     assert len(alone) == 12 and len(jobs("photographs", grid=14)) == 158
-    for name in ("photographs", "pilot", "precision"):
+    for name in TRAINED_ON:
         assert jobs(name, root="/images")[0].config.data.root == "/images"
     for name, options, message in (
         ("photographs", {"only": "pading"}, "'pading'.*padding"),

@@ -167,3 +167,20 @@ def test_help_is_there_before_torch():
         assert policy == expected and said.startswith("usage: cpvt COMMAND")
         assert not {"torch", "timm", "torchvision", "numpy", "pandas"} & set(ast.literal_eval(modules))
     assert all(f"\n  {command} " in said for command in cli.COMMANDS)
+
+
+class Tied(torch.nn.Module):
+    """Logits of ten classes that are equal in threes or more: whole numbers from 0 to 2."""
+
+    num_classes = 10
+
+    def forward(self, images):
+        return (images * 3).long().flatten(1).float().bfloat16()
+
+
+def test_answers_by_image_add_up_to_the_accuracy():
+    """Where classes share the largest logit too: one ranking for both."""
+    images, labels = torch.rand(500, 1, 1, 10), torch.arange(500) % 10
+    hits = correct(Tied(), images, labels)
+    assert accuracy(Tied(), [(images, labels)])["top1"] == 100 * hits.double().mean().item()
+    assert 0 < hits.sum() < 500

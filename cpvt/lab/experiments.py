@@ -283,9 +283,10 @@ def pilot(root: str = "") -> Iterator[Job]:
 
 
 def precision(root: str = "") -> Iterator[Job]:
-    """One row of `photographs` in float32 throughout, where all others compute in bfloat16; twice its time.
+    """One row of `photographs` in float32 throughout, where all others compute in bfloat16.
 
-    Written before it was measured: its top-1 differs from that of the same seed by less than two seeds do.
+    Written before it was measured: its top-1 differs from that of the same seed by less than the
+    highest and the lowest of the row's five seeds do.
     """
     columns = complete("precision", {"encoding": "peg", "precision": "fp32"})
     config = photograph_config(4, root=root, encoding="peg")

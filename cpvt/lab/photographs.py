@@ -29,6 +29,7 @@ from cpvt.lab.results import Result, append, commit, recorded, results_folder
 
 NAME, CLASSES, SIDE = "tiny-imagenet", 100, 64
 DATASET = "tiny-imagenet, its first 100 classes"
+TRAINED_ON = ("photographs", "pilot", "precision")  # the experiments with these images
 COUNTS = {"train": 500, "val": 50}  # images a class
 FILE = "tiny-imagenet-100-classes.safetensors"  # below the folder of the images: what `prepare` writes
 
@@ -103,7 +104,7 @@ def open_photographs(data: DataConfig, split: str, device="cpu", cache: dict | N
 
 def check_images(root: str | Path, folder: str | Path | None = None) -> None:
     """Raises DataError where the images are not those that recorded rows were trained on."""
-    found, names = sha256_of_files(root or DataConfig.root), ("photographs", "pilot", "precision")
+    found, names = sha256_of_files(root or DataConfig.root), TRAINED_ON
     paths = [results_folder(folder) / f"{name}.jsonl" for name in names]
     for result in (result for path in paths if path.exists() for result in recorded(path.stem, folder)):
         if result.dataset_sha256 != found:
