@@ -159,8 +159,8 @@ def test_arrays_are_found_by_the_columns_of_their_row(tmp_path):
     for result in results.recorded("photographs"):  # every recorded row has its arrays
         hits = results.unpack(read_arrays("photographs", "correct", **result.columns)[result.seed], 5000)
         top1 = result.metrics[f"top1@{result.columns['grid']}"]
-        # Where the right class shares the largest logit, as in bfloat16 it may, rows of earlier code count an image
-        # here and not there; `test_answers_by_image_add_up_to_the_accuracy` has what later ones do.
+        # Where the right class shares the largest logit, as in bfloat16 it may, rows of earlier code count an
+        # image here and not there; `test_answers_by_image_add_up_to_the_accuracy` has what later ones do.
         assert 100 * hits.double().mean().item() == pytest.approx(top1, abs=0.5), result.label
     packed = torch.tensor([0b10100000], dtype=torch.uint8)
     assert results.unpack(packed, 4).tolist() == [True, False, True, False]

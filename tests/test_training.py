@@ -180,7 +180,8 @@ class Tied(torch.nn.Module):
 
 def test_answers_by_image_add_up_to_the_accuracy():
     """Where classes share the largest logit too: one ranking for both."""
+    torch.manual_seed(0)
     images, labels = torch.rand(500, 1, 1, 10), torch.arange(500) % 10
     hits = correct(Tied(), images, labels)
-    assert accuracy(Tied(), [(images, labels)])["top1"] == 100 * hits.double().mean().item()
+    assert accuracy(Tied(), [(images, labels)])["top1"] == 100 * int(hits.sum()) / 500
     assert 0 < hits.sum() < 500
