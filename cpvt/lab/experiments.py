@@ -187,9 +187,9 @@ TABLES: dict[str, list[dict]] = {
     "encodings": _rows("sine", "learned + peg", "peg(repeat=4)", "relative", "relative + peg")
     + _rows(*FOUR, **_STEM)
     + _rows("relative(on='keys_values')", "relative(wrap=True)"),
-    "placement": _rows("peg(positions=(-1,))", "peg(positions=(3,))", "peg(positions=(5,))")
-    + _rows(KERNEL_27, "peg(positions=(-1,), repeat=13)")
-    + _rows("none", "peg(positions=(-1,))", "peg", **_BARE),
+    "placement": _rows("peg(positions=(-1,))", "peg(positions=(3,))")
+    + _rows("none", "peg(positions=(-1,))", "peg", **_BARE)
+    + _rows("peg(positions=(5,))", KERNEL_27, "peg(positions=(-1,), repeat=13)"),
     "parameters": _rows("peg(on='queries_keys')", "peg(frozen=True)", DENSE, "peg(convolution='separable')"),
     "padding": _rows("peg(padding='none', skip=False)", "peg(padding='replicate')", "peg(padding='reflect')")
     + _rows("peg(skip=False)"),
