@@ -104,7 +104,7 @@ def test_folders_and_files_that_cannot_be_used_are_named(folder, tmp_path, monke
     assert len(open_dataset("~/tiny")) == 6
     assert "'no-such'" in refusal(open_dataset, "no-such")
     for address in ("https://host/x", Path("https://host/x")):
-        assert "/host/x is an address" in refusal(open_dataset, address)
+        assert refusal(open_dataset, address).startswith("https://host/x is an address")
     assert "http://x is an address" in refusal(open_dataset, "tiny-imagenet", root="http://x")
     assert "folders: train, val" in refusal(open_dataset, folder, "test")
     (folder / "bare" / "train").mkdir(parents=True)

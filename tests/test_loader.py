@@ -139,7 +139,7 @@ def test_a_third_of_bad_images_never_ends_a_run_and_a_disk_that_dies_soon_does(t
     assert max(bad) >= 3 and 600 < sum(bad) < 1000
     for path in files:
         path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"0\.jpg, empty\): see to the disk"):
+    with pytest.raises(DataError, match=r"0\.jpg, empty\): see to files and disk"):
         [*islice(batches, 1 + 256 // 4)]
 
 

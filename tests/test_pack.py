@@ -83,7 +83,7 @@ def test_layouts_of_others_are_refused_with_what_to_do(tmp_path):
     put(tmp_path / "LOC_val_solution.csv", b"ImageId,PredictionString\n")
     assert "move each image of val/ into a folder" in refusal(run, tmp_path, tmp_path / "out")
     for address in ("https://host/x.tar", Path("https://host/x.tar")):
-        assert "/host/x.tar is an address" in refusal(run, address, tmp_path / "out")
+        assert "https://host/x.tar is an address" in refusal(run, address, tmp_path / "out")
         assert "is an address" in refusal(run, tmp_path, address)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cpvt.config import local_path
 from cpvt.data.decode import ENDINGS, decode_image, reason, regular
 from cpvt.data.shards import Shards
 from cpvt.data.transforms import centre_resize
@@ -128,21 +128,14 @@ def open_dataset(
 
     Raises DataError where something is missing, with the folder to fill.
     """
-    name, path = str(name_or_path), local(name_or_path)
+    name, path = str(name_or_path), Path(local_path(name_or_path))
     if name in NAMED:
-        path = _fetched(name, local(root))
+        path = _fetched(name, Path(local_path(root)))
         return _read_folder(path, split, name)
     if not path.is_dir():
         raise DataError(f"no folder and no data set {name!r}; those known by name: {', '.join(NAMED)}")
     packed = (path / split / "index.json").is_file()
     return Shards(path / split) if packed else _read_folder(path, split, path.name)
-
-
-def local(path: str | Path) -> Path:
-    """With the home folder in place of ~. Raises DataError for an address."""
-    if re.match(r"\w\w+:/", str(path)):
-        raise DataError(f"{path} is an address: download what is there, unpack it, and give its folder")
-    return Path(os.path.expanduser(path))
 
 
 def in_words(others: Counter) -> str:

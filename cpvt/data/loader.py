@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from multiprocessing import forkserver, resource_tracker
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -212,7 +213,7 @@ class ImageLoader(Loader):
                 excess = max(0, excess + 2 * len(batch.faults) - len(batch.images))
                 if excess >= limit:
                     last = f"{batch.faults[-1].key}, {batch.faults[-1].reason}"
-                    raise DataError(f"most of the images cannot be used (as {last}): see to the disk")
+                    raise DataError(f"most of the images cannot be used (as {last}): see to files and disk")
                 yield batch
 
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -322,7 +323,8 @@ def make_loader(
     if not train:
         return ImageLoader(*own)
     train_set, classes = open_split(data, "train", device, cache), len(val_set.classes)
-    if train_set.classes != val_set.classes:
+    one, other = ([normalize("NFC", name) for name in split.classes] for split in (train_set, val_set))
+    if one != other:
         found = f"{len(train_set.classes)} classes to train on, {classes} held out, or other ones"
         raise DataError(f"{data.name}: {found}: give both splits the same")
     group, copies = augment.mix_group if augment.mixup or augment.cutmix else 1, augment.repeated_aug

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cpvt.data.datasets import ImageDataset, in_words, local, open_dataset
+from cpvt.config import local_path
+from cpvt.data.datasets import ImageDataset, in_words, open_dataset
 from cpvt.data.decode import decode_image, open_image, reason
 from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, written_aside
 from cpvt.errors import DataError
@@ -54,7 +55,7 @@ def pack(
     What cannot be decoded is left out, named and counted. A class without an image is an error always: a model
     would have an output that nothing teaches and nothing tests.
     """
-    source, out, splits = local(source), local(out), [*dict.fromkeys(splits)]
+    source, out, splits = Path(local_path(source)), Path(local_path(out)), [*dict.fromkeys(splits)]
     if not splits:
         raise DataError("no split to pack: give val, train or both")
     for split in splits:
