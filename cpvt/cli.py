@@ -6,6 +6,7 @@ help is there at once, and OpenMP is told how to wait before torch is loaded.
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -208,7 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if name not in COMMANDS:
             raise ConfigError(f"no command {name!r}; {nearest(name, COMMANDS)}")
-        run = COMMANDS[name]
+        run, home = COMMANDS[name], os.path.expanduser("~")
+        rest = [
+            re.sub(r"^(--[^=]+=)?~(?=/|$)", rf"\g<1>{home}", word) for word in rest
+        ]  # a shell leaves --x=~
         _parse(run, rest, name)() if isinstance(run, type) else run(rest)
     except UserError as error:
         raise _refused(name, str(error)) from None

@@ -11,7 +11,10 @@ The same text stands in configurations, on the command line and in the measured 
 import ast
 import dataclasses
 import json
+import os
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from cpvt.errors import ConfigError, nearest
@@ -84,6 +87,14 @@ def _at_least(config: Any, least: int, *names: str) -> None:
     for name in names:
         # An infinite learning rate is none, and a seed has 62 bits.
         _need(config, least <= getattr(config, name) < 2**62, f"{least} or more", name)
+
+
+def local_path(path: str | Path) -> str:
+    """With the home folder in place of ~. Raises ConfigError for an address."""
+    if address := re.match(r"(\w\w+):/+(.*)", str(path)):
+        words = f"{address[1]}://{address[2]} is an address, and no folder or file"
+        raise ConfigError(f"{words}: download what is there, unpack it, and give its path")
+    return os.path.expanduser(path)
 
 
 # --------------------------------------------------------------------------- encodings
@@ -353,6 +364,7 @@ class DistillConfig:
     alpha: float = 0.5  # share of the teacher's term in the loss
 
     def __post_init__(self):
+        object.__setattr__(self, "weights", local_path(self.weights))
         _need(self, 0 <= self.alpha <= 1, "a share, 0 to 1", "alpha")
 
 
@@ -373,6 +385,8 @@ class RunConfig:
     evaluate_every: int = 0  # epochs between evaluations; 0: only at the end
 
     def __post_init__(self):
+        for name in filter(self.__dict__.get, ("init", "out")):
+            object.__setattr__(self, name, local_path(getattr(self, name)))
         _at_least(self, 1, "log_every", "keep_checkpoints")
         _at_least(self, 0, "seed", "save_every", "evaluate_every")
 

@@ -10,6 +10,7 @@ import pytest
 from test_book import BOOK, NOTEBOOKS, PAGES, prose
 
 from cpvt import cli
+from cpvt.config import RunConfig
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -85,6 +86,18 @@ def test_a_stopped_run_asks_to_be_called_again(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["train", "--data", "where"])
     assert end.value.code == 75 and "after step 3" in capsys.readouterr().out
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    with mock.patch("cpvt.training.train.train", side_effect=Understood) as work, pytest.raises(Understood):
+        cli.main(["train", "--data=~/x", "--run.out", "~/y~", "--distill.weights=~"])
+    config = work.call_args.args[0]
+    assert (config.data.name, config.run.out, config.distill.weights) == ("/h/x", "/h/y~", "/h")
+    assert RunConfig(out="~/y", init="~").out == "/h/y" and not RunConfig().out
+    with mock.patch("cpvt.data.pack.pack", side_effect=Understood) as work, pytest.raises(Understood):
+        cli.main(["pack", "~/a", "b"])
+    assert work.call_args.kwargs["source"] == Path("/h/a")
 
 
 @pytest.mark.parametrize(

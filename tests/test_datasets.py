@@ -1,5 +1,7 @@
 """Images are read by name or from folders, in one order and with one decoder; what cannot be read is named."""
 
+import os
+import unicodedata
 from pathlib import Path
 from unittest import mock
 
@@ -9,9 +11,11 @@ from encoded import BROKEN, encoded, picture, put, refusal
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
+from cpvt.config import DataConfig
 from cpvt.data import datasets
 from cpvt.data.datasets import load_tensors, open_dataset
 from cpvt.data.decode import decode_image
+from cpvt.data.loader import make_loader
 
 
 @pytest.fixture
@@ -35,13 +39,27 @@ def test_a_folder_is_read_in_the_order_of_its_wordnet_ids(folder, tmp_path):
         image, label = data[i]
         assert label == data.labels[i] and torch.equal(image, decode_image(data.read(i)))
     assert [data.select([5, 0])[i][1] for i in range(2)] == [2, 0]
-    assert data[0][0].shape == (3, 8, 10) and data.others == 3
-    # The fingerprint is of its names, wherever it lies.
-    first = open_dataset(folder).fingerprint
-    assert first == "8da89da7e0ffcba290d10ed4506cc44897342ec5784da1780b0d9ec4091ecac2"
-    moved = open_dataset(folder.rename(tmp_path / "moved"))
-    assert moved.fingerprint == first
-    assert moved.select([1, 0]).fingerprint != first
+    assert data[0][0].shape == (3, 8, 10) and data.others == {".txt": 3}
+
+
+def test_a_fingerprint_is_of_names_labels_and_contents_wherever_they_lie(folder, tmp_path):
+    for i in range(200):
+        put(folder / "train" / "n01" / f"{i:03}.png", encoded(picture(4, 4, seed=i), "PNG"))
+    first = open_dataset(folder)
+    with mock.patch.object(Path, "read_bytes", autospec=True, side_effect=Path.read_bytes) as read:
+        assert (
+            len({first.fingerprint, first.fingerprint}) == 1 and 1 < read.call_count <= 64
+        )  # cheap, and once
+    folder = folder.rename(tmp_path / "moved")
+    assert open_dataset(folder).fingerprint == first.fingerprint
+    assert open_dataset(folder).select([1, 0, *range(2, len(first))]).fingerprint != first.fingerprint
+    for file in (folder / "train").rglob("*.png"):
+        file.write_bytes(file.read_bytes() + b"\0")  # the same names and pixels, other files
+    assert open_dataset(folder).fingerprint != first.fingerprint
+    for file in (folder / "train").rglob("*.png"):
+        file.unlink()
+        file.symlink_to("nowhere")
+    assert len(open_dataset(folder).fingerprint) == 64
 
 
 def test_which_files_of_a_class_count(folder, tmp_path):
@@ -51,20 +69,54 @@ def test_which_files_of_a_class_count(folder, tmp_path):
     put(tmp_path / "elsewhere" / "linked.jpg")
     (here / "part2").symlink_to(tmp_path / "elsewhere")
     (here / "up").symlink_to(here)  # a loop
+    for name in ("again", "zagain"):  # a folder that two names lead to counts once, under the first of them
+        (here / name).symlink_to(here / "images")
+    (folder / "train" / "n03").rename(tmp_path / "third")
+    (folder / "train" / "n03").symlink_to(tmp_path / "third")
+    put(folder / "val" / "stray.JPEG")
     data = open_dataset(folder)
-    found = [data.path(i).name for i in range(len(data)) if data.labels[i] == 0]
-    assert found == ["b.png", "c.jfif", "d.JPE", "e.gif", "a.JPEG", "linked.jpg"]
-    assert data.others == 4, "three texts and an AVIF"
+    found = ["/".join(data.path(i).parts[-2:]) for i in range(len(data)) if data.labels[i] == 0]
+    assert found == ["again/a.JPEG", *(f"n01/{name}" for name in ("b.png", "c.jfif", "d.JPE", "e.gif"))] + [
+        "part2/linked.jpg"
+    ]
+    assert (data.labels == 2).sum() == 2 and data.others == {".txt": 3, ".avif": 1}
+    loader = make_loader(DataConfig(name=str(folder), image_size=8), seed=0, global_batch_size=2)
+    assert loader.passed_over == "train: 3 .txt, 1 .avif; val: 3 .txt, 1 .jpeg beside the class folders"
+
+
+def test_accents_and_bytes_that_are_no_text_in_names(folder, tmp_path):
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        (folder / split / "n02").rename(folder / split / unicodedata.normalize(form, "café"))
+    data = open_dataset(folder, "val")
+    assert data.classes == open_dataset(folder).classes == ("café", "n01", "n03")
+    assert data.labels.tolist() == [0, 0, 1, 1, 2, 2] and data[0][1] == 0
+    put(folder / "train" / unicodedata.normalize("NFD", "café") / "a.png")
+    assert "in two ways" in refusal(open_dataset, folder, "val")
+    other = tmp_path / "other"
+    for split in ("train", "val"):
+        put(other / split / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xff.JPEG"))
+    data = open_dataset(other)
+    assert data[0][1] == 0 and data.key(0).endswith("\udcff.JPEG") and len(data.fingerprint) == 64
 
 
 def test_folders_and_files_that_cannot_be_used_are_named(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert len(open_dataset("~/tiny")) == 6
     assert "'no-such'" in refusal(open_dataset, "no-such")
-    assert "https://host/x" in refusal(open_dataset, "https://host/x")
+    for address in ("https://host/x", Path("https://host/x")):
+        assert refusal(open_dataset, address).startswith("https://host/x is an address")
+    assert "http://x is an address" in refusal(open_dataset, "tiny-imagenet", root="http://x")
     assert "folders: train, val" in refusal(open_dataset, folder, "test")
     (folder / "bare" / "train").mkdir(parents=True)
     assert "no class folders" in refusal(open_dataset, folder / "bare")
+    for i in range(3):
+        put(folder / "bare" / "train" / "n01" / f"{i}.JPEG")
+        put(folder / "bare" / "val" / f"{i}.JPEG")
+    words = refusal(open_dataset, folder / "bare", "val")
+    assert "val holds 3 images and no class folders: move each into" in words
+    (folder / "bare" / "val" / "n01").mkdir()
+    assert "n01 holds no images" in (words := refusal(open_dataset, folder / "bare", "val"))
+    assert "3 images lie beside it" in words
     (folder / "val" / "n04").mkdir()
     assert "n04" in refusal(open_dataset, folder, "val")
     (folder / "val" / "n04").rmdir()
@@ -109,6 +161,14 @@ def test_tiny_imagenet_is_read_as_published_and_with_folders(folder, tmp_path):
     assert data.classes == open_dataset("tiny-imagenet", root=tmp_path).classes == ("n01", "n02", "n03")
     assert data.labels.tolist() == [1, 2, 0] and data[1][0].shape == (3, 8, 10)
     assert "no folder 'test'" in refusal(open_dataset, "tiny-imagenet", "test", root=tmp_path)
+    for name in ("extra.JPEG", "extra.txt", "._val_0.JPEG", ".hidden/x.JPEG"):
+        put(here / "images" / name)
+    put(here / "val_annotations.txt", "\ufeff".encode() + "".join(lines).replace("\n", "\r\n").encode())
+    spreadsheet = open_dataset("tiny-imagenet", "val", root=tmp_path)
+    assert spreadsheet.fingerprint == data.fingerprint and spreadsheet.others == {".jpeg": 1, ".txt": 1}
+    put(here / "val_annotations.txt", b"val_0.JPEG\n")
+    assert "val_0.JPEG or its class" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
+    put(here / "val_annotations.txt", "".join(lines).encode())
     (here / "images" / "val_1.JPEG").unlink()
     assert "val_1.JPEG" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
     put(here / "val_annotations.txt", b"val_0.JPEG\tn09\t0\t0\t1\t1\n")

@@ -5,6 +5,7 @@ import os
 import struct
 from collections import namedtuple
 from functools import partial
+from io import BytesIO
 from unittest import mock
 
 import numpy
@@ -121,6 +122,40 @@ def test_what_cannot_be_read_is_grey_and_named(decode_jpegs):
     assert all(fault.key == f"image {fault.index}" and fault.reason for fault in found.faults)
     assert "Permission denied" in {fault.reason for fault in found.faults}
     assert [span[3] for span in read.spans[: len(good)]] == [decode_jpegs is not None] * len(good)
+
+
+@pytest.mark.parametrize("keep_jpegs", [False, True])
+def test_a_micro_batch_holds_so_many_pixels_and_no_more(monkeypatch, keep_jpegs):
+    """What is one too many is named; the micro-batch is always put together."""
+    large = [encoded(Image.new("RGB", (400, 300)), kind) for kind in ("PNG", "JPEG")] * 4
+    monkeypatch.setattr(module, "BATCH_BYTES", 3 * 400 * 300 * 3)
+    monkeypatch.setattr(module, "BATCH_IMAGE_BYTES", 0)
+    source = Folder(*large)
+    reader = module.BatchReader(source, keep_jpegs)
+    read, request = reader[Request(torch.arange(8))], Request(torch.arange(2))
+    assert [fault.index for fault in read.faults] == [3, 4, 5, 6, 7]
+    assert all("400 x 300, and its micro-batch is full" in fault.reason for fault in read.faults)
+    assert sum(3 * height * width for _, height, width, _ in read.spans) < module.BATCH_BYTES + 8 * 1024
+    assert not reader[request].faults
+    join = numpy.concatenate
+    monkeypatch.setattr(numpy, "concatenate", mock.Mock(side_effect=[MemoryError, join([[0] * 2])]))
+    read = reader[request]
+    assert [fault.index for fault in read.faults] == [0, 1] and "no memory" in read.faults[0].reason
+    assert read.spans == [(768, 16, 16, False)] * 2
+
+
+def test_no_picture_starts_a_program(monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever a file's name says, unless it is told its formats."""
+    started = []
+    for name in ("subprocess.Popen", "os.system", "os.posix_spawn", "os.execv", "os.popen"):
+        monkeypatch.setattr(name, lambda *_, **__: started.append(1) or 1 / 0)
+    for data in (BROKEN | ODD | PLAIN).values():
+        with contextlib.suppress(DecodeError):
+            decode_image(data)
+    assert "in none of the formats" in refusal(decode_image, BROKEN["a program"]) and not started
+    with pytest.raises(ZeroDivisionError):
+        Image.open(BytesIO(BROKEN["a program"])).load()
+    assert started, "as it would be"
 
 
 def test_what_is_read_is_the_same_for_any_number_of_workers():

@@ -14,7 +14,7 @@ import torch
 from helpers import alive, draw_images, small_run, wait_until
 from PIL import Image
 
-from cpvt.config import DataConfig, replace
+from cpvt.config import AugmentConfig, DataConfig, replace
 from cpvt.data.decode import find_jpeg_decoder
 from cpvt.data.loader import AHEAD, Batch, ImageLoader, make_ahead, make_loader, open_split
 from cpvt.data.transforms import centre_resize, normalise
@@ -116,9 +116,31 @@ def test_bad_images_are_grey_and_named_and_a_broken_disk_is_an_error(tmp_path):
     for path in root.rglob("*.jpg"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="cannot be used"):
-        next(opened(small_run(root), global_batch_size=8).train_batches())
+        [
+            *islice(opened(small_run(root), global_batch_size=8).train_batches(), 9)
+        ]  # as many as there are images
     (labels,) = (labels for _, labels in loader.eval_batches())
     assert labels.tolist() == [-1] * 21 and len(loader.unread) == 21  # no guess is right
+
+
+def test_a_third_of_bad_images_never_ends_a_run_and_a_disk_that_dies_soon_does(tmp_path):
+    """However small the micro-batches: of four, three are bad in one of nine."""
+    root = draw_images(tmp_path, train=100, val=1)
+    files = sorted((root / "train").rglob("*.jpg"))
+    for path in files[::3]:
+        path.write_bytes(b"")
+    augment = AugmentConfig(mix_group=4, repeated_aug=3)
+    loader = make_loader(
+        small_run(root).data, seed=0, global_batch_size=12, micro_batch_size=4, augment=augment
+    )
+    batches, bad = loader.train_batches(), []
+    for batch in islice(batches, 600):
+        bad.append(len(batch.faults))
+    assert max(bad) >= 3 and 600 < sum(bad) < 1000
+    for path in files:
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"0\.jpg, empty\): see to files and disk"):
+        [*islice(batches, 1 + 256 // 4)]
 
 
 def test_refusals(image_folder):

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from encoded import BROKEN, ODD, PLAIN, SIXTEEN, encoded, put, refusal
+from encoded import BROKEN, ODD, PLAIN, SIXTEEN, encoded, picture, put, refusal
 from helpers import alive, wait_until
 from PIL import Image
-from small_imagenet import CLASSES, LAYOUTS, SPLITS, archives, folders, run, tar
+from small_imagenet import CLASSES, LAYOUTS, SPLITS, archives, folders, run
 
 from cpvt.cli import main
 from cpvt.data import pack as module
-from cpvt.data.datasets import open_dataset
-from cpvt.data.decode import decode_image
+from cpvt.data.datasets import load_tensors, open_dataset
+from cpvt.data.decode import BatchReader, Decoder, decode_image
 from cpvt.data.pack import ARCHIVES, DEVKIT
+from cpvt.data.sampler import Request
 from cpvt.data.shards import Shards
 
 TRAIN_IMAGES = 18
@@ -62,34 +63,82 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["/tmp/x.JPEG", "a/../../x.JPEG"])
-def test_no_entry_of_an_archive_leaves_its_folder(tmp_path, monkeypatch, name):
-    """Even where the MD5 is right. An absolute name is made relative."""
-    wicked = tar([("fine.JPEG", PLAIN["4:4:4"]), (name, PLAIN["4:4:4"])])
-    archives(tmp_path / "source", monkeypatch, train=[(f"{CLASSES[0]}.tar", wicked)])
-    if name.startswith("/"):
-        run(tmp_path / "source", tmp_path / "out", "train")
-    else:
-        assert "cannot be unpacked" in refusal(run, tmp_path / "source", tmp_path / "out", "train")
-    assert {path.name for path in tmp_path.iterdir()} <= {"source", "out"}
-    assert not Path("/tmp/x.JPEG").exists() and tarfile.TarFile.extraction_filter is None, "as it was"
+@pytest.mark.parametrize("spoilt", [DEVKIT, ARCHIVES["train"]])
+def test_no_archive_but_a_published_one_is_opened(tmp_path, monkeypatch, spoilt):
+    """Whatever a tar may hold (endless headers, names outside its folder): another MD5, and it stays closed."""
+    archives(tmp_path / "source", monkeypatch)
+    with open(tmp_path / "source" / spoilt, "ab") as file:
+        file.write(b"\0")
+
+    def opened(name, *args, own=tarfile.open):
+        assert Path(name).name != spoilt
+        return own(name, *args)
+
+    monkeypatch.setattr(tarfile, "open", opened)
+    assert "cannot be unpacked" in refusal(run, tmp_path / "source", tmp_path / "out", "train")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_layouts_of_others_are_refused_with_what_to_do(tmp_path):
+    put(tmp_path / "LOC_val_solution.csv", b"ImageId,PredictionString\n")
+    assert "move each image of val/ into a folder" in refusal(run, tmp_path, tmp_path / "out")
+    for address in ("https://host/x.tar", Path("https://host/x.tar")):
+        assert "https://host/x.tar is an address" in refusal(run, address, tmp_path / "out")
+        assert "is an address" in refusal(run, tmp_path, address)
+
+
+def test_every_reader_gives_every_image_the_same_pixels(tmp_path):
+    """From its folder, from shards, held in memory: as a run takes them. Or names it, in all of them."""
+    images = (
+        PLAIN | ODD | {"deep": encoded(Image.fromarray(SIXTEEN.repeat(45, 0).repeat(12, 1)[:, :61]), "PNG")}
+    )
+    for split in ("train", "val"):
+        for kind, data in images.items():
+            put(tmp_path / "source" / split / "n1" / f"{kind.replace(':', '-')}.JPEG", data)
+    run(tmp_path / "source", tmp_path / "out")
+    folder, shards = open_dataset(tmp_path / "source"), open_dataset(tmp_path / "out")
+    files, packed = ({data.read(i): data for i in range(len(data))} for data in (folder, shards))
+    assert files.keys() == packed.keys() == {*images.values()}
+    for data in images.values():
+        pixels = decode_image(data)
+        for source in (folder, shards):
+            i = next(i for i in range(len(source)) if source.read(i) == data)
+            decoder = Decoder(source, "cpu")
+            batch = decoder(decoder.reader[Request(0, *[torch.tensor([i])] * 3)])
+            assert torch.equal(source[i][0], pixels) and torch.equal(batch.images[0], pixels)
+            assert not batch.faults
+            held = load_tensors(source.select([i]), 45).images[0]
+            assert torch.equal(held, pixels[:, :, 8:53]), "the middle of 61"
+    for mode in ("I", "F"):
+        put(tmp_path / "source" / "train" / "n1" / "0.JPEG", encoded(picture(mode=mode), "TIFF"))
+        folder = open_dataset(tmp_path / "source")
+        assert f"0.JPEG cannot be read (mode {mode}" in refusal(load_tensors, folder, 45)
+        assert f"'train/n1/0.JPEG': mode {mode}" in run(tmp_path / "source", tmp_path / mode, "train")
 
 
 def test_packed_and_refused_are_all_there_is(folder, tmp_path):
     images = {f"{kind}.JPEG": data for kind, data in (PLAIN | ODD | BROKEN).items()}
     images |= {"deep.png": encoded(Image.fromarray(SIXTEEN.repeat(40, 0).repeat(10, 1)), "PNG")}
     images |= {"deep.tif": images["deep.png"], "two.dots.JPEG": PLAIN["4:4:4"]}
-    images["x" * 200 + ".JPEG"] = PLAIN["4:4:4"]
+    images |= {"x" * 200 + ending: PLAIN["4:4:4"] for ending in (".JPEG", ".png")}
+    images[os.fsdecode(b"\xff.JPEG")] = PLAIN["4:4:4"]
+    images[os.fsdecode(b"\xfe.JPEG")] = b""
     for name, content in images.items():
         put(folder / "train" / CLASSES[1] / name.replace(":", "-"), content)
     os.mkfifo(folder / "train" / CLASSES[1] / "pipe.JPEG")
+    put(folder / "train" / CLASSES[1] / "new.avif")
     said = run(folder, tmp_path / "out", "train", workers=2)
     data = Shards(tmp_path / "out" / "train")
     missing = {Path(name).name: reason for name, reason in data.about["refused"]}
-    assert set(missing) == {f"{kind}.JPEG" for kind in BROKEN} | {"pipe.JPEG"}
+    assert set(missing) == {f"{kind}.JPEG" for kind in BROKEN} | {"pipe.JPEG", "\udcfe.JPEG"}
     assert len(data) + len(missing) == TRAIN_IMAGES + len(images) + 1
     assert missing["empty.JPEG"] == "empty" and "not a regular file" in missing["pipe.JPEG"]
-    assert f"refused {len(missing)}\n" in said and "'JPEG CMYK': 1" in said and "'PNG I;16': 2" in said
+    assert f"passed over by their names: 1 .avif; refused {len(missing)}\n" in said
+    assert "'JPEG CMYK': 1" in said and "'PNG I;16': 2" in said
+    every = torch.arange(len(data))
+    assert not BatchReader(data, keep_jpegs=False)[Request(0, every, every, every)].faults, (
+        "all can be trained on"
+    )
     keys = [data.key(i) for i in range(len(data))]
     assert len(set(keys)) == len(keys) and all("." not in key and len(key) <= 90 for key in keys)
     stored = dict(zip(keys, range(len(data)), strict=True))

@@ -134,6 +134,7 @@ def test_a_wrapped_peg_commutes_with_wrapped_shifts_everywhere_and_a_table_nowhe
     table = torch.randn(8, 18, 15, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     error = probes.equivariance_error(lambda x: x + table, X, (1, 1), "circular")
     assert error.interior > 0.1 and error.border > 0.1
+    assert probes.equivariance_error(torch.zeros_like, X, (1, 1), "circular", border=1) == (0, 0)
 
 
 def test_shifts_are_counted_in_tokens():

@@ -1,5 +1,6 @@
 """Shards are plain tars, any image is one read away, and what is not whole is named."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -8,13 +9,15 @@ import resource
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy
 import pytest
 import torch
 from encoded import encoded, picture, refusal
 
 from cpvt.data.datasets import load_tensors, open_dataset
-from cpvt.data.decode import decode_image
-from cpvt.data.shards import Shards, ShardWriter, written_aside
+from cpvt.data.decode import BatchReader, decode_image
+from cpvt.data.sampler import Request
+from cpvt.data.shards import COLUMNS, Shards, ShardWriter, written_aside
 from cpvt.errors import DataError
 
 CLASSES = ("n00000001", "n00000002", "n00000003")
@@ -96,7 +99,7 @@ def test_threads_forks_and_pickled_copies_read_the_same(folder):
 def test_a_damaged_file_is_named_when_the_folder_is_opened(folder, name, content):
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     assert refusal(Shards, folder).startswith(str(folder / name))
-    for content in ("[]", '{"format": "cpvt shards", "version": 99}'):
+    for content in ("[]", "[" * 100_000, '{"format": "cpvt shards", "version": 99}'):
         (folder / "index.json").write_text(content)
         assert refusal(Shards, folder).startswith(str(folder / "index.json"))
 
@@ -106,8 +109,33 @@ def test_a_shard_damaged_after_opening_is_an_error_with_a_name(folder):
     with open(folder / "000000.tar", "r+b") as file:
         file.write(b"\xff" * 512)  # the header before image 0
     assert data.key(0) == "000000.tar, byte 512"
+    with open(folder / "000000.tar", "r+b") as file:
+        file.write(bytes(40_000))
+    read = BatchReader(data, keep_jpegs=False)[Request(0, *[torch.arange(10)] * 3)]
+    held = [data.about["shards"][shard]["name"] for shard in data._spans[:, 0]].count("000000.tar")
+    assert [fault.key for fault in read.faults][:1] == ["000000.tar, byte 512"] and len(
+        read.faults
+    ) == held < 10
+    assert "in none of the formats" in read.faults[0].reason
     os.truncate(folder / "000000.tar", 600)
     assert "000000.tar ends before byte" in refusal(data.read, 0)
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [("length", 2**62), ("length", -1), ("length", 0), ("offset", 2**63 - 1), ("offset", -512), ("offset", 0)]
+    + [("shard", 99), ("shard", -1), ("label", 3), ("label", -1), ("length", 2**28 + 1), ("label", None)],
+)
+def test_an_index_that_points_elsewhere_is_refused_though_its_hash_agrees(folder, column, value):
+    with numpy.load(folder / "index.npz") as file:
+        columns = {name: file[name].astype("int64") for name in COLUMNS}
+    columns[column][3:4] = value or 0
+    columns[column] = columns[column][: None if value is not None else 9]
+    numpy.savez(folder / "index.npz", **columns)
+    about = json.loads((folder / "index.json").read_text())
+    about["index_sha256"] = hashlib.sha256((folder / "index.npz").read_bytes()).hexdigest()
+    (folder / "index.json").write_text(json.dumps(about))
+    assert f"{folder / 'index.npz'} is not what was packed" in refusal(Shards, folder)
 
 
 @pytest.mark.parametrize("why", ["interrupted", "full disk"])

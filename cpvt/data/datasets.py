@@ -3,17 +3,21 @@
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self
+from unicodedata import normalize
 
 import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cpvt.config import local_path
 from cpvt.data.decode import ENDINGS, decode_image, reason, regular
 from cpvt.data.shards import Shards
 from cpvt.data.transforms import centre_resize
@@ -22,6 +26,7 @@ from cpvt.errors import DataError
 NAMED = {"tiny-imagenet": "tiny-imagenet-200"}  # its folder below `root`
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+SAMPLED = 64  # images whose bytes count in a fingerprint
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class ImageDataset(Dataset):
              process that reads
     labels   (n,) int64, an index into `classes`
     classes  names of folders, for ImageNet WordNet ids, in sorted order
-    others   number of files that are left out because their names are not an image's
+    others   files that are passed over because their names are not an image's, counted by their endings
     """
 
     name: str
@@ -40,7 +45,7 @@ class ImageDataset(Dataset):
     classes: tuple[str, ...] = field(repr=False)
     items: numpy.ndarray = field(repr=False)
     labels: Tensor = field(repr=False)
-    others: int = 0
+    others: Counter = field(default_factory=Counter, repr=False)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -61,10 +66,18 @@ class ImageDataset(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, over classes, labels and the names of the files, wherever their folder lies."""
+        """SHA-256, in hexadecimal, over classes, labels, the names of the files, wherever their folder lies, and
+        the bytes of SAMPLED of them, evenly spread.
+
+        So a million files cost seconds. Where all images are replaced under their names, it is another one;
+        where a tenth is, nearly always (1 - 0.9^64); where a few of a million are, hardly ever.
+        """
         digest = hashlib.sha256(repr(self.classes).encode())
-        for i, label in enumerate(self.labels.tolist()):
-            digest.update(os.fsencode("/".join(self.path(i).parts[-2:]) + f"\t{label}\n"))
+        for item, label in zip(self.items.tolist(), self.labels.tolist(), strict=True):
+            digest.update(b"/".join(item.rsplit(b"/", 2)[-2:]) + b"\t%d\n" % label)
+        for i in torch.linspace(0, len(self) - 1, min(SAMPLED, len(self))).long().tolist():
+            with suppress(OSError, DataError):  # what cannot be read is named where it is used
+                digest.update(hashlib.sha256(self.read(i)).digest())
         return digest.hexdigest()
 
     def select(self, index: Iterable[int]) -> Self:
@@ -80,6 +93,7 @@ class ImageTensors:
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    others: Counter = field(default_factory=Counter)  # as in the files they were decoded from
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,10 +110,10 @@ def load_tensors(dataset: ImageDataset | Shards, size: int) -> ImageTensors:
     for i in range(len(dataset)):
         try:
             image, _ = dataset[i]
-        except (DataError, OSError) as error:
+        except (DataError, OSError, MemoryError) as error:
             raise DataError(f"{dataset.key(i)} cannot be read ({reason(error)}): replace it") from error
         images[i] = centre_resize(image[None], size)[0]
-    return ImageTensors(images, dataset.labels.clone(), tuple(dataset.classes))
+    return ImageTensors(images, dataset.labels.clone(), tuple(dataset.classes), dataset.others)
 
 
 def open_dataset(
@@ -114,9 +128,9 @@ def open_dataset(
 
     Raises DataError where something is missing, with the folder to fill.
     """
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    name, path = str(name_or_path), Path(local_path(name_or_path))
     if name in NAMED:
-        path = _fetched(name, Path(root).expanduser())
+        path = _fetched(name, Path(local_path(root)))
         return _read_folder(path, split, name)
     if not path.is_dir():
         raise DataError(f"no folder and no data set {name!r}; those known by name: {', '.join(NAMED)}")
@@ -124,43 +138,69 @@ def open_dataset(
     return Shards(path / split) if packed else _read_folder(path, split, path.name)
 
 
+def in_words(others: Counter) -> str:
+    """For people: "200 .txt, 3 .avif", the most frequent endings first."""
+    shown = [f"{n:,} {ascii(ending)[1:-1] or 'without ending'}" for ending, n in others.most_common(8)]
+    return ", ".join(shown) + (", ..." if len(others) > len(shown) else "")
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
 def _read_folder(path: Path, split: str, name: str) -> ImageDataset:
     """<path>/<split>/<class>/**/*.JPEG, or Tiny-ImageNet's val/images with its val_annotations.txt."""
     here = path / split
     if not here.is_dir():
-        raise DataError(f"{path} has no folder {split!r} (folders: {', '.join(_folders(path)) or 'none'})")
+        found = ", ".join([*_folders(path).values()][:8]) or "none"
+        raise DataError(f"{path} has no folder {split!r} (folders: {found})")
     # The classes are those of train/, whatever the split, or labels would mean different things.
-    classes = _folders(path / "train" if (path / "train").is_dir() else here)
-    annotations = here / "val_annotations.txt"
-    if annotations.is_file():
-        rows = [row.split("\t") for row in annotations.read_text().splitlines()]
-        files = [here / "images" / row[0] for row in rows]
-        if lost := [
-            f for f, row in zip(files, rows, strict=True) if not f.is_file() or row[1] not in classes
-        ]:
-            raise DataError(f"{lost[0]} or its class is listed, but not there: unpack all of it again")
-        labels = torch.tensor([classes.index(row[1]) for row in rows])
-        return ImageDataset(name, split, tuple(classes), numpy.array([os.fsencode(f) for f in files]), labels)
-    odd = sorted(set(_folders(here)) - set(classes))
-    if odd or not classes:
-        found = f"{len(odd)} classes that train lacks (the first: {odd[0]})" if odd else "no class folders"
-        raise DataError(f"{here} has {found}: expected {here}/<class>/*.JPEG, the same in every split")
-    items, labels, others = [], [], 0
-    for label, wnid in enumerate(classes):
-        files = _files(here / wnid)
-        images = [os.fsencode(file) for file in files if file.lower().endswith(ENDINGS)]
-        if not images:
-            raise DataError(f"{here / wnid} holds no images ({' '.join(ENDINGS)}): every class needs some")
-        items += images
-        labels += [label] * len(images)
-        others += len(files) - len(images)
-    return ImageDataset(name, split, tuple(classes), numpy.array(items), torch.tensor(labels), others)
+    known, own = _folders(path / "train" if (path / "train").is_dir() else here), _folders(here)
+    classes, expected = tuple(known.values()), f"expected {here}/<class>/*.JPEG, the same in every split"
+    if (here / "val_annotations.txt").is_file():
+        return _read_annotated(here, name, classes)
+    loose = Counter(_ending(n) for n in os.listdir(here) if n[0] != "." and not (here / n).is_dir())
+    flat = sum(loose[ending] for ending in ENDINGS)
+    if flat and not own:
+        raise DataError(f"{here} holds {flat:,} images and no class folders: move each into {here}/<class>/")
+    if odd := [own[key] for key in own if key not in known]:
+        raise DataError(f"{here} has {len(odd)} classes that train lacks (the first: {odd[0]}): {expected}")
+    if not known:
+        raise DataError(f"{here} has no class folders: {expected}")
+    others = Counter({f"{ending} beside the class folders": count for ending, count in loose.items()})
+    items, labels = [], []
+    for label, key in enumerate(known):
+        before = len(items)
+        for file in _files(here / own[key]) if key in own else ():
+            if (ending := _ending(file)) in ENDINGS:
+                items.append(os.fsencode(file))
+            else:
+                others[ending] += 1
+        if len(items) == before:
+            beside = f"; {flat:,} images lie beside it" if flat else ""
+            words = f"holds no images ({' '.join(ENDINGS)}){beside}: every class needs some"
+            raise DataError(f"{here / known[key]} {words}")
+        labels += [label] * (len(items) - before)
+    return ImageDataset(name, split, classes, numpy.array(items), torch.tensor(labels), others)
+
+
+def _read_annotated(here: Path, name: str, classes: tuple[str, ...]) -> ImageDataset:
+    """Tiny-ImageNet's validation images, one a line of val_annotations.txt: its name, a tab, its class."""
+    text = (here / "val_annotations.txt").read_text("utf-8-sig", "surrogateescape")
+    rows = [(*row.split("\t"), "")[:2] for row in text.split("\n") if row]
+    files = [here / "images" / file for file, _ in rows]
+    for file, (_, wnid) in zip(files, rows, strict=True):
+        if not file.is_file() or wnid not in classes:
+            raise DataError(f"{file} or its class is listed, but not there: unpack all of it again")
+    others = Counter(map(_ending, set(_files(here / "images")) - set(map(str, files))))
+    items, labels = numpy.array([*map(os.fsencode, files)]), [classes.index(wnid) for _, wnid in rows]
+    return ImageDataset(name, here.name, classes, items, torch.tensor(labels), others)
 
 
 def _files(folder: Path) -> list[str]:
     """The paths of all files below a class folder, sorted part by part, without what is hidden.
 
-    Links are followed, and each folder is entered once: a link may lead back up.
+    Links are followed, and each folder is entered once, in the order of names: a link may lead back up.
     """
     found, entered = [], set()
     for here, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
@@ -168,7 +208,7 @@ def _files(folder: Path) -> list[str]:
             folders.clear()
             continue
         entered.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [os.path.join(here, name) for name in names if not name.startswith(".")]
     return sorted(found, key=lambda path: path.split(os.sep))
 
@@ -177,8 +217,14 @@ def _refuse(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read ({reason(error)}): mend or delete it") from error
 
 
-def _folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
+def _folders(path: Path) -> dict[str, str]:
+    """The names of the folders in `path`, sorted, by one spelling of each: some file systems write an accent as a
+    letter of its own, others do not."""
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    found = {normalize("NFC", name): name for name in names}
+    if len(found) < len(names):
+        raise DataError(f"{path} holds two folders of one name, its accents spelt in two ways: join them")
+    return found
 
 
 def _fetched(name: str, root: Path) -> Path:

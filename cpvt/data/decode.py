@@ -30,6 +30,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 ENDINGS = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .ppm .pgm .tif .tiff".split())
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: a quarter of a GB in RGB
 MAX_BYTES = 1 << 28  # of one file: an image of so many pixels, not compressed
+# Of the pixels of a micro-batch: eight of the largest images, or 1 MiB an image, where a photograph of ImageNet
+# has half of it. Where they are put together it takes twice that, in each process that reads.
+BATCH_BYTES, BATCH_IMAGE_BYTES = 1 << 31, 1 << 20
 MAX_GPU_SIDE = 16_384  # of an image for the GPU's decoder
 # Sampling of luma (across, down) over a chroma of (1, 1): 4:4:4, 4:2:2, 4:2:0, 4:4:0.
 LUMA_FACTORS = ((1, 1), (2, 1), (2, 2), (1, 2))
@@ -41,11 +44,11 @@ class DecodeError(DataError):
 
 
 @contextmanager
-def open_image(source: bytes | Path) -> Iterator[Image.Image]:
+def open_image(source: bytes | Path, room: int = 3 * MAX_PIXELS) -> Iterator[Image.Image]:
     """A file or its bytes -> a Pillow image whose pixels are not read yet.
 
-    Raises DecodeError for what is empty, of no known format, of more than MAX_PIXELS, or of 32 bits a pixel, where
-    no value is known to be white; and for whatever goes wrong within.
+    Raises DecodeError for what is empty, of no known format, of more than MAX_PIXELS, of more than `room` bytes in
+    RGB, or of 32 bits a pixel, where no value is known to be white; and for whatever goes wrong within.
     """
     try:
         if not source:
@@ -54,8 +57,11 @@ def open_image(source: bytes | Path) -> Iterator[Image.Image]:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DecodeError(f"{image.width} x {image.height}, more than {MAX_PIXELS:,} pixels")
+            if 3 * image.width * image.height > room:
+                full = "and its micro-batch is full of pixels: make the images or the micro-batch smaller"
+                raise DecodeError(f"{image.width} x {image.height}, {full}")
             if image.mode in ("I", "F"):
-                raise DecodeError("32 bits a pixel, of which none is known to be white")
+                raise DecodeError(f"mode {image.mode}: 32 bits a pixel, of which none is known to be white")
             yield image
     except DecodeError:
         raise
@@ -65,7 +71,7 @@ def open_image(source: bytes | Path) -> Iterator[Image.Image]:
         raise DecodeError(reason(error)) from error
 
 
-def decode_image(data: bytes) -> Tensor:
+def decode_image(data: bytes, room: int = 3 * MAX_PIXELS) -> Tensor:
     """Encoded bytes -> (3, h, w) uint8 RGB, as stored, whatever EXIF says of rotation. Raises DecodeError.
 
     The pixels are those of Pillow's `convert("RGB")`, the reference's loader, but for 16-bit greyscale: there
@@ -73,7 +79,7 @@ def decode_image(data: bytes) -> Tensor:
     with 16-bit colour. Plain JPEGs go through torchcodec, which is faster and gives the same pixels.
     """
     decode_jpeg = find_jpeg_decoder()
-    with open_image(data) as image:
+    with open_image(data, room) as image:
         if decode_jpeg and (jpeg := plain_jpeg(data, image)):
             with suppress(RuntimeError):  # Pillow decides, and words the reason
                 return decode_jpeg(jpeg)
@@ -197,18 +203,28 @@ class BatchReader(Dataset):
         self.source, self.keep_jpegs = source, keep_jpegs
 
     def __getitem__(self, request) -> ReadBatch:
-        faults = []
-        found = [take(self.source, i, self._take, faults) for i in request.indices.tolist()]
-        data = torch.from_numpy(numpy.concatenate([piece for piece, *_ in found]))
-        return ReadBatch(request, data, [(len(piece), *about) for piece, *about in found], faults)
+        faults, found, indices = [], [], request.indices.tolist()
+        room = max(BATCH_BYTES, BATCH_IMAGE_BYTES * len(indices))
+        for i in indices:
+            found.append(take(self.source, i, partial(self._take, room), faults))
+            room = max(1 << 10, room - 3 * found[-1][1] * found[-1][2])
+        try:
+            data = numpy.concatenate([piece for piece, *_ in found])
+        except MemoryError:
+            why = "no memory for its micro-batch: make it smaller"
+            faults = [Fault(i, self.source.key(i), why) for i in indices]
+            found = [self._take(1 << 10, GREY)] * len(indices)
+            data = numpy.concatenate([piece for piece, *_ in found])
+        spans = [(len(piece), *about) for piece, *about in found]
+        return ReadBatch(request, torch.from_numpy(data), spans, faults)
 
-    def _take(self, data: bytes) -> tuple[numpy.ndarray, int, int, bool]:
+    def _take(self, room: int, data: bytes) -> tuple[numpy.ndarray, int, int, bool]:
         if self.keep_jpegs:
-            with open_image(data) as image:
+            with open_image(data, room) as image:
                 # Not grey ones: an H200's decoder gave them wrong by 43 levels in the mean (torchcodec 0.17).
                 if image.mode != "L" and (jpeg := plain_jpeg(data, image)):
                     return numpy.frombuffer(jpeg, numpy.uint8), image.height, image.width, True
-        image = decode_image(data)
+        image = decode_image(data, room)
         return image.permute(1, 2, 0).reshape(-1).numpy(), image.shape[1], image.shape[2], False
 
 

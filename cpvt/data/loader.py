@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from multiprocessing import forkserver, resource_tracker
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cpvt.config import AugmentConfig, DataConfig
-from cpvt.data.datasets import ImageDataset, ImageTensors, load_tensors, open_dataset
+from cpvt.data.datasets import ImageDataset, ImageTensors, in_words, load_tensors, open_dataset
 from cpvt.data.decode import Batch, BatchReader, Decoder, Fault, ReadBatch
 from cpvt.data.sampler import Request, Sampler
 from cpvt.data.shards import Shards
@@ -33,6 +34,7 @@ from cpvt.errors import ConfigError, DataError
 
 AHEAD = 3  # micro-batches that are made before the model on a GPU asks for them
 EVAL_BATCH = 256  # images
+UNUSABLE = 256  # images more than good ones, or as many as there are, end a run
 
 
 # --------------------------------------------------------------------------- worker processes
@@ -123,6 +125,8 @@ class Loader:
     """What both kinds share. They also tell num_classes, image_size (height, width), the fingerprint of what is
     trained on, and the held-out images that were `unread`, by name."""
 
+    passed_over = ""  # files whose names are not an image's, for people
+
     @property
     def micro_batches_per_step(self) -> int:
         return len(self.sampler.micro_batches)
@@ -187,6 +191,11 @@ class ImageLoader(Loader):
         return self.train_set.fingerprint
 
     @property
+    def passed_over(self) -> str:
+        splits = {"train": self.train_set} | ({} if self.data.hold_out else {"val": self.val_set})
+        return "; ".join(f"{name}: {in_words(s.others)}" for name, s in splits.items() if s.others)
+
+    @property
     def workers(self) -> int:
         """Processes that read: as configured, or one for each core that this process of the run may use."""
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -196,12 +205,15 @@ class ImageLoader(Loader):
     def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
         """This process's micro-batches from a step on, without end. Closing it ends its worker processes."""
         requests, finish = self.sampler.requests(start_step), partial(_augmented, self.transform)
+        # Some are grey and named. Where most are it is the disk. Counted on, and not in each micro-batch: where a
+        # share p below a half is unusable, the excess gets so far by chance once in (1/p - 1)^256 tries.
+        excess, limit = 0, min(UNUSABLE, len(self.train_set.labels))
         with closing(self._batches(self.train_set, requests, finish, self.workers)) as batches:
             for batch in batches:
-                bad, count = len(batch.faults), len(batch.images)
-                if bad > max(1, count // 2):  # a few are grey and named; when most are, it is the disk
-                    first = f"{batch.faults[0].key}, {batch.faults[0].reason}"
-                    raise DataError(f"{bad} of {count} images cannot be used (as {first}): see to the disk")
+                excess = max(0, excess + 2 * len(batch.faults) - len(batch.images))
+                if excess >= limit:
+                    last = f"{batch.faults[-1].key}, {batch.faults[-1].reason}"
+                    raise DataError(f"most of the images cannot be used (as {last}): see to files and disk")
                 yield batch
 
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -311,7 +323,8 @@ def make_loader(
     if not train:
         return ImageLoader(*own)
     train_set, classes = open_split(data, "train", device, cache), len(val_set.classes)
-    if train_set.classes != val_set.classes:
+    one, other = ([normalize("NFC", name) for name in split.classes] for split in (train_set, val_set))
+    if one != other:
         found = f"{len(train_set.classes)} classes to train on, {classes} held out, or other ones"
         raise DataError(f"{data.name}: {found}: give both splits the same")
     group, copies = augment.mix_group if augment.mixup or augment.cutmix else 1, augment.repeated_aug

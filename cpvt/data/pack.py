@@ -7,7 +7,6 @@ need their own size once more on the disk for that while.
 import hashlib
 import os
 import re
-import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -21,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cpvt.data.datasets import ImageDataset, open_dataset
+from cpvt.config import local_path
+from cpvt.data.datasets import ImageDataset, in_words, open_dataset
 from cpvt.data.decode import decode_image, open_image, reason
 from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, written_aside
 from cpvt.errors import DataError
@@ -31,6 +31,7 @@ IMAGENET = {"train": 1_281_167, "val": 50_000}  # images of ILSVRC2012 (Russakov
 IMAGENET_CLASSES = 1000
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+KAGGLE = "LOC_val_solution.csv"
 ORDER = "pack/order"  # the key of the order of training images; another key, another order
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of Pillow's formats; of others it is their name
 SHOWN = 20  # refused images that a report names
@@ -54,7 +55,7 @@ def pack(
     What cannot be decoded is left out, named and counted. A class without an image is an error always: a model
     would have an output that nothing teaches and nothing tests.
     """
-    source, out, splits = Path(source).expanduser(), Path(out).expanduser(), [*dict.fromkeys(splits)]
+    source, out, splits = Path(local_path(source)), Path(local_path(out)), [*dict.fromkeys(splits)]
     if not splits:
         raise DataError("no split to pack: give val, train or both")
     for split in splits:
@@ -90,7 +91,8 @@ def _report(path: Path, about: dict, seconds: float) -> str:
     images, classes, refused = about["images"], len(about["classes"]), about["refused"]
     shards, kinds = len(about["shards"]), about["kinds"]
     head = f"{path}: {images:,} images of {classes:,} classes in {shards} shards, {seconds:.1f} s"
-    counts = f"  kinds {kinds}; left out by their names {about['others']:,}; refused {len(refused):,}"
+    others = in_words(Counter(about["others"])) or "none"
+    counts = f"  kinds {kinds}; passed over by their names: {others}; refused {len(refused):,}"
     return "\n".join([head, counts, *(f"    {ascii(name)}: {why}" for name, why in refused[:SHOWN])])
 
 
@@ -144,9 +146,9 @@ def _keys(data: ImageDataset, names: list[Path]) -> list[str]:
         inner = inner[1:] if inner[0] == wnid else inner[-1:]
         key = quote(os.fsencode("/".join((wnid, *inner))), safe="/").replace(".", "%2E")
         key += f"-{i}" if key in seen else ""  # two files that differ in their endings alone
+        seen.add(key)
         if len(key) > KEY_BYTES:
             key = f"{key[: KEY_BYTES - 17]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        seen.add(key)
         keys.append(key)
     return keys
 
@@ -158,6 +160,9 @@ def _open_source(
     """The folder that holds the splits, and what is to be packed of each."""
     if not source.is_dir():
         raise DataError(f"no folder {source}: give one with train/ and val/, or with {DEVKIT}")
+    if (source / KAGGLE).is_file():
+        words = f"move each image of val/ into a folder named by its class in {KAGGLE}"
+        raise DataError(f"{source} is Kaggle's layout: {words}, and pack the folder above train/ and val/")
     if any((source / name).exists() for name in (DEVKIT, *ARCHIVES.values())):
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=scratch) as folder:
@@ -171,18 +176,17 @@ def _open_source(
 
 
 def _unpack(source: Path, splits: list[str], folder: Path) -> None:
-    """ILSVRC2012's archives -> folder/<split>/<class>/*.JPEG, by torchvision, which compares their MD5 first."""
+    """ILSVRC2012's archives -> folder/<split>/<class>/*.JPEG, by torchvision, which compares their MD5 first.
+
+    No other tar is ever opened.
+    """
     from torchvision.datasets import ImageNet
 
     for name in (DEVKIT, *ARCHIVES.values()):
         if (source / name).exists():
             (folder / name).symlink_to((source / name).resolve())
-    before = tarfile.TarFile.extraction_filter
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-    try:  # with this filter, the default from Python 3.14 on, no entry leaves its folder
+    try:
         for split in splits:
             ImageNet(folder, split)
-    except (RuntimeError, OSError, tarfile.TarError) as error:
+    except (RuntimeError, OSError) as error:
         raise DataError(f"{source} cannot be unpacked ({reason(error)}): complete the archives") from error
-    finally:
-        tarfile.TarFile.extraction_filter = before

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cpvt.data.decode import decode_image, reason
+from cpvt.data.decode import MAX_BYTES, decode_image, reason, regular
 from cpvt.errors import DataError
 
 FORMAT = {"format": "cpvt shards", "version": 1}
@@ -42,12 +43,13 @@ class Shards(Dataset):
     folder that is not whole.
     """
 
+    others = Counter()  # files beside the images: what is packed has none
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.about, columns = _read_index(self.path)
+        self.about, table = _read_index(self.path)
         self.classes = tuple(self.about["classes"])
-        self.labels = columns["label"]
-        self._spans = torch.stack([columns[name] for name in ("shard", "offset", "length")], dim=1)
+        self._spans, self.labels = table[:, :3].contiguous(), table[:, 3].contiguous()
         self._opened: dict[int, io.FileIO] = {}
 
     def __len__(self) -> int:
@@ -101,25 +103,34 @@ class Shards(Dataset):
         return digest.hexdigest()
 
 
-def _read_index(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """index.json, and the columns of index.npz; DataError where they or the shards are not what was packed."""
+def _read_index(path: Path) -> tuple[dict, Tensor]:
+    """index.json, and the columns of index.npz, (n, 4) int64; DataError where they or the shards are not what was
+    packed."""
     file = path / "index.json"
     try:
-        about = json.loads(file.read_bytes())
+        about = json.loads(regular(file).read_bytes())
         if {name: about[name] for name in FORMAT} != FORMAT:
             raise ValueError(f"format {about['format']!r}, version {about['version']}")
+        sizes = torch.tensor([shard["bytes"] for shard in about["shards"]], dtype=torch.int64)
         for shard in about["shards"]:
             file = path / shard["name"]
             if file.stat().st_size != shard["bytes"]:
                 raise ValueError(f"{file.stat().st_size} bytes, not {shard['bytes']}")
         file = path / "index.npz"
-        data = file.read_bytes()
+        data = regular(file).read_bytes()
         if hashlib.sha256(data).hexdigest() != about["index_sha256"]:
             raise ValueError("another hash than index.json says")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        with numpy.load(io.BytesIO(data)) as columns:
+            table = torch.from_numpy(numpy.stack([columns[name].astype(numpy.int64) for name in COLUMNS], 1))
+        shard, offset, length, label = table.unbind(1)
+        fits = (shard >= 0) & (shard < len(sizes)) & (label >= 0) & (label < len(about["classes"]))
+        fits &= (offset >= BLOCK) & (length > 0) & (length <= MAX_BYTES)
+        fits &= offset <= sizes[shard.clamp(0, len(sizes) - 1)] - length
+        if len(fits) != about["images"] or not fits.all():
+            raise ValueError(f"{int(fits.sum())} of {about['images']} images lie within the shards")
+    except Exception as error:  # whatever a damaged index may cause
         raise DataError(f"{file} is not what was packed ({reason(error)}): copy or pack it again") from error
-    with numpy.load(io.BytesIO(data)) as columns:
-        return about, {name: torch.from_numpy(columns[name].astype(numpy.int64)) for name in COLUMNS}
+    return about, table
 
 
 class ShardWriter:

@@ -40,7 +40,8 @@ def _summary(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _relative(change: Tensor, reference: Tensor) -> float:
-    return float(change.norm() / reference.norm())
+    """No change of nothing is 0; without any numbers it is NaN."""
+    return float(change.norm() / reference.norm()) if change.any() or not change.numel() else 0.0
 
 
 # --------------------------------------------------------------------------- how far

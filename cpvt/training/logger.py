@@ -24,10 +24,12 @@ def describe(config: TrainConfig, model: nn.Module, loader, world: World) -> str
     sampler, parameters = loader.sampler, sum(p.numel() for p in model.parameters())
     options = [f"{name}={value}" for name, (value, _) in changed(config, TrainConfig()).items()]
     height, width = config.model.grid
+    passed = f"files passed over by their names: {loader.passed_over}; " if loader.passed_over else ""
     text = (
         f"{parameters:,} parameters, {height} x {width} tokens, {loader.num_classes} classes; "
         f"{sampler.distinct_images:,} images in {sampler.steps_per_epoch:,} steps an epoch; "
-        f"{loader.micro_batches_per_step} micro-batches a step in {world.size} processes; {', '.join(options)}"
+        f"{loader.micro_batches_per_step} micro-batches a step in {world.size} processes; "
+        f"{passed}{', '.join(options)}"
     )
     return textwrap.fill(text, 110, break_long_words=False)
 
