@@ -3,6 +3,7 @@
 import pytest
 import torch
 from encoded import refusal
+from torch.func import functional_call
 
 from cpvt import ModelConfig
 from cpvt.errors import UserError
@@ -72,6 +73,16 @@ def set_fused(model, fused):
 @torch.no_grad()
 def logits(model, images):
     return model(images)
+
+
+def assert_one_set_of_names(model, other, images):
+    """The state's names are those of parameters and buffers, and by them one model computes as another does."""
+    names = [name for name, _ in model.named_parameters()]
+    assert [name for name in model.state_dict() if name not in dict(model.named_buffers())] == names
+    found = functional_call(
+        model, {**dict(other.named_parameters()), **dict(other.named_buffers())}, (images,)
+    )
+    assert torch.equal(found, other(images))
 
 
 def difference(a, b) -> float:

@@ -6,13 +6,28 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import CHANGE, PAIRS, POOLS, SAME, assert_refused, difference, logits, random_images, random_model
+from models import (
+    CHANGE,
+    ENCODINGS,
+    PAIRS,
+    POOLS,
+    SAME,
+    assert_one_set_of_names,
+    assert_refused,
+    difference,
+    logits,
+    random_images,
+    random_model,
+)
 from models import seeded as seeded
+from timm.optim import param_groups_layer_decay
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from cpvt import ModelConfig
 from cpvt.config import Peg, Rotary
 from cpvt.errors import DataError
 from cpvt.model.encodings import PEG, RotaryEncoding, sine_table
+from cpvt.model.vit import VisionTransformer
 
 
 def test_sine_table_is_the_formula():
@@ -182,7 +197,8 @@ def test_any_rectangular_grid(encoding, pool):
     """Built for 4 x 5, run at other grids; equal to the model built for that grid where no size is trained in."""
     model = random_model(encoding, (4, 5), depth=2, **POOLS[pool])
     # The names mean the same to an optimiser's groups, timm's loaders and a checkpoint.
-    assert list(model.state_dict()) == [name for name, _ in model.named_parameters()]
+    other = random_model(encoding, (4, 5), seed=1, depth=2, **POOLS[pool])
+    assert_one_set_of_names(model, other, random_images(2, (4, 5)))
     assert ("pos_embed" in model.state_dict()) == ("learned" in encoding)
     for grid in ((7, 3), (3, 8)):
         images = random_images(2, grid)
@@ -195,6 +211,58 @@ def test_any_rectangular_grid(encoding, pool):
             shown = model.forward_intermediates(images, indices=1, intermediates_only=True)[0]
         lost = 2 if "padding='none'" in encoding else 0
         assert shown.shape == (2, 16, grid[0] - lost, grid[1] - lost)
+
+
+SEVERAL = ["learned + peg(positions=(0, 1, 2, 3))", "peg + peg(positions=(3,))"]
+SEVERAL += [
+    "peg(on='queries_keys', positions=(-1, 0, 1))",
+    "learned(resize='refuse')",
+    "sine(resize='resample')",
+]
+each = pytest.mark.parametrize("encoding, pool", [*zip(ENCODINGS + SEVERAL, itertools.cycle(POOLS))])
+
+
+@each
+def test_what_belongs_to_a_pruned_block_goes_with_it(encoding, pool):
+    """Every parameter that is left, and every block's share of it, gets a gradient; the features stay."""
+    model, images = random_model(encoding, (4, 5), drop_path=0.3, **POOLS[pool]), random_images(2, (4, 5))
+    wanted = {"indices": [0, 1], "intermediates_only": True}
+    expected, before = (
+        model.forward_intermediates(images, **wanted),
+        model.drop_path_scale(torch.ones(4, 2, 1)),
+    )
+    assert model.prune_intermediate_layers([0, 1], prune_norm=True) == [0, 1]
+    found = model.forward_intermediates(images, **wanted)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    sum(feature.square().sum() for feature in found).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            shares = parameter.grad if name.startswith("encoding.relative") else [parameter.grad]
+            assert all(share.any() for share in shares), name
+    again = VisionTransformer(model.config)  # the configuration says what is left
+    assert [k for k in again.state_dict() if not k.startswith(("norm.", "head"))] == list(model.state_dict())
+    torch.testing.assert_close(again.drop_path_scale(torch.ones(2, 2, 1)), before[:2])
+    optimised = {id(p) for group in param_groups_layer_decay(model) for p in group["params"]}
+    assert optimised == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+@each
+def test_torch_fx_traces_it_for_every_size(encoding, pool):
+    """In training and evaluation; the traced model still refuses what the convolution would cut off."""
+    model = random_model(
+        encoding, (4, 6), depth=2, patch_size=2, image_size=(8, 12), drop_path=0.3, **POOLS[pool]
+    )
+    last = get_graph_node_names(model)[1][-1]
+    traced = create_feature_extractor(model.eval(), [last])
+    for grid in ((8, 12), (14, 6)):
+        if grid == (8, 12) or "refuse" not in encoding:
+            images = random_images(2, grid)
+            torch.testing.assert_close(traced(images)[last], model(images), rtol=1e-12, atol=1e-12)
+    with pytest.raises(AssertionError, match="multiples of 2"):
+        traced(random_images(1, (9, 12)))
+    if "refuse" in encoding:
+        with pytest.raises(AssertionError, match="learned table of"):
+            traced(random_images(1, (12, 8)))
 
 
 def test_what_cannot_be_taken():

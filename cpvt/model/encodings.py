@@ -7,6 +7,8 @@ Letters: B batch, N = H*W patches, P prefix tokens (class, distillation), T = P 
 D width, h heads, d = D/h head width, (H, W) grid of tokens, k the width of a kernel.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,7 +51,7 @@ class PEG(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        if grid is None or x.shape[1] != grid[0] * grid[1]:
+        if not exporting(x) and (grid is None or x.shape[1] != grid[0] * grid[1]):
             raise ValueError(f"PEG: {x.shape[1]} tokens with grid={grid}; pass grid=(H, W) with H * W tokens")
         if self.fuses(x):
             return fused_peg.peg(x, self.proj.weight, self.proj.bias, *grid)
@@ -70,22 +72,23 @@ class PEG(nn.Module):
         if self.config.padding != "none":
             return grid
         lost = self.config.kernel - 1
-        if min(grid) <= lost:
+        if not exporting(grid[0]) and min(grid) <= lost:
             raise DataError(f"PEG: grid {grid} is too small for kernel {lost + 1} without padding")
         return grid[0] - lost, grid[1] - lost
 
     def covers(self, grid: Grid) -> bool:
         """Whether to compute the convolution as a matrix: asked for, and every pair of tokens within reach."""
         asked = self.config.compute == "matrix" and self.config.on != "constant"
-        return asked and not exporting() and self.config.kernel >= 2 * max(grid) - 1
+        return asked and not exporting(grid[0]) and self.config.kernel >= 2 * max(grid) - 1
 
     def fuses(self, x: Tensor) -> bool:
         """Whether one operator (`fused_peg.peg`) computes this PEG of tensors like `x`."""
         c = self.config
         plain = (c.convolution, c.padding, c.skip, c.compute) == ("depthwise", "zero", True, "convolution")
         plain = plain and c.bias and c.on != "constant" and c.kernel <= fused_peg.LARGEST_KERNEL
-        wanted = x.is_cuda if self.fused is None else self.fused
-        return plain and wanted and fused_peg.available(x)
+        if not plain or exporting(x):  # whoever traces must not be asked where it is
+            return False
+        return (x.is_cuda if self.fused is None else self.fused) and fused_peg.available(x)
 
 
 def on_patches(peg: PEG, x: Tensor, grid: Grid, prefix_tokens: int) -> Tensor:
@@ -149,6 +152,14 @@ class Encoding(nn.Module):
         """Attention weights (B, h, T, T) -> (B, h, T, d), added to the attention's output; or None."""
         return None
 
+    def prune(self, depth: int) -> bool:
+        """Drops what belongs to the blocks from `depth` on; -> whether anything is left."""
+        return True
+
+    def block_of(self, layer: str) -> int:
+        """The block that a submodule is trained like, by its name; -1: like the patch embedding."""
+        return -1
+
 
 class PegEncoding(Encoding):
     """PEGs at the configured positions, or on the queries and keys of the block that follows. The one at position
@@ -178,6 +189,16 @@ class PegEncoding(Encoding):
     def qk_input(self, block, x, grid):
         return self._run(block - 1, x, grid)[0] if self.in_attention else x
 
+    def prune(self, depth):
+        for name in [name for name, _ in self.named_children() if self.block_of(name) >= depth]:
+            delattr(self, name)
+        left = tuple(p for p in self.config.positions if p + self.in_attention < depth)
+        self.config = dataclasses.replace(self.config, positions=left or self.config.positions)
+        return bool(left)
+
+    def block_of(self, layer):
+        return int(layer.split("_")[0]) + self.in_attention  # queries and keys are those of the block behind
+
 
 def check_positions(positions: tuple[int, ...], last: int) -> None:
     if max(positions) > last:
@@ -189,11 +210,11 @@ def check_positions(positions: tuple[int, ...], last: int) -> None:
 
 def resample_table(table: Tensor, old: Grid, new: Grid, antialias: bool = False) -> Tensor:
     """(..., old H*W, D) -> (..., new H*W, D), bicubic, to any height and width; the same grid changes nothing."""
-    if not exporting() and old == new:  # an exported graph must not ask: its grid is open
+    if not exporting(new[0]) and old == new:  # a traced graph must not ask: its grid is open
         return table
     image = table.reshape(-1, *old, table.shape[-1]).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new, mode="bicubic", antialias=antialias)
-    return image.flatten(2).transpose(1, 2).reshape(*table.shape[:-2], -1, table.shape[-1])
+    return image.flatten(2).transpose(1, 2).reshape(table.shape[:-2] + (-1, table.shape[-1]))
 
 
 def axial_angles(grid: Grid, n: int, base: float, step: tuple[float, float] = (1.0, 1.0), **kw) -> Tensor:
@@ -230,12 +251,18 @@ class LearnedEncoding(Encoding):
     def encode(self, position, x, grid, table=None):
         if position != -1:
             return x, grid
-        if self.config.resize == "refuse" and grid != self.grid:
-            words = "give images of the trained size, or choose learned(resize='resample')"
-            raise DataError(f"grid {grid}: a learned table of {self.grid} with resize='refuse'; {words}")
+        if self.config.resize == "refuse":
+            words = f"a learned table of {self.grid} with resize='refuse'; give images of the trained size"
+            if exporting(grid[0]):
+                torch._assert((grid[0] - self.grid[0]) ** 2 + (grid[1] - self.grid[1]) ** 2 == 0, words)
+            elif grid != self.grid:
+                raise DataError(f"grid {grid}: {words}, or choose learned(resize='resample')")
+        return x + self.resampled(table, self.grid, grid), grid
+
+    def resampled(self, table: Tensor, old: Grid, new: Grid) -> Tensor:
+        """(1, P + old N, D) -> (1, P + new N, D): the prefix tokens' entries stay as they are."""
         P = self.prefix_tokens
-        patches = resample_table(table[:, P:], self.grid, grid, self.config.antialias)
-        return x + torch.cat([table[:, :P], patches], 1), grid
+        return torch.cat([table[:, :P], resample_table(table[:, P:], old, new, self.config.antialias)], 1)
 
 
 class SineEncoding(Encoding):
@@ -243,6 +270,7 @@ class SineEncoding(Encoding):
 
     def __init__(self, config: Sine, model: ModelConfig):
         super().__init__(config, model)
+        self.width = model.width
         sine_table((1, 1), model.width)  # refuses an odd width now rather than at the first image
 
     def encode(self, position, x, grid, table=None):
@@ -250,7 +278,7 @@ class SineEncoding(Encoding):
             return x, grid
         resize, temperature = self.config.resize, self.config.temperature
         drawn, step = self.grid if resize == "resample" else grid, _step(resize, self.grid, grid)
-        table = sine_table(drawn, x.shape[-1], temperature, step, **_like(x))
+        table = sine_table(drawn, self.width, temperature, step, **_like(x))
         if resize == "resample":
             table = resample_table(table, drawn, grid)
         return x + F.pad(table.to(x.dtype), (0, 0, self.prefix_tokens, 0)), grid
@@ -278,6 +306,11 @@ class RelativeEncoding(Encoding):
                 if axis != "prefix" or self.prefix_tokens:
                     table = nn.Parameter(torch.empty(model.depth, rows, shape))
                     self.register_parameter(f"{name}_{axis}", nn.init.trunc_normal_(table, std=0.02))
+
+    def prune(self, depth):
+        for name, table in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(table[:depth].detach().clone(), table.requires_grad))
+        return True
 
     def _entries(self, name: str, block: int, grid: Grid) -> list[Tensor]:
         """-> (H, H, ...) and (W, W, ...): the table entry of each pair of rows, and of columns."""
@@ -361,8 +394,27 @@ class EncodingSum(Encoding):
             if count and isinstance(config, Learned):
                 raise ConfigError(f"encoding {model.encoding!r}: one learned table at most")
             self.add_module(f"{name}_{count + 1}" if count else name, KINDS[type(config)](config, model))
+        self.prune(model.depth)
+
+    def prune(self, depth):
+        for name, part in list(self.named_children()):
+            if not part.prune(depth):
+                delattr(self, name)
         self.in_attention = any(part.in_attention for part in self.children())
         self.needs_weights = any(part.needs_weights for part in self.children())
+        return bool(len(self._modules))
+
+    def set_grid(self, grid: Grid) -> None:
+        """Another trained grid; refused where positions are counted in parts of it: they would jump."""
+        for part in self.children():
+            counts = not isinstance(part, LearnedEncoding) and getattr(part.config, "resize", "raw") != "raw"
+            if counts and grid != self.grid:
+                words = (
+                    f"counts in parts of the trained grid {self.grid}, which stays; every size runs as it is"
+                )
+                raise ConfigError(f"{part.config} {words}")
+        for part in (self, *self.children()):
+            part.grid = grid
 
     def encode(self, position, x, grid, table=None):
         for part in self.children():

@@ -5,7 +5,6 @@ T = P + N tokens, D width, h heads, d = D/h head width, (H, W) grid of tokens.
 Names of parameters are timm's and DeiT's.
 """
 
-import dataclasses
 from collections import OrderedDict
 
 import torch
@@ -13,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cpvt.config import Grid, ModelConfig
+from cpvt.config import Grid, ModelConfig, format_encoding, replace
 from cpvt.errors import ConfigError, DataError
 from cpvt.model.encodings import PEG, Encoding, EncodingSum, learned_table
+from cpvt.model.fused_peg import exporting
 from cpvt.rng import start
 
 Logits = Tensor | tuple[Tensor, Tensor]  # a pair while a distilled model trains
@@ -35,14 +35,20 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(hidden, width, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
-        p, C, shape = self.patch_size, self.in_channels, tuple(images.shape)
-        if len(shape) != 4 or shape[1] != C:
-            raise DataError(f"images of shape {shape}; expected (B, {C}, height, width)")
-        if shape[2] % p or shape[3] % p:
-            raise DataError(f"images of {shape[2]}x{shape[3]} pixels; expected multiples of {p}, a patch")
+        self._check(images)
         image = self.proj(self.stem(images))  # (B, D, H, W)
         # Under autocast the convolution gives bfloat16; the stream of tokens keeps the parameters' precision.
-        return image.flatten(2).transpose(1, 2).to(self.proj.weight.dtype), tuple(image.shape[2:])
+        return image.flatten(2).transpose(1, 2).to(self.proj.weight.dtype), (image.shape[2], image.shape[3])
+
+    def _check(self, images: Tensor) -> None:
+        p, C, shape = self.patch_size, self.in_channels, images.shape
+        if exporting(images):  # a convolution drops what is left over, without a word
+            torch._assert(shape[2] % p + shape[3] % p == 0, f"expected multiples of {p}, a patch")
+            return
+        if len(shape) != 4 or shape[1] != C:
+            raise DataError(f"images of shape {tuple(shape)}; expected (B, {C}, height, width)")
+        if shape[2] % p or shape[3] % p:
+            raise DataError(f"images of {shape[2]}x{shape[3]} pixels; expected multiples of {p}, a patch")
 
 
 class Attention(nn.Module):
@@ -53,13 +59,16 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.fused_attn = True  # off: the weights are computed, for tools that look at them in `attn_drop`
+        self.attn_drop = nn.Identity()
 
     def forward(self, x: Tensor, qk_x: Tensor, encoding: Encoding, block: int, grid: Grid) -> Tensor:
         """`qk_x` (B, T, D): the tokens that queries and keys are made from; nearly always `x` itself."""
         q, k, v, bias = self._qkv(x, qk_x, encoding, block, grid)
         # PyTorch's own attention is slow in bfloat16 on a CPU.
-        if encoding.needs_weights or (q.dtype == torch.bfloat16 and not q.is_cuda):
-            weights = _weights(q, k, bias)  # (B, h, T, T)
+        slow = not exporting(q) and q.dtype == torch.bfloat16 and not q.is_cuda
+        if encoding.needs_weights or not self.fused_attn or slow:
+            weights = self.attn_drop(_weights(q, k, bias))  # (B, h, T, T)
             out, more = weights @ v, encoding.attn_values(block, weights, grid)
             out = out if more is None else out + more
         else:
@@ -132,6 +141,7 @@ class VisionTransformer(nn.Module):
         D, P = config.width, config.prefix_tokens
         self.num_classes, self.num_prefix_tokens = config.num_classes, P
         self.num_features = self.head_hidden_size = self.embed_dim = D
+        self.global_pool = config.global_pool
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(config.in_channels, D, config.patch_size, config.stem)
         self.prefix_names = ("cls_token", "dist_token")[:P]
@@ -139,6 +149,7 @@ class VisionTransformer(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, D)))
         self.pos_embed = learned_table(config)
         self.encoding = EncodingSum(config)
+        self.set_input_size(config.image_size)
         self.blocks = nn.ModuleList()
         for i in range(config.depth):
             attention = None if i < config.mlp_only_blocks else Attention(D, config.heads)
@@ -190,7 +201,10 @@ class VisionTransformer(nn.Module):
         """(B, C, height, width) -> (B, T, D): all tokens after the last block, normed. `drop_path_scale`
         (depth, 2, B) comes from the method of this name; None: it is drawn here while training."""
         x, grid = self.embed(images)  # (B, T, D)
-        drop_path_scale = self._drawn(images) if drop_path_scale is None else drop_path_scale
+        if drop_path_scale is None or isinstance(
+            drop_path_scale, torch.fx.Proxy
+        ):  # torch.fx fills in every argument
+            drop_path_scale = self._drawn(images)
         for i in range(len(self.blocks)):
             x, grid = self.run_block(i, x, grid, drop_path_scale)
         return self.norm(x)
@@ -214,7 +228,9 @@ class VisionTransformer(nn.Module):
         return self.encoding.encode(i, x, grid, self.pos_embed)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Logits:
-        """(B, T, D) -> (B, num_classes), or (B, D) with `pre_logits`."""
+        """(B, T, D) -> (B, num_classes), or (B, D) with `pre_logits`; as it is without pooling."""
+        if not self.global_pool:
+            return x
         if self.config.global_pool == "avg":
             pooled = x.mean(1)
         elif self.config.distilled and not pre_logits:
@@ -243,15 +259,45 @@ class VisionTransformer(nn.Module):
         return (self.head, self.head_dist) if self.config.distilled else self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, or none for 0 classes. The pooling is part of the configuration and stays."""
-        if global_pool not in (None, self.config.global_pool):
-            raise ConfigError(f"{global_pool=} in a model of {self.config.global_pool!r}: build anew")
-        self.num_classes = num_classes
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        """A new head, or none for 0 classes. The pooling is the configuration's; without a head also "": none."""
+        own = self.config.global_pool
+        if global_pool not in (None, own) and (global_pool or num_classes):
+            raise ConfigError(
+                f"{global_pool=}, {num_classes=}; expected {own!r}, or '' (all tokens) and 0 classes"
+            )
+        self.num_classes, self.global_pool = num_classes, own if global_pool is None else global_pool
+        self.config = replace(self.config, num_classes=num_classes)
         for name in ("head", "head_dist")[: 1 + self.config.distilled]:
             head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
             self._initialise(head)
             setattr(self, name, head.to(self.patch_embed.proj.weight))
+
+    def set_input_size(
+        self, img_size: int | Grid | None = None, patch_size: int | Grid | None = None
+    ) -> None:
+        """Another trained size: a learned table is resampled. Nothing else changes, for every size runs anyway."""
+        old, p = self.config, self.config.patch_size
+        if patch_size not in (None, p, (p, p)):
+            raise ConfigError(
+                f"set_input_size: {patch_size=}; the patches of a trained model stay, {p} pixels"
+            )
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size or old.image_size)
+        new = replace(old, image_size=size)
+        self.encoding.set_grid(new.grid)
+        if self.pos_embed is not None and new.grid != old.grid:
+            table = self.encoding.learned.resampled(self.pos_embed.detach(), old.grid, new.grid)
+            self.pos_embed = nn.Parameter(table, self.pos_embed.requires_grad)
+        embed, self.config = self.patch_embed, new
+        embed.img_size, embed.grid_size, embed.num_patches = size, new.grid, new.grid[0] * new.grid[1]
+        if hasattr(self, "_model_args"):  # made by timm, which writes down how to make it again
+            from timm.models._input import update_model_input_size
+
+            update_model_input_size(self, size)
+
+    def get_intermediate_layers(self, x, n=1, reshape=False, return_prefix_tokens=False, norm=False):
+        """`forward_intermediates` under DINO's name and with its defaults."""
+        wanted = {"output_fmt": "NCHW" if reshape else "NLC", "intermediates_only": True}
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, **wanted)
 
     def forward_intermediates(
         self,
@@ -281,13 +327,20 @@ class VisionTransformer(nn.Module):
         return found if intermediates_only else (self.norm(tokens), found)
 
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True) -> list[int]:
-        """Drops the blocks behind the last one asked for; gives the indices kept. For feature extraction."""
-        take = self._indices(indices)
-        self.blocks = self.blocks[: max(take) + 1]
+        """Drops the blocks behind the last one asked for, and what the encoding has there; gives the indices
+        kept. For feature extraction."""
+        take, old = self._indices(indices), self.config
+        depth = max(take) + 1
+        self.blocks = self.blocks[:depth]
+        self.encoding.prune(depth)
+        changes = {"depth": depth, "mlp_only_blocks": min(old.mlp_only_blocks, depth)}
+        changes["drop_path"] = old.drop_path * (depth - 1) / max(old.depth - 1, 1)
+        changes["encoding"] = format_encoding(tuple(part.config for part in self.encoding.children()))
+        self.config = replace(old, **changes)
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
-            self.reset_classifier(0)
+            self.reset_classifier(0, "")
         return take
 
     def _indices(self, indices: int | list[int] | None) -> list[int]:
@@ -305,7 +358,17 @@ class VisionTransformer(nn.Module):
         return {name for name, _ in self.named_parameters() if not name.endswith((".weight", ".bias"))}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """A part of the encoding that stands after block i, "i" in its name, belongs to that block."""
-        stem = r"^cls_token|^dist_token|^pos_embed|^patch_embed|^encoding\.\w+\.(?!\d)"
-        blocks = [(r"^blocks\.(\d+)", None), (r"^encoding\.\w+\.(\d+)", None), (r"^norm", (99999,))]
+        """What the encoding has in front of block 0, and what all blocks share of it, belongs to the stem."""
+        blocks, stem = (
+            [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+            r"^cls_token|^dist_token|^pos_embed|^patch_embed",
+        )
+        for name, part in self.encoding.named_children():
+            stem += rf"|^encoding\.{name}\.[a-z]"
+            for layer, _ in part.named_children():
+                block, path = part.block_of(layer), rf"^encoding\.{name}\.{layer}\."
+                if block < 0:
+                    stem += f"|{path}"
+                else:
+                    blocks.append((path, (block,)))
         return {"stem": stem, "blocks": blocks}
