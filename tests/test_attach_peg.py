@@ -7,14 +7,18 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import assert_refused
+from models import assert_one_set_of_names, assert_refused
 from models import seeded as seeded
+from timm.models._features import FeatureGetterNet
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from timm.utils import AttentionExtract
 
 import cpvt
 from cpvt import attach_peg
+from cpvt.training.optim import param_groups
 
 SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 FAMILIES = {
@@ -130,6 +134,56 @@ def test_every_parameter_trains_with_and_without_checkpointing(family):
     assert all(gradient.any() for gradient in plain.values())
     model.set_grad_checkpointing(True)
     torch.testing.assert_close(step(model, x), plain)
+
+
+@every
+def test_it_serves_timms_tools(family):
+    """Its names; layer decay as of a PEG built in; feature extraction without what stands behind; tracing."""
+    model, other = (attach_peg(build(family), positions=(-1, 1, 3)).double() for _ in range(2))
+    assert_one_set_of_names(model, other, images_of(model).double())
+    names, scale, decayed = {p: name for name, p in model.named_parameters()}, {}, {}
+    for group in create_optimizer_v2(model, weight_decay=0.1, layer_decay=0.5).param_groups:
+        scale |= {names[p]: group["lr_scale"] for p in group["params"]}
+        decayed |= {names[p]: group["weight_decay"] for p in group["params"]}
+    stem, *blocks = "patch_embed.proj.weight", *(f"blocks.{i}.norm2.weight" for i in range(4))
+    for position, like in zip((-1, 1, 3), (stem, blocks[1], blocks[3]), strict=True):
+        assert scale[f"pegs.{position}.proj.weight"] == scale[f"pegs.{position}.proj.bias"] == scale[like]
+    assert [scale[name] for name in (stem, *blocks)] == [0.5**i for i in (5, 4, 3, 2, 1)]
+    ours = {names[p]: g["weight_decay"] for g in param_groups(model, 0.1) for p in g["params"]}
+    assert decayed == ours and decayed["pegs.1.proj.weight"] == 0.1 and not decayed["pegs.1.proj.bias"]
+    for features in (FeatureGetterNet(copy.deepcopy(model), [0, 2]), FeatureGetterNet(model, [0, 2])):
+        sum(feature.square().sum() for feature in features(images_of(model).double())).backward()
+        assert list(features.model.pegs) == ["-1", "1"] and len(features.model.blocks) == 3
+        assert all(p.grad.any() for p in features.parameters())
+    assert list(other.pegs) == ["-1", "1", "3"]
+
+
+@every
+def test_torch_fx_and_timm_see_its_attention(family):
+    """With `fused_attn` off, as timm asks for. (torch.fx does not trace timm's distilled DeiT for any size.)"""
+    for drop_pos_embed in (False, True)[: 1 + (family != "distilled")]:
+        model = attach_peg(build(family), positions=(-1, 1), drop_pos_embed=drop_pos_embed)
+        for block in model.blocks:
+            block.attn.fused_attn = False
+        x, hooked = images_of(model), AttentionExtract(copy.deepcopy(model), method="hook")
+        traced = AttentionExtract(model, method="fx")
+        assert copy.deepcopy(model)(x).isfinite().all()  # tracing leaves nothing behind
+        torch.testing.assert_close([*traced(x).values()], [*hooked(x).values()])
+
+
+@pytest.mark.parametrize("way", ["in place", "a block", "a block, wrapped", "wrapped", "forward"])
+def test_a_compiled_model_is_refused(way):
+    """It would go on with the code that is made."""
+    model = build("class token")
+    if way in ("in place", "a block"):
+        (model if way == "in place" else model.blocks[1]).compile(backend="eager")
+    elif way == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    elif way == "wrapped":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    assert_refused(["is compiled", "then compile"], attach_peg, model)
 
 
 @every

@@ -18,14 +18,24 @@ class AttachedPegs(nn.ModuleDict):
         self.prefix_tokens = prefix_tokens
         self.grid: Grid | None = None
 
+    def __getstate__(self) -> dict:
+        return {**vars(self), "grid": None}  # it belongs to one forward pass, not to a copy
+
     def see(self, patch_embed: nn.Module, images: tuple[Tensor], tokens: Tensor) -> None:
         """Behind the patch embedding, whose tokens are (B, H, W, D), or (B, N, D) at a size of its own."""
-        pixels = images[0].shape[-2:]
-        self.grid = tuple(tokens.shape[1:3] if tokens.ndim == 4 else patch_embed.dynamic_feat_size(pixels))
+        flat = (
+            tokens.ndim == 3 if isinstance(tokens, Tensor) else patch_embed.flatten
+        )  # a stand-in of torch.fx
+        sizes = patch_embed.dynamic_feat_size(images[0].shape[-2:]) if flat else tokens.shape[1:3]
+        self.grid = sizes[0], sizes[1]
 
     def encode(self, position: int, block: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
         """Behind a block, whose tokens are (B, P + N, D)."""
         return on_patches(self[str(position)], tokens, self.grid, self.prefix_tokens)
+
+    def encode_first(self, block: nn.Module, args: tuple) -> tuple:
+        """In front of block 0: position -1."""
+        return self.encode(-1, block, args, args[0]), *args[1:]
 
 
 def attach_peg(
@@ -51,6 +61,8 @@ def attach_peg(
     # to copy the loops over blocks of forward_features and forward_intermediates, in two families. The hooks
     # are methods of a submodule: a deep copy (averaged weights) or a pickle then has hooks of its own.
     name = f"attach_peg: this {type(model).__name__}"
+    if compiled(model):  # its code is made, and would go on without the PEGs
+        raise ConfigError(f"{name} is compiled; attach PEGs first, then compile it")
     if not isinstance(model, VisionTransformer | Eva):
         where = type(model).__module__
         raise ConfigError(f"{name} is from {where}; expected timm's VisionTransformer or Eva")
@@ -64,12 +76,40 @@ def attach_peg(
     like = next(model.blocks.parameters())
     model.pegs = pegs.to(like.device, like.dtype).train(model.training)
     model.patch_embed.register_forward_hook(pegs.see)
-    modules = [model.norm_pre, *model.blocks]  # all tokens pass through each, also where it is an Identity
     for position in config.positions:
-        modules[position + 1].register_forward_hook(functools.partial(pegs.encode, position))
+        if position < 0:
+            model.blocks[0].register_forward_pre_hook(pegs.encode_first)
+        else:
+            model.blocks[position].register_forward_hook(functools.partial(pegs.encode, position))
+    model.prune_intermediate_layers = functools.partial(_prune_intermediate_layers, model)
+    model.group_matcher = functools.partial(_group_matcher, model)
     if drop_pos_embed:
         _drop_pos_embed(model)
     return model
+
+
+def compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was given the model or a part of it, in any of its three ways."""
+    return any(
+        module._compiled_call_impl is not None
+        or "_orig_mod" in module._modules
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+
+
+def _prune_intermediate_layers(model: nn.Module, *args, **kw) -> list[int]:
+    """timm's; the PEGs behind removed blocks go with them."""
+    kept = type(model).prune_intermediate_layers(model, *args, **kw)
+    for position in [p for p in model.pegs if int(p) >= len(model.blocks)]:
+        del model.pegs[position]
+    return kept
+
+
+def _group_matcher(model: nn.Module, coarse: bool = False) -> dict:
+    """timm's; a PEG belongs to the block in front of it, before block 0 to the stem."""
+    own = type(model).group_matcher(model, coarse)
+    return {**own, "stem": own["stem"] + r"|^pegs\.-1", "blocks": [*own["blocks"], (r"^pegs\.(\d+)", None)]}
 
 
 def _drop_pos_embed(model: nn.Module) -> None:
