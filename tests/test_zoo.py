@@ -1,23 +1,34 @@
 """Parity with timm in models, weights and groups of parameters; names and counts; weights from elsewhere."""
 
+import argparse
+import copy
 import math
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy
 import pytest
 import safetensors.torch
 import timm
 import torch
-from models import assert_refused, random_model
+from encoded import refusal
+from models import ENCODINGS, assert_refused, logits, random_images, random_model
 from models import seeded as seeded
 from timm.data import resolve_model_data_config
+from timm.models._hub import save_for_hf
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import param_groups_layer_decay
+from timm.utils import AttentionExtract
 
 import cpvt
 from cpvt import ModelConfig, create_model, model_names
+from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import load_weights, model_config
+from cpvt.training.optim import EMA
+from cpvt.training.recipes import deit
 
 SMALL = {"image_size": (32, 48), "width": 16, "heads": 2, "depth": 2, "num_classes": 5}
 
@@ -43,6 +54,14 @@ def test_logits_intermediates_and_gradients_are_timms(distilled, options):
     for wanted in ({"indices": 1, "norm": True}, {"output_fmt": "NLC", "return_prefix_tokens": True}):
         mine, expected = (m.forward_intermediates(x, **wanted) for m in (ours, theirs))
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    mine, expected = (m.get_intermediate_layers(x, 2, True, True, True) for m in (ours, theirs))
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    for block in (*ours.blocks, *theirs.blocks):
+        block.attn.fused_attn = False
+    looks = ((theirs, "hook"), (ours, "hook"), (ours, "fx"))
+    looks = [AttentionExtract(copy.deepcopy(model), method=method)(x) for model, method in looks]
+    expected, *found = ([*maps.values()] for maps in looks)
+    torch.testing.assert_close(found, [expected] * 2, rtol=1e-4, atol=1e-5)
     for model in (theirs, ours):
         model(x).square().sum().backward()
     found, expected = ({name: p.grad for name, p in m.named_parameters()} for m in (ours, theirs))
@@ -97,8 +116,8 @@ def test_timm_knows_our_models_whichever_is_imported_first(first, second):
 def test_timm_creates_a_model_and_its_feature_extractor(name):
     options = {"img_size": (32, 64), "in_chans": 1, **TINY}
     model = timm.create_model(name, num_classes=10, drop_path_rate=0.1, **options).eval()
-    theirs = timm.create_model("deit_tiny_patch16_224")
-    assert resolve_model_data_config(model) == resolve_model_data_config(theirs)
+    theirs = resolve_model_data_config(timm.create_model("deit_tiny_patch16_224"))
+    assert resolve_model_data_config(model) == theirs | {"crop_pct": deit(name).data.crop_pct}
     assert type(model) is cpvt.model.vit.VisionTransformer
     expected = {"num_classes": 10, "drop_path": 0.1, "image_size": (32, 64), "in_channels": 1, **TINY}
     assert model.config == model_config(name, **expected)
@@ -116,6 +135,11 @@ def test_timm_creates_a_model_and_its_feature_extractor(name):
     assert model(x).shape == (2, 7) and model.num_classes == model.config.num_classes == 7
     model.reset_classifier(0)
     assert model(x).shape == (2, 32)
+    model.reset_classifier(0, "")
+    bare = timm.create_model(name, num_classes=0, global_pool="", **options).eval()
+    bare.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), bare(x)) and torch.equal(bare(x), model.forward_features(x))
+    assert model.train()(x).shape == (2, 8 + model.num_prefix_tokens, 32)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +151,10 @@ def test_timm_creates_a_model_and_its_feature_extractor(name):
         (create_model, "cpvt_tiny", {"image_size": 100}, ["100", "multiples"]),
         (timm.create_model, "cpvt_tiny", {"pretrained": True}, ["no public weights", "load_weights"]),
         (timm.create_model, "cpvt_tiny", {"global_pool": "avg"}, ["global_pool='avg'", "_gap"]),
-        (timm.create_model, "cpvt_tiny", {"drop_rate": 0.1}, ["drop_rate", "drop_path_rate"]),
+        (timm.create_model, "cpvt_tiny", {"drop_rate": 0.1}, ["drop_rate=0.1", "drop_rate=0"]),
+        (timm.create_model, "cpvt_tiny", {"dynamic_img_pad": True}, ["dynamic_img_pad=False"]),
+        (timm.create_model, "cpvt_tiny", {"dynamic_img_size": False}, ["dynamic_img_size=True"]),
+        (timm.create_model, "cpvt_tiny", {"global_pool": ""}, ["num_classes=1000", "0 classes"]),
         (timm.create_model, "cpvt_tiny", {"qk_norm": True}, ["'qk_norm'"]),
     ],
 )
@@ -145,6 +172,64 @@ def test_timm_loads_weights_of_ones_own(tmp_path):
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     ten = timm.create_model("deit_tiny", num_classes=10, **options)
     assert torch.equal(ten.pos_embed, model.pos_embed) and ten.head.out_features == 10
+    wide, x = timm.create_model("deit_tiny", img_size=(64, 96), **options).eval(), torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(wide(x), model.eval()(x))  # the table is resampled
+    same = timm.create_model("deit_tiny", img_size=(64, 96), **TINY)
+    timm.models.load_checkpoint(same, str(path), filter_fn=checkpoint_filter_fn)  # timm's own, for its models
+    assert same.pos_embed.shape == wide.pos_embed.shape
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_gap", "cpvt_tiny_5peg", "deit_tiny_distilled"])
+def test_a_folder_for_the_hub_makes_the_model_again(name, tmp_path):
+    """Also after its size and its head have changed."""
+    model = timm.create_model(name, encoding=f"{model_config(name).encoding} + relative", **TINY).eval()
+    model.reset_classifier(7)
+    model.set_input_size((64, 96))
+    save_for_hf(model, tmp_path)
+    again, x = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(), torch.randn(1, 3, 64, 96)
+    assert again.config == model.config and torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_another_trained_size(encoding):
+    """timm's `set_input_size`: what the model makes of images of that size stays, and it is built for it."""
+    model, x = random_model(encoding, (4, 5), depth=2), random_images(2, (6, 7))
+    before, expected = model.config, logits(model, x)
+    if "rescale" in encoding:
+        assert_refused(["counts in parts of the trained grid (4, 5)"], model.set_input_size, (6, 7))
+        assert model.config == before and model.patch_embed.grid_size == model.encoding.grid == (4, 5)
+        return
+    assert_refused(["patch_size=2", "1 pixels"], model.set_input_size, 6, 2)
+    model.set_input_size((6, 7), 1)
+    assert torch.equal(logits(model, x), expected)
+    native = VisionTransformer(model.config).double().eval()
+    native.load_state_dict(model.state_dict())
+    assert torch.equal(logits(native, x), expected)
+    for built in (model, native):
+        embed = built.patch_embed
+        assert (embed.img_size, embed.grid_size, embed.num_patches) == ((6, 7), (6, 7), 42)
+
+
+COMPILED = {
+    "wrapped": lambda model: torch.compile(model, backend="eager"),
+    "in place": lambda model: model.compile(backend="eager") or model,
+    "blocks": lambda model: [block.compile(backend="eager") for block in model.blocks] and model,
+}
+
+
+@pytest.mark.parametrize("way", COMPILED)
+@torch.no_grad()
+def test_a_model_may_change_after_it_was_compiled(way):
+    torch.compiler.reset()
+    model, images = random_model("learned + peg(positions=(0, 1))", (4, 5), depth=2), random_images(2, (4, 5))
+    compiled = COMPILED[way](model)
+    compiled(images)
+    changes = {"set_input_size": [(5, 4)], "reset_classifier": [3], "prune_intermediate_layers": [[0]]}
+    for change, arguments in changes.items():
+        getattr(model, change)(*arguments)
+        with torch.compiler.set_stance("force_eager"):
+            expected = model(images)
+        torch.testing.assert_close(compiled(images), expected, msg=change)
 
 
 @pytest.mark.parametrize("encoding", ["learned + relative", "peg(positions=(-1, 0, 1), repeat=2) + peg"])
@@ -171,8 +256,25 @@ def square(**changes):
 def test_weights_load_from_every_form(tmp_path):
     state = square().state_dict()
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
-    for i, content in enumerate((state, {"model": state, "epoch": 3}, {"state_dict": state})):
+    options = argparse.Namespace(lr=1e-3, out=Path("x"), best=numpy.float64(71.2), count=numpy.int64(3))
+    zeros = {key: torch.zeros_like(value) for key, value in state.items()}
+    plain = [state, {"model": state, "epoch": 3, "args": options}, {"state_dict": {"model": state}}]
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        plain.append({"model": {prefix + key: value for key, value in state.items()}})
+    plain.append({key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in state.items()})
+    plain.append({"model": state, "ema": []})
+    averaged = [
+        {"model": zeros, "model_ema": state},
+        {"state_dict": zeros, "state_dict_ema": plain[3]["model"]},
+    ]
+    averaged.append({"model": zeros, "ema": EMA(square(), 0.9).average})
+    for i, content in enumerate(plain):
         torch.save(content, tmp_path / f"{i}.pth")
+    for content in averaged:
+        with pytest.warns(UserWarning, match="running average"):
+            load_weights(model := square(), content)
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) or "ema" in content
+    assert torch.equal(model.cls_token, averaged[-1]["ema"][0])
     for weights in (state, *tmp_path.iterdir()):
         model = square()
         assert load_weights(model, weights) is model
@@ -187,6 +289,7 @@ def test_weights_that_do_not_fit_change_nothing():
         (square(image_size=(32, 32)).state_dict(), ["pos_embed has 1x5x16", "1x17x16", "resample="]),
         ({**state, "ema.rate": torch.zeros(1)}, ["ema.rate"]),
         ({**state, "norm.bias": "zero"}, ["norm.bias has str, expected 16"]),
+        ({"model": state, "ema": [torch.zeros(1)]}, ["1 averaged tensors, the model trains"]),
         ({"conv1.weight": torch.zeros(3)}, ["more"]),
     ):
         assert_refused(words, load_weights, model, wrong)
@@ -205,6 +308,8 @@ def test_files_that_are_no_weights(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"not weights")
     for path in (*tmp_path.iterdir(), tmp_path / "missing.pth"):
         assert_refused([path.name], load_weights, square(), path)
+        assert "\x1b" not in refusal(load_weights, square(), path)
+    assert_refused(["Unsupported global", "_Fail"], load_weights, square(), tmp_path / "code.pth")
 
 
 @pytest.mark.parametrize("distilled, antialias", [(False, True), (True, False)])

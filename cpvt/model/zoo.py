@@ -10,17 +10,20 @@
 token, `_distilled` adds DeiT's distillation token; as in `cpvt_small_5peg_gap`.
 """
 
+import argparse
 import math
-from pathlib import Path
+import re
+import warnings
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cpvt.config import Grid, Learned, ModelConfig, parse_encoding, replace
+from cpvt.config import Grid, ModelConfig, replace
 from cpvt.errors import ConfigError, UserError, nearest
-from cpvt.model.encodings import resample_table
 from cpvt.model.vit import VisionTransformer
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
@@ -64,20 +67,26 @@ def create_model(model: str | ModelConfig, **overrides: Any) -> VisionTransforme
 
 # --------------------------------------------------------------------------- weights
 
+AVERAGES = ("state_dict_ema", "model_ema", "ema")
+WRAPPERS = (*AVERAGES, "state_dict", "model")  # of training scripts, what is preferred in front
+_scalar = numpy._core.multiarray.scalar
+# What such checkpoints hold beside tensors and runs no code: options, and numbers of numpy, also of numpy 1.
+HARMLESS = [argparse.Namespace, PosixPath, numpy.dtype, _scalar, (_scalar, "numpy.core.multiarray.scalar")]
+HARMLESS += [kind for kind in vars(numpy.dtypes).values() if isinstance(kind, type)]
+
 
 def load_weights(model: nn.Module, weights: str | Path | dict, resample: bool | Grid = False) -> nn.Module:
     """Weights from a safetensors or torch file, or a state dict -> the model, with all of them loaded.
 
-    timm's and DeiT's checkpoints load as they are, also wrapped as {"model": ...} or {"state_dict": ...}.
-    A learned table of another grid is refused, unless `resample` says what its grid was: True for a square
-    one (all of timm's and DeiT's), or (H, W). Everything is checked before anything is loaded. Raises UserError.
+    Checkpoints of training scripts (timm's, DeiT's, this package's) load as they are; where one holds a running
+    average of the weights, that is loaded, and a warning says so. A learned table of another grid is refused,
+    unless `resample` says what its grid was: True for a square one (all of timm's and DeiT's), or (H, W).
+    Everything is checked before anything is loaded. Raises UserError.
     """
     state = weights if isinstance(weights, dict) else _read(Path(weights))
-    for wrapper in ("model", "state_dict"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    own = model.state_dict()
+    (state, average), own = _unwrapped(state, model), model.state_dict()
     if resample and "pos_embed" in state and "pos_embed" in own:
-        state = {**state, "pos_embed": _resampled(model, state["pos_embed"], resample)}
+        state = {**state, "pos_embed": resampled(model, state["pos_embed"], resample)}
     own, given = ({key: _shape(value) for key, value in values.items()} for values in (own, state))
     keys = sorted({*own, *given}, key=lambda key: (key != "pos_embed", str(key)))  # a wrong table comes first
     pairs = {key: (given.get(key, "nothing"), own.get(key, "nothing")) for key in keys}
@@ -87,6 +96,10 @@ def load_weights(model: nn.Module, weights: str | Path | dict, resample: bool | 
         more += "; resample=True resamples a table" if "pos_embed" in wrong[0] else ""
         raise UserError(f"weights do not fit the model, nothing was loaded: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict(state, strict=True)
+    if average:
+        warnings.warn(
+            f"loaded the running average of the weights, {average!r} of the checkpoint", stacklevel=2
+        )
     return model
 
 
@@ -96,13 +109,35 @@ def _read(path: Path) -> dict:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every reader has errors of its own, and some run over many lines
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path}: no weights can be read; expected tensors only ({reason})") from None
+        text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip() or type(error).__name__
+        reason = text.rpartition("WeightsUnpickler error: ")[2].partition(". ")[0].splitlines()[0][:120]
+        raise UserError(
+            f"{path}: no weights can be read; expected tensors and plain values ({reason})"
+        ) from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}; expected a dictionary of tensors")
     return state
+
+
+def _unwrapped(state: dict, model: nn.Module) -> tuple[dict, str]:
+    """A training script's checkpoint -> the weights in it, under the model's own names, and under which name it
+    had the average, where it had one."""
+    average = ""
+    for _ in range(3):  # some are wrapped twice; none without end
+        if state.get("ema") and isinstance(state["ema"], list) and isinstance(state.get("model"), dict):
+            names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            if len(names) != len(state["ema"]):
+                words = f"{len(state['ema'])} averaged tensors, the model trains {len(names)}"
+                raise UserError(f"weights do not fit the model, nothing was loaded: {words}")
+            state, average = {**state["model"], **dict(zip(names, state["ema"], strict=True))}, "ema"
+        key = next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)
+        state, average = state.get(key, state), key if key in AVERAGES else average
+    # DistributedDataParallel and torch.compile put their names in front, in any order, or in front of a block.
+    names = [re.sub(r"^(module\.)+", "", str(key).replace("_orig_mod.", "")) for key in state]
+    return (dict(zip(names, state.values(), strict=True)) if len({*names}) == len(names) else state), average
 
 
 def _shape(value: Any) -> str:
@@ -111,16 +146,14 @@ def _shape(value: Any) -> str:
     return "x".join(map(str, value.shape)) or "a scalar"
 
 
-def _resampled(model: nn.Module, table: Tensor, old: bool | Grid) -> Tensor:
+def resampled(model: nn.Module, table: Tensor, old: bool | Grid) -> Tensor:
     """(1, P + old N, D) -> (1, P + N, D), the prefix tokens' entries kept as they are."""
     if not isinstance(model, VisionTransformer):
         raise UserError(f"resample: {type(model).__name__} is not a cpvt model")
     if not isinstance(table, Tensor) or table.ndim != 3:
         return table  # refused with the rest
-    P, patches = model.num_prefix_tokens, table.shape[1] - model.num_prefix_tokens
+    patches = table.shape[1] - model.num_prefix_tokens
     old = (math.isqrt(max(patches, 0)),) * 2 if old is True else old
     if patches != old[0] * old[1] or not patches:
         raise UserError(f"pos_embed: {patches} patches are no grid of {old}; pass resample=(H, W), its grid")
-    (config,) = (part for part in parse_encoding(model.config.encoding) if isinstance(part, Learned))
-    resampled = resample_table(table[:, P:], tuple(old), model.config.grid, config.antialias)
-    return torch.cat([table[:, :P], resampled], 1)
+    return model.encoding.learned.resampled(table, tuple(old), model.config.grid)
