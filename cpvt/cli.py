@@ -1,15 +1,18 @@
-"""The command line: cpvt train | evaluate | pack | experiments | benchmark.
+"""The command line: cpvt train | evaluate | predict | pack | experiments | benchmark.
 
 Options are fields of dataclasses, most of them of `cpvt.config`. What a command needs is imported when it runs:
 help is there at once, and OpenMP is told how to wait before torch is loaded.
 """
 
 import errno
+import io
 import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import redirect_stderr
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +30,10 @@ ABOUT_TRAINING = """Train a model.
 {recipes}
 
 With a folder for its results (--run.out), the same command goes on where it was stopped or killed.
+
+Fine-tuning: --run.init FILE, a model of this command or a checkpoint of timm's or DeiT's; other classes get a new
+head, and --run.freeze -1 trains the head alone.
+
 All GPUs of a machine: torchrun --nproc-per-node gpu -m cpvt train ..."""
 
 
@@ -55,10 +62,16 @@ def _train(arguments: list[str]) -> None:
     recipes = "\n".join(f"  {name:15} {build.__doc__.splitlines()[0]}" for name, build in RECIPES.items())
     about = ABOUT_TRAINING.format(recipes=recipes)
     config = _parse(TrainConfig, rest, "train", default=default, description=about)
+    given = {arg.removeprefix("--").split("=")[0].replace("-", "_") for arg in rest if arg.startswith("--")}
     try:
-        run = train(config, report=_print_entry, announce=_say)
+        run = train(config, report=_print_entry, announce=_say, given=given)
     except torch.OutOfMemoryError:
         raise TrainingError("the GPU's memory is full: give a smaller --optim.micro-batch-size") from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        words = "the memory is full: give a smaller model, smaller images or --optim.micro-batch-size"
+        raise TrainingError(words) from None
     if not _is_main():
         return
     where = f"; log, checkpoints and model in {config.run.out}" if config.run.out else "; nothing kept"
@@ -85,33 +98,102 @@ def _print_entry(entry: dict) -> None:
 class Evaluate:
     """Evaluate a trained model on held-out images, at any number of sizes."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]  # model.safetensors, as `cpvt train` wrote it
-    sizes: tuple[int, ...] = ()  # image sides in pixels (synthetic tasks: tokens); none: the trained one
-    data: str = ""  # other data than it was trained on
-    root: str = "data/images"  # where real images lie
+    checkpoint: Annotated[
+        str, tyro.conf.Positional
+    ]  # model.safetensors; a run's step-*.pt; or a model's name
+    weights: str = ""  # with a model's name: file of weights, also timm's or DeiT's
+    sizes: tuple[str, ...] = ()  # pixels (synthetic tasks: tokens), as 224 or 224x320; none: the trained one
+    data: str = ""  # other data than it was trained on; of a model's name: the images
+    root: str = ""  # folder of data sets known by name (default: that of its training)
     device: str = "auto"
 
     def __call__(self) -> None:
-        from cpvt.config import replace
+        from cpvt.config import DataConfig, replace
         from cpvt.data.loader import make_loader
-        from cpvt.training.checkpoint import load_model
+        from cpvt.data.synthetic import CLASSES
+        from cpvt.data.transforms import renormalise
+        from cpvt.training.checkpoint import first_difference, load_saved
         from cpvt.training.distributed import pick_device
         from cpvt.training.evaluate import accuracy
 
-        (model, config), device = load_model(self.checkpoint), pick_device(self.device)
-        model.to(device)
-        data = replace(config.data, name=self.data or config.data.name, root=self.root, limit=0)
-        for size in self.sizes or (None,):
-            here = data if size is None else replace(data, image_size=size, grid=(size, size))
-            loader = make_loader(here, seed=config.run.seed, device=device, train=False)
+        sizes, device = [_size(text) for text in self.sizes], pick_device(self.device)
+        if self.weights and not (self.data or Path(self.checkpoint).exists()):
+            raise ConfigError(f"{self.checkpoint}: its data is not known: give --data")
+        saved = load_saved(self.checkpoint, self.weights)
+        model, config, data = saved.model.to(device), saved.config, saved.config.data
+        if self.data and not self.weights and (self.data in CLASSES) != (data.name in CLASSES):
+            raise ConfigError(
+                f"--data {self.data}: the model was trained on {data.name}: give data of that kind"
+            )
+        root = self.root or (DataConfig.root if self.data else data.root)
+        data = replace(data, name=self.data or data.name, root=root, limit=0)
+        if saved.note:
+            print(saved.note)
+        for size in sizes or (None,):
+            change = {"grid" if data.name in CLASSES else "image_size": size} if size else {}
+            loader = make_loader(replace(data, **change), seed=config.run.seed, device=device, train=False)
             if loader.num_classes != model.num_classes:
-                words = f"{here.name} has {loader.num_classes} classes, the model {model.num_classes}"
+                words = f"{data.name} has {loader.num_classes} classes, the model {model.num_classes}"
                 raise ConfigError(f"{words}: give --data with the classes of its training")
-            scores = accuracy(model, loader.eval_batches(), precision=config.run.precision)
-            words = [f"{here.name} {loader.image_size[0]}x{loader.image_size[1]}"]
+            if apart := first_difference(saved.classes, loader.classes):
+                raise ConfigError(
+                    f"{data.name} has other classes than the model: {apart}; give --data with its own"
+                )
+            batches = ((renormalise(x, saved.mean, saved.std), labels) for x, labels in loader.eval_batches())
+            scores = accuracy(model, batches, precision=config.run.precision)
+            words = [f"{data.name} {loader.image_size[0]}x{loader.image_size[1]}"]
             words += [f"{name} {value:g}" for name, value in scores.items()]
             words += [f"{len(loader.unread)} unreadable images counted as wrong"] if loader.unread else []
+            words += [f"every {data.hold_out}th training image"] if data.hold_out else []
             print("  ".join(words))
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "224" or "224x320" -> (height, width)."""
+    if not (found := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)):
+        raise ConfigError(f"--sizes {text!r}; expected one side, or height x width, as 224 or 224x320")
+    return int(found[1]), int(found[2] or found[1])
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Say what is on single images: the best classes, by name and probability."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    model: str  # model.safetensors, or a run's step-*.pt
+    top: int = 5  # classes an image
+    attention: Path | None = (
+        None  # PNG to write: each image, and what the class token attended to in the last block
+    )
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        from cpvt.errors import DataError
+        from cpvt.training.checkpoint import load_saved
+        from cpvt.training.distributed import pick_device
+        from cpvt.training.predict import as_evaluated, draw_attention, predict
+
+        if not self.images or self.top < 1 or (self.attention and self.attention.suffix != ".png"):
+            raise ConfigError("expected one image or more, --top 1 or more, --attention NAME.png")
+        saved, shown, unread = load_saved(self.model), [], 0
+        saved.model.to(pick_device(self.device))
+        for path in self.images:
+            try:
+                pixels = as_evaluated(saved, path)
+            except DataError as error:
+                print(f"cpvt predict: {error}", file=sys.stderr)
+                unread += 1
+                continue
+            guesses, attended = predict(saved, pixels, self.top)
+            print(f"{path}  {', '.join(f'{name} {p:.1%}' for name, p in guesses)}")
+            shown.append((pixels, attended))
+        if self.attention and shown:
+            draw_attention(self.attention, shown)
+            token = saved.model.num_prefix_tokens
+            words = "" if token else "; no class token, so bright is what the patches attend to on average"
+            print(f"{self.attention}{words}")
+        if unread:
+            raise SystemExit(2)
 
 
 @dataclass(frozen=True)
@@ -152,15 +234,20 @@ class Experiments:
         from cpvt.training.distributed import pick_device
 
         known = {**EXPERIMENTS, "baselines": measure_baselines, "costs": measure_costs}
+        if self.name not in {*known, ""}:
+            raise ConfigError(f"no experiment {self.name!r}; {nearest(self.name, known)}")
+        costs, baselines, which = self.name == "costs", self.name == "baselines", ("root", "only", "grid")
+        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        acting = {"": {"list"}, "costs": {"list"} if self.list else {"out", "budget_minutes", "device"}}
+        acting |= {"baselines": {"root", "out"}}
+        fit = acting.get(self.name, {*which, "list"} if self.list else {*which, "out", "budget_minutes"})
+        if unfit := [name for name in given if name not in {*fit, "name"}]:
+            where = f"the experiment {self.name!r}" if self.name else "the list of experiments"
+            where += ", listed," if self.list and self.name else ""
+            raise ConfigError(f"{where} has no {', '.join(unfit)}: leave it out")
+        given = {name: value for name, value in given.items() if name in which}
         if not self.name:
             return _list(known)
-        if self.name not in known:
-            raise ConfigError(f"no experiment {self.name!r}; {nearest(self.name, known)}")
-        given = {option: value for option in ("root", "only", "grid") if (value := getattr(self, option))}
-        costs, baselines = self.name == "costs", self.name == "baselines"
-        unfit = ["device"] * (self.device != "auto" and not costs) + ["list"] * (self.list and baselines)
-        if unfit := unfit + [option for option in given if costs or (baselines and option != "root")]:
-            raise ConfigError(f"the experiment {self.name!r} has no {', '.join(unfit)}: leave it out")
         if baselines:
             return measure_baselines(self.root, self.out, _print_row)
         rows = cost_rows() if costs else jobs(self.name, **given)
@@ -194,7 +281,7 @@ def _benchmark(arguments: list[str]) -> None:
     _parse(Benchmark, arguments, "benchmark")()
 
 
-COMMANDS = {"train": _train, "evaluate": Evaluate, "pack": Pack}
+COMMANDS = {"train": _train, "evaluate": Evaluate, "predict": Predict, "pack": Pack}
 COMMANDS |= {"experiments": Experiments, "benchmark": _benchmark}
 
 
@@ -236,5 +323,15 @@ def _is_main() -> bool:
 
 
 def _parse(cls: type, arguments: list[str], name: str, **options) -> Any:
-    """The arguments as a `cls`; tyro itself says what is wrong with them, and leaves with status 2."""
-    return tyro.cli(cls, args=arguments, prog=f"cpvt {name}", console_outputs=_is_main(), **options)
+    """The arguments as a `cls`. A configuration says itself what is wrong with its values; of all else tyro does,
+    and leaves with status 2."""
+    call = partial(tyro.cli, cls, args=arguments, prog=f"cpvt {name}", **options)
+    try:
+        with redirect_stderr(io.StringIO()):
+            return call(console_outputs=False)
+    except SystemExit as stop:
+        cause = stop
+        while cause := cause.__context__:
+            if isinstance(cause, UserError):
+                raise cause from None
+    return call(console_outputs=_is_main())

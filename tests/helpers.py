@@ -41,7 +41,8 @@ def small_run(root: Path, out: str = "", store: str = "files", **changes) -> Tra
     for name, value in changes.items():
         (optim if name in OptimConfig.__dataclass_fields__ else run)[name] = value
     body = dict(patch_size=4, width=16, depth=2, heads=2, image_size=(16, 16))
-    data = dict(image_size=16, store=store, stored_size=24, workers=0, crop_pct=0.875)
+    data = dict(image_size=16, store=store, crop_pct=0.875)
+    data |= dict(workers=0) if store == "files" else dict(stored_size=24)
     return TrainConfig(
         model=ModelConfig(**body, encoding="peg", drop_path=0.3),
         data=DataConfig(name=str(root), **data),

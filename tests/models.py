@@ -93,6 +93,7 @@ def assert_refused(words, call, *args, error=UserError, **kwargs):
     """In one line that has these words."""
     message = refusal(call, *args, error=error, **kwargs)
     assert all(word in message for word in words), message
+    return message
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,7 @@ def test_a_printed_command_is_understood(words, monkeypatch, capsys):
         "lab.costs.measure_costs",
         "lab.benchmark.Benchmark.__call__",
     )
-    for work in ("training.train.train", "training.checkpoint.load_model", "data.pack.pack", *lab):
+    for work in ("training.train.train", "training.checkpoint.load_saved", "data.pack.pack", *lab):
         monkeypatch.setattr(f"cpvt.{work}", mock.Mock(side_effect=Understood))
     with pytest.raises((Understood, SystemExit)) as end:
         cli.main(words)
@@ -71,13 +71,6 @@ def test_photographs_without_their_images_are_refused_by_name(tmp_path, capsys):
             cli.main([*asked, *more])
         assert end.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "rows").exists()
-
-
-def test_baselines_take_no_option_that_they_would_ignore(capsys):
-    for more in (["--list"], ["--only", "core"], ["--grid", "8"], ["--device", "cpu"]):
-        with pytest.raises(SystemExit) as end:
-            cli.main(["experiments", "baselines", *more])
-        assert end.value.code == 2 and f"has no {more[0][2:]}" in capsys.readouterr().err
 
 
 def test_a_stopped_run_asks_to_be_called_again(monkeypatch, capsys):

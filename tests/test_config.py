@@ -7,7 +7,7 @@ import pytest
 from models import ENCODINGS, assert_refused
 
 from cpvt import ModelConfig, config
-from cpvt.config import TrainConfig, from_json, parse_encoding, replace, to_json
+from cpvt.config import DataConfig, TrainConfig, from_json, parse_encoding, replace, to_json
 
 OTHERS = [  # with those of the models' tests every option of every kind
     "none",
@@ -37,7 +37,7 @@ def test_every_option_of_every_kind_is_written_as_it_is_read():
 
 CONFIG = TrainConfig(
     model=ModelConfig(image_size=(160, 320), encoding="learned + peg(positions=(-1, 2))", drop_path=0.1),
-    data=config.DataConfig(name="arrangement", grid=(10, 12), pixels=2),
+    data=DataConfig(name="arrangement", grid=(10, 12), pixels=2),
     optim=config.OptimConfig(lr=0.1 + 0.2, steps=7),
     run=config.RunConfig(seed=3, precision="bf16", compile="model"),
 )
@@ -48,6 +48,10 @@ def test_json_round_trip_is_exact():
     assert from_json(TrainConfig, text) == CONFIG
     assert to_json(from_json(TrainConfig, text)) == text and "\n" not in text
     assert from_json(TrainConfig, "{}") == TrainConfig()
+    assert DataConfig(image_size=(32, 32)) == DataConfig(image_size=32)  # one spelling; a square is a number
+    assert '"image_size": 32,' in to_json(DataConfig(image_size=[32, 32]))
+    wide = DataConfig(image_size=(32, 48))
+    assert from_json(DataConfig, to_json(wide)) == wide and wide.shape == (32, 48)
 
 
 def test_configurations_are_values():
@@ -93,3 +97,87 @@ def test_wrong_json_is_refused_in_one_line():
         ('{"run": {"precision": "fp8"}}', ["precision='fp8'", "'bf16'"]),
     ):
         assert_refused(words, from_json, TrainConfig, text)
+
+
+NAN, HUGE = float("nan"), 10**5000
+
+
+@pytest.mark.parametrize(
+    ("build", "values"),
+    [
+        (ModelConfig, {"mlp_ratio": float("inf")}),
+        (ModelConfig, {"mlp_ratio": -1.0}),
+        (ModelConfig, {"mlp_ratio": 0.001}),
+        (ModelConfig, {"init_std": NAN}),
+        (ModelConfig, {"init_std": -1.0}),
+        (ModelConfig, {"drop_path": NAN}),
+        (ModelConfig, {"width": HUGE}),
+        (ModelConfig, {"width": 3 * 10**9}),
+        (ModelConfig, {"depth": 10**9}),
+        (ModelConfig, {"num_classes": 10**12}),
+        (ModelConfig, {"image_size": (16 * 10**9,) * 2}),
+        (ModelConfig, {"patch_size": 2**20, "image_size": (2**20,) * 2}),
+        (ModelConfig, {"encoding": " + ".join(["peg"] * 10_000)}),
+        (ModelConfig, {"encoding": "(" * 500 + "peg" + ")" * 400}),
+        (ModelConfig, {"encoding": "-" * 900 + "peg"}),
+        (ModelConfig, {"encoding": "peg(kernel=" + "-" * 900 + "3)"}),
+        (ModelConfig, {"encoding": f"peg(kernel={'9' * 900})"}),
+        (ModelConfig, {"encoding": "peg(repeat=1000000)"}),
+        (ModelConfig, {"encoding": "peg(positions={(): []}[0])"}),
+        (ModelConfig, {"encoding": "peg\0"}),
+        (DataConfig, {"image_size": (32, 32, 32)}),
+        (DataConfig, {"image_size": 10**9}),
+        (DataConfig, {"image_size": True}),
+        (DataConfig, {"name": 3}),
+        (DataConfig, {"grid": (0, 4)}),
+        (config.AugmentConfig, {"mixup": NAN}),
+        (config.AugmentConfig, {"crop": 1}),
+        (config.OptimConfig, {"stop_loss": NAN}),
+        (config.OptimConfig, {"lr": float("inf")}),
+        (config.OptimConfig, {"lr": HUGE}),
+        (config.OptimConfig, {"steps": "many"}),
+        (config.DistillConfig, {"alpha": NAN, "teacher": "resnet10t"}),
+        (config.RunConfig, {"out": None}),
+        (config.RunConfig, {"freeze": -2}),
+        (config.Peg, {"kernel": 3.0}),
+        (config.Sine, {"temperature": NAN}),
+        (TrainConfig, {"model": "cpvt_tiny"}),
+    ],
+)
+def test_what_makes_no_sense_is_refused_however_it_is_made(build, values):
+    """In Python, by `replace`, and from JSON, where that can say it; in one line that can be read."""
+    assert len(assert_refused([], build, **values)) < 400
+    assert_refused([], replace, build(), **values)
+    if HUGE not in values.values():
+        assert_refused([], from_json, build, json.dumps(values))
+
+
+def test_json_of_a_hostile_hand_is_refused():
+    for text in (
+        "[" * 100_000,
+        '{"optim": {"steps": ' + "9" * 5000 + "}}",
+        '{"optim": {"lr": NaN}}',
+        "[]",
+        "3",
+    ):
+        assert_refused(["TrainConfig"], from_json, TrainConfig, text)
+
+
+@pytest.mark.parametrize(
+    ("build", "values", "acting"),
+    [
+        (DataConfig, {"store": "files", "stored_size": 64}, {"store": "memory"}),
+        (DataConfig, {"decode": "cpu"}, {"store": "files"}),
+        (DataConfig, {"workers": 4}, {"store": "files"}),
+        (config.AugmentConfig, {"crop_scale": (0.5, 1.0)}, {"crop": True}),
+        (config.AugmentConfig, {"mixup": 0.8, "mixup_switch_prob": 0.3}, {"cutmix": 1.0}),
+        (config.OptimConfig, {"warmup_steps": 3, "warmup_epochs": 1, "epochs": 2}, {"warmup_epochs": 0}),
+        (config.DistillConfig, {"weights": "file.pth"}, {"teacher": "resnet10t"}),
+        (config.DistillConfig, {"alpha": 0.3}, {"teacher": "resnet10t"}),
+        (config.RunConfig, {"save_every": 5}, {"out": "runs/x"}),
+        (config.RunConfig, {"keep_checkpoints": 5}, {"out": "runs/x"}),
+    ],
+)
+def test_an_option_without_effect_is_refused_until_it_has_one(build, values, acting):
+    assert_refused(["no effect", next(n for n in reversed(values) if n not in acting)], build, **values)
+    build(**{**values, **acting})

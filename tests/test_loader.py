@@ -57,8 +57,9 @@ def test_any_step_in_any_order_and_cut_in_any_way(image_folder, store, workers):
 
 def test_memory_and_files_hold_the_same_images(tiny_imagenet):
     """At the stored size both ways must give the same batches."""
-    config = with_data(small_run(tiny_imagenet / "tiny-imagenet-200"), stored_size=64)
-    files, memory = opened(config), opened(with_data(config, store="memory"))
+    config = small_run(tiny_imagenet / "tiny-imagenet-200")
+    in_memory = {"store": "memory", "stored_size": 64, "workers": -1}
+    files, memory = opened(config), opened(with_data(config, **in_memory))
     assert same(memory.batch(1), files.batch(1))
     assert same(next(memory.eval_batches()), next(files.eval_batches()))
     expected = centre_resize([image for image, _ in map(files.val_set.__getitem__, range(8))], 16, 0.875)

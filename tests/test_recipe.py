@@ -10,11 +10,12 @@ from helpers import draw_images, small_run, through
 from timm.utils import ModelEmaV3
 
 from cpvt.config import DistillConfig, ModelConfig, OptimConfig, TrainConfig
+from cpvt.data.transforms import normalise
 from cpvt.errors import ConfigError, TrainingError, UserError
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import load_model
 from cpvt.training.distributed import World
-from cpvt.training.loss import TrainingLoss, load_teacher
+from cpvt.training.loss import Teacher, TrainingLoss, load_teacher
 from cpvt.training.optim import EMA, SkipCounter, learning_rate, param_groups, resolve
 from cpvt.training.recipes import RECIPES
 from cpvt.training.train import Trainer, drop_path_scale, train
@@ -147,10 +148,35 @@ def test_a_run_with_a_teacher_from_a_file(image_folder, tmp_path):
     config = small_run(image_folder, steps=2)
     model, data = replace(config.model, distilled=True), replace(config.data, image_size=32)
     distill = DistillConfig(teacher="resnet10t", weights=str(weights))
-    run = train(replace(config, model=model, data=data, distill=distill))
-    assert (
-        math.isfinite(run.history[-1]["loss"]) and not load_teacher(distill, run.config.model, "cpu").training
-    )
+    config = replace(config, model=model, data=data, distill=distill)
+    config = replace(config, run=replace(config.run, out=str(tmp_path / "run")))
+    run = train(config)
+    assert math.isfinite(run.history[-1]["loss"])
+    assert not load_teacher(distill, run.config.model, "cpu").training
+    other = timm.create_model("resnet10t", num_classes=3).state_dict()
+    torch.save(other, weights)  # under the same name
+    with pytest.raises(ConfigError, match="other weights of the teacher"):
+        train(config)
+    torch.save(timm.create_model("resnet10t", num_classes=4).state_dict(), weights)
+    with pytest.raises(ConfigError, match="knows 4 classes, the data has 3"):
+        train(config)
+
+
+def test_a_teacher_sees_images_as_it_is_used_to(tmp_path):
+    """Normalised by its own mean and deviation, in the one size that it reads."""
+    torch.manual_seed(0)
+    own = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=1).eval()
+    assert own.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=5).state_dict(), tmp_path / "w.pth")
+    distill = DistillConfig("vit_tiny_patch16_224", str(tmp_path / "w.pth"))
+    pixels = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(Teacher(own)(normalise(pixels)), own((pixels - 0.5) / 0.5))
+        same = timm.create_model("resnet10t").eval()  # with our mean and deviation: not a bit is changed
+        assert torch.equal(Teacher(same)(normalise(pixels)), same(normalise(pixels)))
+    with pytest.raises(ConfigError, match="reads 224x224 pixels alone"):
+        load_teacher(distill, replace(SMALL, distilled=True), "cpu")
+    load_teacher(distill, replace(SMALL, distilled=True, patch_size=16, image_size=(224, 224)), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -185,3 +186,82 @@ def test_answers_by_image_add_up_to_the_accuracy():
     hits = correct(Tied(), images, labels)
     assert accuracy(Tied(), [(images, labels)])["top1"] == 100 * int(hits.sum()) / 500
     assert 0 < hits.sum() < 500
+
+
+REAL = "--data {folder} --data.image-size 16 --model.patch-size 4 --model.width 16 --model.depth 1 --model.heads 1"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("{real} --model.num-classes 1000", "model.num_classes=1000, but the data has 3"),
+        ("{real} --model.num_classes=7", "model.num_classes=7, but the data has 3"),
+        ("{real} --model.image-size 32 16", "model.image_size=(32, 16), but the data has (16, 16)"),
+        ("{real} --data.grid 8 8", "data.grid=(8, 8): no effect"),
+        ("{real} --data.pixels 2", "data.pixels=2: no effect"),
+        ("{real} --data.train-size 9", "data.train_size=9: no effect"),
+        ("{real} --data.root elsewhere", "data.root='elsewhere': no effect"),
+        ("{real} --data.store files --data.stored-size 16", "data.stored_size=16: no effect"),
+        ("{real} --data.decode cpu", "data.decode='cpu': no effect"),
+        ("{real} --data.workers 2", "data.workers=2: no effect"),
+        ("{real} --augment.crop-scale 0.5 1", "augment.crop_scale=(0.5, 1.0): no effect"),
+        ("{real} --distill.weights x.pth", "distill.weights='x.pth': no effect"),
+        ("{real} --optim.steps 3 --optim.warmup-steps 4", "warm-up of 4 steps, longer than the run of 3"),
+        ("{real} --optim.epochs 1 --optim.warmup-epochs 2", "longer than the run"),
+        ("{real} --run.save-every 3", "run.save_every=3: no effect"),
+        ("{real} --run.freeze 2", "run.freeze=2"),
+        ("{real} --optim.stop-loss nan", "optim.stop_loss=nan"),
+        ("{real} --model.encoding " + "(" * 300 + "peg", "cannot be read"),
+        ("--data what --data.image-size 32", "data.image_size=32: no effect"),
+        ("--data what --data.limit 32", "data.limit=32: no effect"),
+        ("--data what --model.num-classes 4 --model.patch-size 1", "model.num_classes=4, but the data has 2"),
+        ("--data {one}", "one class, nothing to learn"),
+    ],
+)
+def test_what_is_given_acts_or_is_refused(options, words, image_folder, tmp_path, capsys):
+    """In one line, and nothing is left behind; also where the value is what it is by default."""
+    for split in ("train", "val"):
+        shutil.copytree(image_folder / split / "n00000001", tmp_path / "one" / split / "n00000001")
+    filled = {"folder": image_folder, "one": tmp_path / "one"}
+    options = options.format(real=REAL.format(**filled), **filled).split()
+    options += ["--run.out", str(tmp_path / "out")] if "save-every" not in words + str(options) else []
+    status, out, err = run_cli("train", *options, "--run.device", "cpu", capsys=capsys)
+    assert status == 2 and words in err and err.count("\n") == 1 and not out, err
+    assert not [file for file in (tmp_path / "out").rglob("*") if file.name != ".lock"]
+
+
+def test_a_warm_up_in_steps_acts_beside_epochs_and_a_long_one_is_told(image_folder, capsys):
+    options = [
+        *REAL.format(folder=image_folder).split(),
+        *"--optim.global-batch-size 8 --run.device cpu".split(),
+    ]
+    options += "--optim.epochs 1 --run.log-every 1 --optim.min-lr 0.001".split()  # nine steps
+    for more, rates in (
+        ([], "warm-up of 50 steps, longer than the run of 9"),
+        (["--optim.warmup-steps", "4"], ""),
+    ):
+        status, out, err = run_cli("train", *options, *more, capsys=capsys)
+        found = [float(line.split("  lr ")[1].split()[0]) for line in out.splitlines() if "  lr " in line]
+        length = 4 if more else 50
+        assert not status and rates in out and ("longer" in out) == bool(rates), err
+        assert found == pytest.approx([0.001 * min(1, (step + 1) / length) for step in range(9)], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--only core", "no only"),
+        ("photographs --list --budget-minutes 3", "no budget_minutes"),
+        ("photographs --list --out x", "no out"),
+        ("photographs --device cpu", "no device"),
+        ("baselines --budget-minutes 3", "no budget_minutes"),
+        ("baselines --list", "no list"),
+        ("baselines --only core", "no only"),
+        ("baselines --device cpu", "no device"),
+        ("costs --root x", "no root"),
+        ("synthetic --only core", "no only"),
+    ],
+)
+def test_an_experiment_takes_no_option_that_it_would_ignore(options, words, capsys):
+    status, out, err = run_cli("experiments", *options.split(), capsys=capsys)
+    assert status == 2 and words in err and not out, err

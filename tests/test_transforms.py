@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import EVERYTHING
 from PIL import Image
 from scipy.stats import ks_2samp
 from timm.data import mixup as timm_mixup
@@ -331,3 +332,29 @@ def test_on_a_gpu_the_batch_is_the_same(stance):
     assert seen.is_cuda and torch.equal(soft.cpu(), targets)
     level = 1.01 / 255 / min(STD)
     assert ((seen.cpu() - expected).abs() > level).double().mean() < 0.05
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+@pytest.mark.parametrize("shape", [(40, 61), (61, 40), (32, 32), (24, 300)])
+def test_a_turned_image_at_a_turned_size_is_resized_to_the_same(shape, crop_pct):
+    """And the size need not be a square; where it has the image's shape, nothing is cut off."""
+    wave = torch.linspace(0, 9, shape[0])[:, None].sin() + torch.linspace(0, 7, shape[1]).cos()
+    image = (128 + 50 * wave).byte().expand(1, 3, *shape)
+    for size in ((16, 28), (28, 16), (16, 16), (8, 100)):
+        here = centre_resize(image, size, crop_pct)
+        turned = centre_resize(image.transpose(2, 3), size[::-1], crop_pct).transpose(2, 3)
+        assert here.shape == (1, 3, *size) and here.float().std() > 5
+        assert (here.int() - turned.int()).abs().max() <= 1  # one axis is rounded before the other
+    double = shape[0] * 2, shape[1] * 2
+    assert torch.equal(centre_resize(image, double), resize(image, double))
+
+
+def test_every_step_works_on_images_that_are_no_squares():
+    """A mixed, erased and distorted batch has the shape asked for, and each image is one with its own draw."""
+    transform = TrainTransform(EVERYTHING, (16, 28), 3, 0.1)
+    images = [torch.randint(256, (3, 30 + i, 50 - i), dtype=torch.uint8) for i in range(8)]
+    positions, groups = torch.arange(8), torch.arange(2)
+    pixels, targets = transform(images, torch.arange(8) % 3, 0, positions, groups)
+    assert pixels.shape == (8, 3, 16, 28) and targets.shape == (8, 3) and pixels.isfinite().all()
+    half, _ = transform(images[4:], torch.arange(4, 8) % 3, 0, positions[4:], groups[1:])
+    torch.testing.assert_close(half, pixels[4:])

@@ -1,4 +1,4 @@
-"""Images and labels by path or name: folders, shards, Tiny-ImageNet. n: images; S: pixels a side."""
+"""Images and labels by path or name: folders, shards, Tiny-ImageNet. n: images; H, W: pixels down and across."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cpvt.config import local_path
+from cpvt.config import Grid, local_path, pair
 from cpvt.data.decode import ENDINGS, decode_image, reason, regular
 from cpvt.data.shards import Shards
 from cpvt.data.transforms import centre_resize
@@ -88,7 +88,7 @@ class ImageDataset(Dataset):
 
 @dataclass(frozen=True)
 class ImageTensors:
-    """A data set in memory: images (n, 3, S, S) uint8, labels (n,) int64."""
+    """A data set in memory: images (n, 3, H, W) uint8, labels (n,) int64."""
 
     images: Tensor
     labels: Tensor
@@ -104,9 +104,9 @@ class ImageTensors:
         return digest.hexdigest()
 
 
-def load_tensors(dataset: ImageDataset | Shards, size: int) -> ImageTensors:
-    """Decode a data set into memory: short side to `size` pixels, centre square; 3 n size^2 bytes."""
-    images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
+def load_tensors(dataset: ImageDataset | Shards, size: int | Grid) -> ImageTensors:
+    """Decode a data set into memory, as `centre_resize` to (H, W) or a square: 3 n H W bytes."""
+    images = torch.empty(len(dataset), 3, *pair(size), dtype=torch.uint8)
     for i in range(len(dataset)):
         try:
             image, _ = dataset[i]

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cpvt.config import AugmentConfig, DataConfig
-from cpvt.data.datasets import ImageDataset, ImageTensors, in_words, load_tensors, open_dataset
+from cpvt.config import AugmentConfig, DataConfig, refuse_idle
+from cpvt.data.datasets import NAMED, ImageDataset, ImageTensors, in_words, load_tensors, open_dataset
 from cpvt.data.decode import Batch, BatchReader, Decoder, Fault, ReadBatch
 from cpvt.data.sampler import Request, Sampler
 from cpvt.data.shards import Shards
@@ -32,6 +32,9 @@ from cpvt.data.synthetic import CLASSES, draw
 from cpvt.data.transforms import TrainTransform, area_resize, centre_resize, normalise, send
 from cpvt.errors import ConfigError, DataError
 
+FOR_DRAWN = "grid", "pixels", "train_size", "test_size"  # options of synthetic tasks alone
+FOR_IMAGES = "root", "image_size", "store", "stored_size", "interpolation", "crop_pct", "workers"
+FOR_IMAGES += "decode", "limit", "hold_out"  # of all others alone
 AHEAD = 3  # micro-batches that are made before the model on a GPU asks for them
 EVAL_BATCH = 256  # images
 UNUSABLE = 256  # images more than good ones, or as many as there are, end a run
@@ -122,8 +125,14 @@ Images = ImageDataset | Shards | ImageTensors  # in files, or in memory on the d
 
 
 class Loader:
-    """What both kinds share. They also tell num_classes, image_size (height, width), the fingerprint of what is
-    trained on, and the held-out images that were `unread`, by name."""
+    """What both kinds share. They also tell the names of the classes, image_size (height, width), the fingerprint
+    of what is trained on, and the held-out images that were `unread`, by name."""
+
+    classes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
     passed_over = ""  # files whose names are not an image's, for people
 
@@ -145,7 +154,7 @@ class SyntheticLoader(Loader):
 
     def __init__(self, data: DataConfig, sampler: Sampler, device: str):
         self.data, self.sampler, self.device, self.unread = data, sampler, device, {}
-        self.num_classes, (H, W) = len(CLASSES[data.name]), data.grid
+        self.classes, (H, W) = CLASSES[data.name], data.grid
         self.image_size = H * data.pixels, W * data.pixels
 
     def draw(self, index: Tensor, split: str) -> tuple[Tensor, Tensor]:
@@ -181,7 +190,7 @@ class ImageLoader(Loader):
     transform: TrainTransform | None = None
 
     def __post_init__(self):
-        self.num_classes, self.image_size = len(self.val_set.classes), (self.data.image_size,) * 2
+        self.classes, self.image_size = tuple(self.val_set.classes), self.data.shape
         self.unread: dict[str, Fault] = {}
         if self.workers and not isinstance(self.val_set, ImageTensors):
             _server()  # by the time that it is needed it is there
@@ -266,18 +275,21 @@ def _centred(data: DataConfig, device: torch.device, batch: Batch) -> Batch:
     # What cannot be read counts as wrong, whatever stands in for it: no guess is -1.
     bad = {fault.index for fault in batch.faults}
     labels[[i for i, index in enumerate(batch.request.indices.tolist()) if index in bad]] = -1
-    size = data.image_size
+    images = normalise(evaluation_pixels(batch.images, data).float() / 255)
+    return replace(batch, images=images, targets=send(labels, device))
+
+
+def evaluation_pixels(images: Sequence[Tensor] | Tensor, data: DataConfig) -> Tensor:
+    """B images (3, h, w) uint8, as held -> (B, 3, H, W) uint8: what a model sees of them in evaluation."""
     if data.interpolation == "area":
-        pixels = area_resize(batch.images, torch.tensor((0, 0, *batch.images.shape[2:])), (size, size))
-    else:
-        pixels = centre_resize(batch.images, size, data.crop_pct)
-    return replace(batch, images=normalise(pixels.float() / 255), targets=send(labels, device))
+        return area_resize(images, torch.tensor((0, 0, *images.shape[2:])), data.shape)
+    return centre_resize(images, data.shape, data.crop_pct)
 
 
 def open_split(data: DataConfig, split: str, device: str = "cpu", cache: dict | None = None) -> Images:
     """One split, or the part of it that is configured. `cache` keeps what is in memory for later runs."""
-    side, place = data.stored_size or data.image_size, torch.empty(0, device=device).device
-    key = data.name, data.root, split, data.hold_out, data.limit, side, place
+    held, place = data.held_shape, torch.empty(0, device=device).device
+    key = data.name, data.root, split, data.hold_out, data.limit, held, place
     cache = {} if cache is None else cache
     if data.store == "memory" and key in cache:
         return cache[key]
@@ -289,7 +301,7 @@ def open_split(data: DataConfig, split: str, device: str = "cpu", cache: dict | 
         images = images.select(torch.linspace(0, len(images) - 1, data.limit).long())
     if data.store == "files":
         return images
-    tensors = load_tensors(images, side)
+    tensors = load_tensors(images, held)
     cache[key] = replace(tensors, images=tensors.images.to(device), labels=tensors.labels.to(device))
     return cache[key]
 
@@ -313,8 +325,11 @@ def make_loader(
 
     A script whose images come from worker processes needs the guard `if __name__ == "__main__":`.
     """
-    shared = rank, world_size, micro_batch_size
-    if data.name in CLASSES:
+    shared, drawn = (rank, world_size, micro_batch_size), data.name in CLASSES
+    idle = FOR_IMAGES if drawn else FOR_DRAWN + ("root",) * (data.name not in NAMED)
+    kind = "drawn" if drawn else "known by name" if data.name in NAMED else "a folder"
+    refuse_idle(data, f"where data.name={data.name!r} is {kind}", *idle)
+    if drawn:
         if augment != AugmentConfig(mix_group=augment.mix_group):
             raise ConfigError(f"data.name={data.name!r} is drawn, and never augmented: leave augment.* alone")
         return SyntheticLoader(data, Sampler(data.train_size, global_batch_size, seed, 1, 1, *shared), device)
@@ -330,5 +345,5 @@ def make_loader(
     group, copies = augment.mix_group if augment.mixup or augment.cutmix else 1, augment.repeated_aug
     sampler = Sampler(len(train_set.labels), global_batch_size, seed, group, copies, *shared)
     area = data.interpolation == "area"
-    transform = TrainTransform(augment, data.image_size, classes, label_smoothing, seed, device, area)
+    transform = TrainTransform(augment, data.shape, classes, label_smoothing, seed, device, area)
     return ImageLoader(*own, train_set, sampler, transform)

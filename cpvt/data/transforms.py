@@ -6,7 +6,7 @@ uint8 between the steps, as in timm, then float32.
 Every draw is a function of (seed, epoch, position), or of (seed, epoch, group) where a group shares it, and made
 on the CPU but for the erasing noise: an image meets the same fate in any micro-batch, process or worker.
 
-Letters: B images, G groups of g images mixed among each other, S side of what the model sees, K classes.
+Letters: B images, G groups of g images mixed among each other, (H, W) what the model sees, K classes.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpvt.config import AugmentConfig
+from cpvt.config import AugmentConfig, Grid, pair
 from cpvt.data.randaugment import draw_policy, fused, parse, rand_augment, send
 from cpvt.errors import ConfigError
 from cpvt.rng import bits, uniform
@@ -41,19 +41,21 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return images.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def centre_resize(images: Sequence[Tensor] | Tensor, side: int, crop_pct: float = 1.0) -> Tensor:
-    """B images (3, h, w) uint8 -> (B, 3, side, side): short side to side / crop_pct, then the centre, with the
-    roundings of torchvision's `Resize` and `CenterCrop`."""
-    short, centres = int(side / crop_pct), []
+def centre_resize(images: Sequence[Tensor] | Tensor, size: int | Grid, crop_pct: float = 1.0) -> Tensor:
+    """B images (3, h, w) uint8 -> (B, 3, *size): resized until they just cover size / crop_pct, then the centre,
+    with the roundings of torchvision's `Resize` and `CenterCrop`. `size`: (H, W), or the side of a square."""
+    (H, W), centres = pair(size), []
+    high, wide = int(H / crop_pct), int(W / crop_pct)
     for part in [images] if isinstance(images, Tensor) else [image[None] for image in images]:
         for axis in (2, 3):  # of a ribbon only the middle, or enlarged it would fill the memory
-            if (most := 32 * min(part.shape[2:])) < part.shape[axis]:
+            if (most := 32 * min(part.shape[2:]) * max(H, W) // min(H, W)) < part.shape[axis]:
                 part = part.narrow(axis, (part.shape[axis] - most) // 2, most)
-        lengths = part.shape[2:]
-        height, width = (int(short * length / min(lengths)) for length in lengths)
-        top, left = round((height - side) / 2), round((width - side) / 2)
-        part = part if lengths == (height, width) else resize(part, (height, width))
-        centres.append(part[:, :, top : top + side, left : left + side])
+        h, w = part.shape[2:]
+        new, old = (high, h) if high * w >= wide * h else (wide, w)  # of the axis that has less to spare
+        height, width = int(new * h / old), int(new * w / old)
+        top, left = round((height - H) / 2), round((width - W) / 2)
+        part = part if (h, w) == (height, width) else resize(part, (height, width))
+        centres.append(part[:, :, top : top + H, left : left + W])
     return torch.cat(centres)
 
 
@@ -137,10 +139,18 @@ def erase_boxes(probability: float, seed: int, epoch: int, positions: Tensor, si
 # --------------------------------------------------------------------------- normalise, erase
 
 
-def normalise(images: Tensor) -> Tensor:
-    """(B, 3, height, width) in [0, 1] -> the same, less ImageNet's mean, divided by its deviation."""
-    mean, std = (images.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+def normalise(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """(B, 3, height, width) in [0, 1] -> the same, less the mean (ImageNet's), divided by the deviation."""
+    mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
     return (images - mean) / std
+
+
+def renormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, 3, height, width), normalised by ImageNet's -> the same, normalised by others."""
+    if (tuple(mean), tuple(std)) == (MEAN, STD):
+        return images
+    own_mean, own_std = (images.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+    return normalise(images * own_std + own_mean, mean, std)
 
 
 @fused
@@ -239,14 +249,14 @@ class TrainTransform:
     def __init__(
         self,
         config: AugmentConfig,
-        image_size: int,
+        image_size: int | Grid,
         classes: int,
         label_smoothing=0.0,
         seed=0,
         device="cpu",
         area=False,
     ):
-        self.config, self.size, self.classes, self.area = config, (image_size, image_size), classes, area
+        self.config, self.size, self.classes, self.area = config, pair(image_size), classes, area
         self.label_smoothing, self.seed, self.device = label_smoothing, seed, torch.device(device)
         self.notation = parse(config.randaugment) if config.randaugment else None
         self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
@@ -254,7 +264,7 @@ class TrainTransform:
     def __call__(
         self, images: Sequence[Tensor] | Tensor, labels: Tensor, epoch: int, positions: Tensor, groups: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """B images (3, h, w) uint8 on the device, labels (B,) -> (B, 3, S, S) float32 there, and targets.
+        """B images (3, h, w) uint8 on the device, labels (B,) -> (B, 3, H, W) float32 there, and targets.
 
         positions  (B,) int64, CPU: of the images in the stream of the epoch
         groups     (G,) int64, CPU: numbers of the groups in that stream; image i is in group i // g
@@ -278,7 +288,7 @@ class TrainTransform:
         return pixels, targets
 
     def _resize(self, images: Sequence[Tensor] | Tensor, flip: Tensor, where: tuple) -> Tensor:
-        """A random part of each image, or its centre, at the size wanted: a new tensor (B, 3, S, S) uint8."""
+        """A random part of each image, or its centre, at the size wanted: a new tensor (B, 3, H, W) uint8."""
         whole = torch.tensor([image.shape[1:] for image in images])
         if self.area:
             boxes = F.pad(whole, (2, 0))
@@ -291,5 +301,5 @@ class TrainTransform:
             parts = (image[None, :, y : y + h, x : x + w] for image, (y, x, h, w) in crops)
             pixels = torch.cat([resize(part, self.size) for part in parts])
         else:
-            pixels = centre_resize(images, self.size[0])
+            pixels = centre_resize(images, self.size)
         return torch.where(send(flip, self.device)[:, None, None, None], pixels.flip(3), pixels).contiguous()

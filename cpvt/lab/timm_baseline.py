@@ -1,6 +1,6 @@
 """timm's side of each comparison: its model, and its loader with the same recipe.
 
-Letters: B images of a batch, K classes, S side of an image in pixels.
+Letters: B images of a batch, K classes, H, W pixels of an image, down and across.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from timm.data.auto_augment import posterize
 from torch import distributed, nn
 from torch.utils.data import DataLoader
 
-from cpvt.config import AugmentConfig, DataConfig, ModelConfig
+from cpvt.config import AugmentConfig, DataConfig, Grid, ModelConfig, pair
 from cpvt.data.datasets import ImageDataset
 from cpvt.data.loader import Batch, ImageLoader
 from cpvt.data.shards import Shards
@@ -42,13 +42,13 @@ def timm_model(config: ModelConfig) -> nn.Module:
 def timm_loader(
     images: ImageDataset | Shards,
     batch_size: int,
-    image_size: int,
+    image_size: int | Grid,
     augment: AugmentConfig,
     device: str,
     workers: int,
     mixup: FastCollateMixup | None = None,
 ) -> DataLoader:
-    """timm's training loader over the same files; an epoch of (B, 3, S, S) normalised images and their targets.
+    """timm's training loader over the same files; an epoch of (B, 3, H, W) normalised images and their targets.
 
     Pillow decodes and augments in `workers` processes; the device normalises and erases (timm's prefetcher).
     `mixup` is done while a batch is put together, before normalisation and erasing, as in timm's own training
@@ -60,7 +60,7 @@ def timm_loader(
     with _lone_world() if repeats else nullcontext():  # timm repeats images only within a group
         loader = create_loader(
             dataset,
-            (3, image_size, image_size),
+            (3, *pair(image_size)),
             batch_size,
             is_training=True,
             no_aug=not augment.crop,
@@ -149,7 +149,7 @@ class TimmLoader(ImageLoader):
             seeded(self.sampler.seed + start_step)
         requests, size = self.sampler.requests(start_step), self.sampler.global_batch_size // parts
         mixup = timm_mixup(augment, self.transform.label_smoothing, self.num_classes)
-        side, device = self.image_size[0], str(self.device)
-        loader = timm_loader(self.train_set, size, side, augment, device, self.workers)
+        shape, device = self.image_size, str(self.device)
+        loader = timm_loader(self.train_set, size, shape, augment, device, self.workers)
         for batch, request in zip(chain.from_iterable(repeat(loader)), requests, strict=False):
             yield Batch(request, *(mixup(*batch) if mixup else batch))

@@ -83,8 +83,7 @@ def load_weights(model: nn.Module, weights: str | Path | dict, resample: bool | 
     unless `resample` says what its grid was: True for a square one (all of timm's and DeiT's), or (H, W).
     Everything is checked before anything is loaded. Raises UserError.
     """
-    state = weights if isinstance(weights, dict) else _read(Path(weights))
-    (state, average), own = _unwrapped(state, model), model.state_dict()
+    state, own = read_weights(weights, model), model.state_dict()
     if resample and "pos_embed" in state and "pos_embed" in own:
         state = {**state, "pos_embed": resampled(model, state["pos_embed"], resample)}
     own, given = ({key: _shape(value) for key, value in values.items()} for values in (own, state))
@@ -96,11 +95,16 @@ def load_weights(model: nn.Module, weights: str | Path | dict, resample: bool | 
         more += "; resample=True resamples a table" if "pos_embed" in wrong[0] else ""
         raise UserError(f"weights do not fit the model, nothing was loaded: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict(state, strict=True)
-    if average:
-        warnings.warn(
-            f"loaded the running average of the weights, {average!r} of the checkpoint", stacklevel=2
-        )
     return model
+
+
+def read_weights(weights: str | Path | dict, model: nn.Module) -> dict:
+    """A file or a state dict, as `load_weights` takes it -> names, those of the model, and tensors."""
+    state, average = _unwrapped(weights if isinstance(weights, dict) else _read(Path(weights)), model)
+    if average:
+        words = f"the running average of the weights is taken, {average!r} of the checkpoint"
+        warnings.warn(words, stacklevel=3)
+    return state
 
 
 def _read(path: Path) -> dict:

@@ -6,19 +6,26 @@ there before. A checkpoint carries checksums; one whose bytes do not match them 
 
 import fcntl
 import io
+import json
 import os
+import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cpvt.config import TrainConfig, from_json, to_json
-from cpvt.errors import ConfigError
+from cpvt.config import TrainConfig, from_json, replace, to_json
+from cpvt.data.transforms import MEAN, STD
+from cpvt.errors import ConfigError, nearest
 from cpvt.model.vit import VisionTransformer
+from cpvt.model.zoo import MODELS, load_weights, read_weights
+from cpvt.training.optim import freeze
+from cpvt.training.recipes import deit
 
 
 @contextmanager
@@ -60,24 +67,136 @@ def only_run(folder: str | Path) -> Iterator[None]:
         yield
 
 
-def save_model(path: str | Path, model: VisionTransformer, config: TrainConfig) -> None:
-    """Writes weights and configuration as safetensors."""
+class Saved(NamedTuple):
+    """A trained model in evaluation mode, and what it takes to use it."""
+
+    model: VisionTransformer
+    config: TrainConfig
+    classes: tuple[str, ...]  # their names; none where these are not known
+    mean: tuple[float, ...] = MEAN  # of the images that it was trained on
+    std: tuple[float, ...] = STD
+    note: str = ""  # what is worth knowing of these weights
+
+
+def save_model(
+    path: str | Path, model: VisionTransformer, config: TrainConfig, classes: Iterable[str] = ()
+) -> None:
+    """Writes weights, configuration, names of the classes and preprocessing as safetensors."""
     state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    data = {name: getattr(config.data, name) for name in ("crop_pct", "interpolation")}
+    data |= {"image_size": config.model.image_size, "mean": MEAN, "std": STD}
+    about = {"classes": json.dumps([*classes]), "preprocessing": json.dumps(data)}
     with _replacing(Path(path)) as aside:
-        save_file(state, aside, metadata={"config": to_json(config)})
+        save_file(state, aside, metadata={"config": to_json(config), **about})
 
 
 def load_model(path: str | Path) -> tuple[VisionTransformer, TrainConfig]:
-    """-> the model as it was saved, and its configuration. Raises ConfigError for a file that is not one."""
+    """-> the model as it was saved, and its configuration. Raises UserError for a file that is not one."""
+    return load_saved(path)[:2]
+
+
+def load_saved(source: str | Path, weights: str | Path = "") -> Saved:
+    """A model.safetensors, a checkpoint of a run (step-*.pt), or the name of a model and a file of its weights.
+
+    Of a checkpoint the average of the weights is taken, where the run keeps one. Raises UserError.
+    """
+    path = Path(source)
+    if str(source) in MODELS:
+        if not weights:
+            raise ConfigError(f"{source} is the name of a model: give a file, --weights")
+        return _named(str(source), weights)
+    if weights:
+        raise ConfigError(
+            f"{source}, weights={str(weights)!r}: a file has its own weights; give a model's name"
+        )
+    if path.suffix == ".pt":
+        if saved := _from_checkpoint(path):
+            return saved
+        raise ConfigError(f"{path} is no whole checkpoint of a run; give a step-*.pt or model.safetensors")
+    about = _metadata(path)
+    if "config" not in about:
+        words = nearest(str(source), MODELS) if not path.exists() else "it holds no configuration"
+        raise ConfigError(
+            f"{path} cannot be read ({words}); give a model.safetensors or step-*.pt of `cpvt train`"
+        )
+    seen = json.loads(about.get("preprocessing", "{}"))
+    config = from_json(TrainConfig, about["config"])
+    model, norm = (
+        VisionTransformer(config.model),
+        (tuple(seen.get("mean", MEAN)), tuple(seen.get("std", STD))),
+    )
+    return Saved(load_weights(model, path).eval(), config, class_names(path), *norm)
+
+
+def _from_checkpoint(path: Path) -> Saved | None:
+    """None where it is no whole checkpoint of a run."""
+    state = read_state(path)
+    if not state or not {"config", "model", "step", "ema"} <= {*state}:
+        return None
+    config = from_json(TrainConfig, state["config"])
+    model, note = (
+        VisionTransformer(config.model),
+        "the average of the weights" if state["ema"] else "the weights",
+    )
+    freeze(model, config.run.freeze)  # of what is trained there is an average
+    with warnings.catch_warnings(action="ignore"):
+        load_weights(model, state)
+    classes = tuple(state.get("classes", ()))
+    return Saved(model.eval(), config, classes, note=f"{note} after step {state['step']}")
+
+
+def _named(name: str, weights: str | Path) -> Saved:
+    """A model of the zoo, evaluated as in DeiT's recipe; weights from elsewhere."""
+    model = MODELS[name]
+    state = read_weights(weights, VisionTransformer(model))
+    if isinstance(bias := state.get("head.bias"), torch.Tensor):
+        model = replace(model, num_classes=len(bias))
+    loaded = load_weights(VisionTransformer(model), state).eval()
+    return Saved(loaded, TrainConfig(model=model, data=deit(name).data), class_names(weights))
+
+
+def start_from(model: VisionTransformer, path: str | Path, classes: tuple[str, ...]) -> str:
+    """Loads the weights that a run begins with -> what became of the head; nothing where it is the file's, of the
+    same classes. A head for another number of classes, or for others by name, stays as it was drawn. Raises
+    UserError where the rest does not fit."""
+    if saved := _from_checkpoint(Path(path)) if Path(path).suffix == ".pt" else None:
+        state, names = saved.model.state_dict(), saved.classes
+    else:
+        state, names = read_weights(path, model), class_names(path)
+    own = {name: value for name, value in model.state_dict().items() if name.startswith("head")}
+    bias, count = state.get("head.bias"), len(classes)
+    there = len(bias) if isinstance(bias, torch.Tensor) else 0
+    apart = first_difference(names, classes) if there == count else f"{there} classes there, {count} here"
+    if apart:
+        state = {name: value for name, value in state.items() if not str(name).startswith("head")} | own
+    load_weights(model, state, resample=True)
+    if apart:
+        return f"run.init={str(path)!r}: a new head is drawn ({apart})"
+    return (
+        "" if names else f"run.init={str(path)!r}: its head is kept; the names of its classes are not known"
+    )
+
+
+def first_difference(there: Sequence[str], here: Sequence[str]) -> str:
+    """The first class that has another name, in words; nothing where there is none, or names are not known."""
+    pairs = enumerate(zip(there, here, strict=False))
+    return next((f"class {i} is {a!r} there, {b!r} here" for i, (a, b) in pairs if a != b), "")
+
+
+def class_names(path: str | Path) -> tuple[str, ...]:
+    """The names of a model's classes, as `save_model` writes them; none where the file does not tell."""
+    return tuple(json.loads(_metadata(Path(path)).get("classes", "[]")))
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing for other files. Raises ConfigError."""
+    if path.suffix != ".safetensors":
+        return {}
     try:
         with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            config = from_json(TrainConfig, (file.metadata() or {}).get("config", ""))
-    except (SafetensorError, OSError, ConfigError) as error:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); give a model of `cpvt train`") from None
-    model = VisionTransformer(config.model)
-    model.load_state_dict(state)
-    return model.eval(), config
 
 
 class Checkpoints:
@@ -111,13 +230,7 @@ class Checkpoints:
 
     def read(self, step: int) -> dict | None:
         """-> the state after `step` steps; None where it is not there, or not whole."""
-        try:
-            with zipfile.ZipFile(self._path(step)) as archive:
-                if archive.testzip():  # the checksums, which torch.save writes and torch.load ignores
-                    return None
-            return torch.load(self._path(step), map_location="cpu", weights_only=True)
-        except Exception:  # a byte in the wrong place can raise anything
-            return None
+        return read_state(self._path(step))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:09d}.pt"
@@ -125,6 +238,17 @@ class Checkpoints:
     def _found(self) -> list[Path]:
         """The newest first."""
         return sorted(self.folder.glob("step-*.pt"), reverse=True)
+
+
+def read_state(path: Path) -> dict | None:
+    """A checkpoint -> what was saved; None where it is not there, or not whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # the checksums, which torch.save writes and torch.load ignores
+                return None
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a byte in the wrong place can raise anything
+        return None
 
 
 def changed(one: TrainConfig, other: TrainConfig) -> dict[str, tuple]:

@@ -22,6 +22,21 @@ def param_groups(model: nn.Module, weight_decay: float, decay_pegs: bool = True)
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=free)
 
 
+def freeze(model: nn.Module, blocks: int) -> None:
+    """The first `blocks` blocks, what the encoding does behind them, and all that stands before them are not
+    trained, tables that blocks share among it; -1: nothing but the head is."""
+    if blocks:
+        from timm.models import group_parameters
+
+        layer = group_parameters(
+            model, model.group_matcher(), reverse=True
+        )  # 0: before block 0; i + 1: block i
+        for name, parameter in model.named_parameters():
+            before_head = not name.startswith("head")
+            if before_head and (blocks < 0 or (layer[name] <= blocks and not name.startswith("norm."))):
+                parameter.requires_grad_(False)
+
+
 def learning_rate(step: int, optim: OptimConfig) -> float:
     """Linear over the warm-up up to the peak, then a cosine to the final rate, counted from step 0."""
     if step < optim.warmup_steps:
@@ -34,7 +49,8 @@ def resolve(config: TrainConfig, epoch_steps: int) -> TrainConfig:
     """The configuration with epochs turned into steps, a half-life into a decay, and the learning rate scaled."""
     optim = config.optim
     if optim.epochs:
-        steps = {"steps": optim.epochs * epoch_steps, "warmup_steps": optim.warmup_epochs * epoch_steps}
+        warmup = optim.warmup_epochs * epoch_steps or optim.warmup_steps
+        steps = {"steps": optim.epochs * epoch_steps, "warmup_steps": warmup}
         optim = replace(optim, **steps, epochs=0, warmup_epochs=0)
     if optim.scale_lr:
         optim = replace(optim, lr=optim.lr * optim.global_batch_size / 512, scale_lr=False)

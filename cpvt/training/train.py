@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +19,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cpvt.config import TrainConfig, from_json, replace, to_json
 from cpvt.data.loader import make_loader
-from cpvt.errors import ConfigError, TrainingError
+from cpvt.errors import ConfigError, DataError, TrainingError
 from cpvt.model.vit import VisionTransformer
-from cpvt.model.zoo import load_weights
 from cpvt.rng import uniform
-from cpvt.training.checkpoint import Checkpoints, differences, only_run, save_model
+from cpvt.training.checkpoint import Checkpoints, differences, only_run, save_model, start_from
 from cpvt.training.distributed import World, join_world, pick_device
 from cpvt.training.evaluate import accuracy, autocast
 from cpvt.training.logger import Logger, describe
 from cpvt.training.loss import TrainingLoss, load_teacher
-from cpvt.training.optim import EMA, SkipCounter, learning_rate, param_groups, resolve
+from cpvt.training.optim import EMA, SkipCounter, freeze, learning_rate, param_groups, resolve
 
 
 @dataclass
@@ -52,7 +51,9 @@ class Trainer:
     Order and learning rate are functions of the step, so that `state` is all that a checkpoint has to hold.
     """
 
-    def __init__(self, config: TrainConfig, world: World, make=make_loader, report=None, announce=None):
+    def __init__(
+        self, config: TrainConfig, world: World, make=make_loader, report=None, announce=None, given=()
+    ):
         """The arguments are those of `train`."""
         self.world, run = world, config.run
         if run.deterministic:
@@ -64,18 +65,20 @@ class Trainer:
         options |= {"seed": run.seed, "augment": config.augment, "device": world.device}
         options |= {"rank": world.rank, "world_size": world.size}
         self.loader = world.main_first(lambda: make(config.data, **options))
-        found = {"num_classes": self.loader.num_classes, "image_size": self.loader.image_size}
-        settled = replace(config, model=replace(config.model, **found))
-        self.config = config = resolve(settled, self.loader.sampler.steps_per_epoch)
-        optim = config.optim
+        config, classes = _settled(config, self.loader, given), self.loader.classes
+        self.config, optim, said = config, config.optim, []
+        if optim.warmup_steps > optim.steps:
+            said.append(f"warm-up of {optim.warmup_steps} steps, longer than the run of {optim.steps}")
+            if {"optim.warmup_steps", "optim.warmup_epochs"} & {*given}:
+                raise ConfigError(f"{said[0]}: the learning rate would never be reached; shorten it")
         teacher = world.main_first(lambda: load_teacher(config.distill, config.model, world.device))
         world.connect()
 
         self.model = VisionTransformer(config.model)
         self.model.draw(run.seed)
         self.model.to(world.device, torch.float64 if run.precision == "fp64" else torch.float32)
-        if run.init:
-            load_weights(self.model, run.init, resample=True)
+        began = start_from(self.model, run.init, classes) if run.init else ""
+        freeze(self.model, run.freeze)
         self.loss = TrainingLoss(optim.label_smoothing, config.distill.alpha, teacher)
         groups = param_groups(self.model, optim.weight_decay, optim.decay_pegs)
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, fused=True)
@@ -99,9 +102,12 @@ class Trainer:
                 block.compile()
         self.forward = world.wrap(self.model)
         if announce and world.is_main:
-            announce(describe(config, self.model, self.loader, world))
+            said += [began] if began and not self.step else []
+            announce("\n".join([describe(config, self.model, self.loader, world), *said]))
         shown = report, bool(announce)
         self.logger = world.main_first(lambda: Logger(config, self.step, self.log, world, *shown))
+        if began and not (announce or self.step):
+            notes.append(began)
         for note in notes:
             self.logger.note(self.step, note)
 
@@ -118,6 +124,8 @@ class Trainer:
         found = differences(self.config, from_json(TrainConfig, saved["config"]), self.loader.fingerprint)
         if saved["fingerprint"] != self.loader.fingerprint:
             found.append("data: other training images there than here")
+        if saved.get("teacher", self.loss.sha256) != self.loss.sha256:
+            found.append("distill: other weights of the teacher there than here")
         if found:
             raise ConfigError(f"{out} holds another run ({'; '.join(found)}): give another folder")
         self.model.load_state_dict(saved["model"])
@@ -134,6 +142,7 @@ class Trainer:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"step": self.step, "log": self.log, "losses": torch.stack([*self.losses])}
         state |= {"skips": self.skips.counts, "ema": self.ema.average if self.ema else []}
+        state |= {"classes": [*self.loader.classes], "teacher": self.loss.sha256}
         return state | {"config": to_json(self.config), "fingerprint": self.loader.fingerprint}
 
     def save(self) -> None:
@@ -165,6 +174,17 @@ class Trainer:
         limit = self.config.optim.stop_loss
         good = limit and len(self.losses) >= 20 and self.mean_loss(20) < limit
         return bool(good) or self.step >= self.config.optim.steps
+
+
+def _settled(config: TrainConfig, loader, given: Collection[str]) -> TrainConfig:
+    """The configuration with the classes and size of the data, in steps. Raises UserError where `given` differ."""
+    if loader.num_classes < 2:
+        raise DataError(f"data.name={config.data.name!r}: one class, nothing to learn; give two or more")
+    found = {"num_classes": loader.num_classes, "image_size": loader.image_size}
+    for name, there in found.items():
+        if f"model.{name}" in given and (asked := getattr(config.model, name)) != there:
+            raise ConfigError(f"model.{name}={asked}, but the data has {there}: leave it out")
+    return resolve(replace(config, model=replace(config.model, **found)), loader.sampler.steps_per_epoch)
 
 
 def drop_path_scale(model: VisionTransformer, epoch: int, positions: Tensor, seed: int, like: Tensor):
@@ -249,18 +269,20 @@ def train(
     report: Callable[[dict], None] | None = None,
     announce: Callable[[str], None] | None = None,
     make_loader: Callable = make_loader,
+    given: Collection[str] = (),
 ) -> TrainingRun:
     """Trains as configured and evaluates on the held-out split; goes on where a run in `run.out` stopped.
 
     The model's classes and image size are taken from the data. `report` is called with each log entry, `announce`
-    with what the run will do, before it does it, `make_loader` for other batches than the package's own.
+    with what the run will do, before it does it, `make_loader` for other batches than the package's own. `given`
+    are options, as "model.num_classes", that a user has asked for: where the data is otherwise, that is refused.
     Under torchrun all processes call it alike. Raises ConfigError or DataError before the first step, where the
     configuration cannot be run, and TrainingError after `optim.skip_limit` steps in a row that are not finite.
     """
     started = time.perf_counter()
     device = pick_device(config.run.device)
     with join_world(device) as world, only_run(config.run.out if world.is_main else ""):
-        trainer = Trainer(config, world, make_loader, report, announce)
+        trainer = Trainer(config, world, make_loader, report, announce, given)
         model, config, logger = trainer.model, trainer.config, trainer.logger
         run = TrainingRun(model, config, fingerprint=trainer.loader.fingerprint)
         with closing(logger):
@@ -280,8 +302,9 @@ def train(
             logger.entry({"step": run.steps, **run.metrics, "faults": run.faults, "seconds": run.seconds})
         if config.run.out and world.is_main:
             folder = Path(config.run.out)
-            save_model(folder / "model.safetensors", model, config)
+            classes = trainer.loader.classes
+            save_model(folder / "model.safetensors", model, config, classes)
             if trainer.ema:
                 with trainer.ema.in_place():
-                    save_model(folder / "model_ema.safetensors", model, config)
+                    save_model(folder / "model_ema.safetensors", model, config, classes)
         return run

@@ -1,0 +1,226 @@
+"""What becomes of a trained model: other classes, other sizes, a part of it trained; scores; predictions."""
+
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from encoded import put
+from helpers import draw_images, small_run
+from models import assert_refused
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from cpvt import cli, create_model
+from cpvt.config import TrainConfig, replace, to_json
+from cpvt.data.loader import make_loader
+from cpvt.data.transforms import normalise
+from cpvt.training.checkpoint import Checkpoints, load_saved
+from cpvt.training.distributed import World
+from cpvt.training.evaluate import accuracy
+from cpvt.training.predict import as_evaluated, predict
+from cpvt.training.train import Trainer, train
+
+NAMES = ("n00000000", "n00000001", "n00000002")
+
+
+def configured(root: Path, out="", **changes) -> TrainConfig:
+    config = small_run(root, str(out), **{"steps": 2, **changes})
+    return replace(config, model=replace(config.model, encoding="learned + peg(positions=(-1, 0))"))
+
+
+@pytest.fixture(scope="module")
+def trained(image_folder, tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(configured(image_folder, out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def others(image_folder, tmp_path_factory) -> dict[int, Path]:
+    """Folders of images: two classes; three with other names than those of `image_folder`."""
+    root = tmp_path_factory.mktemp("others")
+    draw_images(root / "two", train=8, val=4, classes=2)
+    shutil.copytree(image_folder, root / "three")
+    for split in ("train", "val"):
+        (root / "three" / split / NAMES[1]).rename(root / "three" / split / "n00000001b")
+    return {2: root / "two", 3: root / "three"}
+
+
+def started(root: Path, file: Path, **changes) -> tuple[Trainer, str]:
+    """A run before its first step, and what it says."""
+    said = []
+    config = configured(root, init=str(file), **changes)
+    trainer = Trainer(
+        replace(config, augment=replace(config.augment, repeated_aug=1)), World(), announce=said.append
+    )
+    return trainer, said[0]
+
+
+def test_other_classes_get_a_new_head_and_the_body_stays(trained, others, image_folder, tmp_path):
+    file = trained / "model.safetensors"
+    kept = load_file(file)
+    save_file(kept, nameless := tmp_path / "nameless.safetensors")
+    headless = {name: value for name, value in kept.items() if not name.startswith("head")}
+    torch.save({"state_dict": headless}, tmp_path / "headless.pth")
+    for root, source, words, new in (
+        (image_folder, file, "", False),
+        (others[2], file, "a new head is drawn (3 classes there, 2 here)", True),
+        (others[3], file, "a new head is drawn (class 1 is 'n00000001' there, 'n00000001b' here)", True),
+        (others[3], nameless, "the names of its classes are not known", False),
+        (image_folder, tmp_path / "headless.pth", "a new head is drawn (0 classes there, 3 here)", True),
+    ):
+        trainer, said = started(root, source)
+        assert words in said and (" head " in said) == bool(words), said
+        state = trainer.model.state_dict()
+        for name, value in kept.items():
+            same = state[name].shape == value.shape and torch.equal(state[name], value)
+            assert same != (new and name.startswith("head")), (words, name)
+    config = configured(image_folder, init=str(file))
+    body = replace(config, model=replace(config.model, width=24))
+    assert_refused(["do not fit", "pos_embed has 1x17x16, expected 1x17x24"], train, body)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "trains"),
+    [
+        (0, {"pos_embed", "cls_token", "patch_embed", "encoding.peg.-1", "encoding.peg.0", "blocks.0"}),
+        (1, {"blocks.1", "norm", "head"}),
+        (-1, {"head"}),
+    ],
+)
+def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(
+    trained, image_folder, tmp_path, blocks, trains
+):
+    """Weights and average; and a run that is cut and goes on ends as one that is not."""
+    kept, options = (
+        load_file(trained / "model.safetensors"),
+        {"freeze": blocks, "lr": 1e-2, "warmup_steps": 0},
+    )
+    options |= {"init": str(trained / "model.safetensors"), "steps": 4, "save_every": 2}
+    runs = [configured(image_folder, tmp_path / name, **options) for name in ("whole", "cut")]
+    run = train(runs[0])
+    changed = {name for name, value in run.model.state_dict().items() if not torch.equal(value, kept[name])}
+    assert {n for n in trains if not any(name.startswith(n) for name in changed)} == set()
+    if blocks:
+        assert all(name.startswith(tuple(trains)) for name in changed), changed
+        assert {name for name, p in run.model.named_parameters() if p.requires_grad} == changed
+    average = load_file(tmp_path / "whole" / "model_ema.safetensors")
+    assert {name for name, value in average.items() if not torch.equal(value, kept[name])} == changed
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "whole" / "checkpoints" / "step-000000002.pt", tmp_path / "cut" / "checkpoints")
+    assert train(runs[1]).metrics == run.metrics
+    one, two = (Checkpoints(Path(c.run.out) / "checkpoints").read(4) for c in runs)
+    for part in ("model", "ema"):
+        torch.testing.assert_close(one[part], two[part], rtol=0, atol=0)
+    assert_refused(["run.freeze=3", "model.depth=2"], replace, runs[0], run=replace(runs[0].run, freeze=3))
+
+
+@pytest.mark.parametrize("store", ["files", "memory"])
+def test_images_that_are_no_squares(image_folder, tmp_path, store):
+    """With every part of the recipe, in training and in evaluation; the JSON tells both sides."""
+    config = configured(image_folder, tmp_path, store=store)
+    config = replace(config, data=replace(config.data, image_size=(16, 24)))
+    run = train(config)
+    assert run.model.config.image_size == (16, 24) and run.metrics["images"] == 21
+    assert '"image_size": [16, 24], "store"' in to_json(config) and '"image_size": 16,' in to_json(
+        replace(config, data=replace(config.data, image_size=(16, 16)))
+    )
+    loader = make_loader(config.data, seed=0, global_batch_size=8, augment=config.augment)
+    assert loader.batch(0)[0].shape == (8, 3, 16, 24)
+    scores = accuracy(load_saved(tmp_path / "model.safetensors").model, loader.eval_batches())
+    assert scores == {name: run.metrics[name] for name in scores}
+
+
+def call(*arguments, capsys) -> tuple[int, str, str]:
+    status = 0
+    try:
+        cli.main([*map(str, arguments)])
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def test_evaluation_of_whatever_holds_a_model(trained, others, image_folder, tmp_path, capsys):
+    """A model, its average, a checkpoint in mid-run, a file without names and preprocessing."""
+    kept = load_file(trained / "model.safetensors")
+    _, config, *_ = load_saved(trained / "model.safetensors")
+    save_file(kept, old := tmp_path / "old.safetensors", metadata={"config": to_json(config)})
+    scores = {}
+    for name, file in {
+        "model": trained / "model.safetensors",
+        "average": trained / "model_ema.safetensors",
+        "checkpoint": trained / "checkpoints" / "step-000000002.pt",
+        "old": old,
+    }.items():
+        status, out, err = call("evaluate", file, "--sizes", 16, "16x24", "--device", "cpu", capsys=capsys)
+        assert not status and [line.split()[1] for line in out.splitlines()[-2:]] == ["16x16", "16x24"], err
+        scores[name] = out.splitlines()[-2:]
+        assert ("the average of the weights after step 2" in out) == (name == "checkpoint")
+    assert scores["model"] == scores["old"] and scores["average"] == scores["checkpoint"]
+    given = load_saved(trained / "checkpoints" / "step-000000002.pt")
+    torch.testing.assert_close(
+        given.model.state_dict(), load_file(trained / "model_ema.safetensors"), rtol=0, atol=0
+    )
+    assert given.classes == load_saved(trained / "model.safetensors").classes == NAMES
+    refused = [
+        (
+            trained / "model.safetensors",
+            ["--data", others[3]],
+            "class 1 is 'n00000001' there, 'n00000001b' here",
+        ),
+        (trained / "model.safetensors", ["--data", others[2]], "has 2 classes, the model 3"),
+        (trained / "model.safetensors", ["--data", "where"], "trained on"),
+        (trained / "model.safetensors", ["--sizes", "16y24"], "'16y24'"),
+        (trained / "model.safetensors", ["--sizes", "17"], "multiples of 4"),
+        (trained / "model.safetensors", ["--weights", old], "its own weights"),
+        (trained / "model.safetensors", ["--root", tmp_path], "data.root="),
+        (trained / "log.jsonl", [], "model.safetensors or step-*.pt"),
+        ("deit_tny", [], "did you mean deit_tiny"),
+        ("deit_tiny", ["--data", image_folder], "--weights"),
+        ("deit_tiny", ["--weights", old], "give --data"),
+    ]
+    for source, options, words in refused:
+        status, out, err = call("evaluate", source, *options, "--device", "cpu", capsys=capsys)
+        assert status == 2 and words in err and err.count("\n") == 1, (words, err)
+
+
+def test_evaluation_of_a_name_with_weights(image_folder, tmp_path, capsys):
+    torch.save({"model": create_model("deit_tiny", num_classes=3).state_dict()}, tmp_path / "w.pth")
+    named = ("deit_tiny", "--weights", tmp_path / "w.pth", "--data", image_folder, "--sizes", "224x224")
+    status, out, err = call("evaluate", *named, "--device", "cpu", capsys=capsys)
+    assert not status and "folder 224x224  top1" in out and "images 21" in out, err
+
+
+def test_prediction_by_name_and_what_was_looked_at(trained, image_folder, tmp_path, capsys):
+    file, images = trained / "model.safetensors", sorted(image_folder.rglob("val/*1/*.jpg"))[:2]
+    put(tmp_path / "broken.png", b"no image")
+    options = ("--model", file, "--attention", tmp_path / "seen.png", "--device", "cpu")
+    status, out, err = call("predict", images[0], tmp_path / "broken.png", images[1], *options, capsys=capsys)
+    assert status == 2 and err.count("\n") == 1 and "broken.png cannot be read" in err
+    lines, saved = out.splitlines(), load_saved(file)
+    loader = make_loader(saved.config.data, seed=0, train=False)
+    shown = next(loader.eval_batches())[0][7:9]  # of class 1
+    with torch.no_grad():
+        expected = saved.model(shown).softmax(-1)
+    for path, line, probabilities in zip(images, lines, expected, strict=False):
+        order = probabilities.argsort(descending=True)
+        assert line == f"{path}  " + ", ".join(f"{NAMES[i]} {probabilities[i]:.1%}" for i in order)
+        pixels = as_evaluated(saved, path)
+        torch.testing.assert_close(normalise(pixels[None].float() / 255)[0], shown[images.index(path)])
+        assert float(predict(saved, pixels)[1].sum()) < 1  # the class token reads from itself, too
+    assert Image.open(tmp_path / "seen.png").size == (32, 32)
+    assert (
+        numpy.array(Image.open(tmp_path / "seen.png"))[:16, :16].tolist()
+        == as_evaluated(saved, images[0]).permute(1, 2, 0).tolist()
+    )
+    for wrong, words in (
+        ((*images, "--model", image_folder), "cannot be read"),
+        ((*images, "--model", file, "--top", 0), "--top 1"),
+        ((*images, "--model", file, "--attention", "seen"), "NAME.png"),
+        (("--model", file), "one image"),
+    ):
+        status, out, err = call("predict", *wrong, "--device", "cpu", capsys=capsys)
+        assert status == 2 and words in err and not out, (words, err)
