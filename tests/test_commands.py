@@ -84,7 +84,7 @@ def test_a_stopped_run_asks_to_be_called_again(monkeypatch, capsys):
 def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(monkeypatch):
     monkeypatch.setenv("HOME", "/h")
     with mock.patch("cpvt.training.train.train", side_effect=Understood) as work, pytest.raises(Understood):
-        cli.main(["train", "--data=~/x", "--run.out", "~/y~", "--distill.weights=~"])
+        cli.main(["train", "--data=~/x", "--run.out", "~/y~", "--distill.weights=~", "--distill.teacher=x"])
     config = work.call_args.args[0]
     assert (config.data.name, config.run.out, config.distill.weights) == ("/h/x", "/h/y~", "/h")
     assert RunConfig(out="~/y", init="~").out == "/h/y" and not RunConfig().out

@@ -215,7 +215,7 @@ REAL = "--data {folder} --data.image-size 16 --model.patch-size 4 --model.width 
         ("--data what --data.image-size 32", "data.image_size=32: no effect"),
         ("--data what --data.limit 32", "data.limit=32: no effect"),
         ("--data what --model.num-classes 4 --model.patch-size 1", "model.num_classes=4, but the data has 2"),
-        ("--data {one}", "one class, nothing to learn"),
+        ("--data {one} --optim.global-batch-size 8", "one class, nothing to learn"),
     ],
 )
 def test_what_is_given_acts_or_is_refused(options, words, image_folder, tmp_path, capsys):
