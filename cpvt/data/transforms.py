@@ -17,9 +17,10 @@ import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from cpvt.config import AugmentConfig
-from cpvt.data.randaugment import draw_policy, fused, parse, rand_augment, send
+from cpvt.data.randaugment import at_once, draw_policy, fused, parse, rand_augment, send
 from cpvt.errors import ConfigError
 from cpvt.rng import bits, uniform
 
@@ -143,9 +144,19 @@ def normalise(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-@fused
 def _normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 -> the same as `normalise(images.float() / 255)`, in place after the first step."""
+    """uint8 -> the same as `normalise(images.float() / 255)`."""
+    if images.is_cuda:
+        return _normalised_at_once(images, mean, std)
+    # In a worker process this is memory that it shares with the main process: no batch is copied there.
+    made = default_collate([torch.zeros(()).expand(images.shape[1:])] * len(images))
+    for old, new in zip(*(each.split(at_once(images)) for each in (images, made)), strict=True):
+        new.copy_(old).div_(255).sub_(mean).div_(std)
+    return made
+
+
+@fused
+def _normalised_at_once(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
@@ -197,8 +208,22 @@ def draw_mix(config: AugmentConfig, seed: int, epoch: int, groups: Tensor, size:
 
 
 def mix_images(images: Tensor, mix: Mix) -> Tensor:
-    """(B, C, H, W) float -> the same shape, mixed within each group of B / G."""
-    return _mix(images, *(send(part, images.device) for part in mix))
+    """(B, C, H, W) float -> the same shape, mixed within each group of B / G; on a CPU in place, pair by pair."""
+    if images.is_cuda:
+        return _mix(images, *(send(part, images.device) for part in mix))
+    for group, share, cut, box in zip(images.unflatten(0, (len(mix.share), -1)), *mix, strict=True):
+        own, other, (top, bottom, left, right) = share.to(images.dtype), (1 - share).to(images.dtype), box.tolist()
+        for i in range(len(group) // 2):
+            one, two = group[i], group[-1 - i]
+            if cut:
+                one, two = (image[:, top:bottom, left:right] for image in (one, two))
+                mixed = two.clone()
+                two.copy_(one)
+            else:
+                mixed = (one * own).add_(two * other)
+                two.mul_(own).add_(one.mul_(other))
+            one.copy_(mixed)
+    return images
 
 
 @fused
@@ -292,4 +317,5 @@ class TrainTransform:
             pixels = torch.cat([resize(part, self.size) for part in parts])
         else:
             pixels = centre_resize(images, self.size[0])
-        return torch.where(send(flip, self.device)[:, None, None, None], pixels.flip(3), pixels).contiguous()
+        mirrored = send(flip.nonzero()[:, 0], self.device)
+        return pixels.index_copy_(0, mirrored, pixels.index_select(0, mirrored).flip(3)).contiguous()
