@@ -210,7 +210,7 @@ def move(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
     return (_move_at_once if images.is_cuda else _move_in_pieces)(images, across, down)
 
 
-def _move_at_once(images: Tensor, across: tuple, down: tuple | None) -> Tensor:
+def _move_at_once(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
     height, width = images.shape[2:]
     y, x = (torch.arange(n, device=images.device, dtype=torch.float64) + 0.5 for n in (height, width))
     factors = *across, *(down or (0, 1, 0))
@@ -229,7 +229,7 @@ def _move_at_once(images: Tensor, across: tuple, down: tuple | None) -> Tensor:
     return torch.stack([torch.where(inside, channel, fill) for channel, fill in channels], dim=1)
 
 
-def _move_in_pieces(images: Tensor, across: tuple, down: tuple | None) -> Tensor:
+def _move_in_pieces(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
     """The same to the bit, for a CPU: four bytes a pixel, no more pixels at a time than its cache holds."""
     n, _, height, width = images.shape
     wide, high = width + 4, height + 4  # with two more pixels on each side no tap lies outside
@@ -302,7 +302,7 @@ def _along(packed: Tensor, row: Tensor, column: Tensor, part: Tensor) -> Tensor:
 def _cubic(before: Tensor, low: Tensor, high: Tensor, after: Tensor, part: Tensor) -> Tensor:
     """The cubic through four neighbours at `part` (0 to 1) of the way from `low` to `high`; a = -1."""
     rest = before - low
-    bend = (after - high).sub_(rest).mul_(part)  # in place, as what follows: on a CPU new memory is what costs
+    bend = (after - high).sub_(rest).mul_(part)  # in place: on a CPU new memory costs more than a sum
     bend = rest.mul_(2).add_(high).sub_(after).add_(bend).mul_(part).add_(high - before)
     return bend.mul_(part).add_(low)
 

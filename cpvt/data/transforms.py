@@ -212,7 +212,8 @@ def mix_images(images: Tensor, mix: Mix) -> Tensor:
     if images.is_cuda:
         return _mix(images, *(send(part, images.device) for part in mix))
     for group, share, cut, box in zip(images.unflatten(0, (len(mix.share), -1)), *mix, strict=True):
-        own, other, (top, bottom, left, right) = share.to(images.dtype), (1 - share).to(images.dtype), box.tolist()
+        own, other = share.to(images.dtype), (1 - share).to(images.dtype)
+        top, bottom, left, right = box.tolist()
         for i in range(len(group) // 2):
             one, two = group[i], group[-1 - i]
             if cut:
