@@ -2,7 +2,11 @@
 
 import importlib.abc
 import importlib.util
+import os
 import sys
+
+# Threads of OpenMP that spin while they wait take the cores from whatever else runs. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
     "ModelConfig": "cpvt.config",

@@ -1,7 +1,7 @@
 """The command line: cpvt train | evaluate | predict | pack | experiments | benchmark.
 
 Options are fields of dataclasses, most of them of `cpvt.config`. What a command needs is imported when it runs:
-help is there at once, and OpenMP is told how to wait before torch is loaded.
+help is there at once.
 """
 
 import errno
@@ -287,8 +287,6 @@ COMMANDS |= {"experiments": Experiments, "benchmark": _benchmark}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status 0; 2 for wrong input, after a line on stderr that says what was wrong."""
-    # Threads of OpenMP that spin while they wait take the cores from whatever else runs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print("usage: cpvt COMMAND [options]   (cpvt COMMAND --help says more)\n")

@@ -55,6 +55,20 @@ def test_any_step_in_any_order_and_cut_in_any_way(image_folder, store, workers):
         assert same(one, other)
 
 
+@pytest.mark.parametrize("store", ["memory", "files"])
+def test_a_cpu_finishes_batches_in_one_thread_and_gives_the_others_back(image_folder, store):
+    """Threads would wait for each other at each of many small operations, and take the cores from readers."""
+    loader, threads, seen = opened(small_run(image_folder, store=store)), torch.get_num_threads(), []
+    finish = loader.transform
+    loader.transform = lambda *batch: (seen.append(torch.get_num_threads()), finish(*batch))[1]
+    torch.set_num_threads(3)
+    try:
+        next(loader.train_batches())
+        assert seen == [1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_memory_and_files_hold_the_same_images(tiny_imagenet):
     """At the stored size both ways must give the same batches."""
     config = small_run(tiny_imagenet / "tiny-imagenet-200")

@@ -21,6 +21,7 @@ from cpvt.data.transforms import (
     MEAN,
     STD,
     TrainTransform,
+    _mix,
     beta,
     centre_resize,
     crop_boxes,
@@ -215,6 +216,7 @@ def test_mixing_is_timms(monkeypatch, config):
     labels = torch.randint(classes, (count * group,), generator=dice)
     mix = draw_mix(config, 7, 2, numbers, size)
     made = mix_images(images.clone(), mix), mix_labels(labels, classes, 0.1, mix.share)
+    assert torch.equal(_mix(images, *mix), made[0])  # as a GPU does it
     assert set(mix.cut.tolist()) == {bool(config.cutmix), not config.mixup}
     numpys = timm_mixup.np.random
     for i, number in enumerate(numbers.tolist()):
@@ -266,6 +268,14 @@ def test_the_numbers_stay_what_they_are():
     assert float(pixels.double().sum()) == pytest.approx(15182.1028, abs=1e-3)
     assert pixels[3, 1, 5, 7:10].tolist() == pytest.approx([-1.0028, -1.4405, -0.8452], abs=1e-4)
     assert targets[5, 4:8].tolist() == pytest.approx([0.01, 0.2472, 0.6728, 0.01], abs=1e-4)
+
+
+def test_a_worker_makes_a_batch_in_the_memory_that_it_shares(monkeypatch):
+    """Or it would be copied there, on its way to the main process."""
+    config = AugmentConfig(**DEIT, mix_group=4)
+    assert not run(config, noise(4))[0].is_shared()
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker's")
+    assert run(config, noise(4))[0].is_shared()
 
 
 def test_a_batch_is_its_micro_batches():

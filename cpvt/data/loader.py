@@ -238,7 +238,8 @@ class ImageLoader(Loader):
 
     def _batches(self, images: Images, requests: Iterable[Request], finish, workers: int) -> Iterator[Batch]:
         """`finish`: decoded images -> Batch."""
-        cuda = self.device.type == "cuda"
+        if not (cuda := self.device.type == "cuda"):
+            finish = partial(_in_one_thread, finish)
         if isinstance(images, ImageTensors):
             batches = (finish(_picked(images, request)) for request in requests)
         else:
@@ -262,6 +263,16 @@ def _picked(images: ImageTensors, request: Request) -> Batch:
 
 def _finished(decoder: Decoder, finish: Callable, read: ReadBatch) -> Batch:
     return finish(decoder(read))
+
+
+def _in_one_thread(work: Callable, *given):
+    """Many small operations: threads that wait for each other at each take the cores from whatever else runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return work(*given)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _augmented(transform: TrainTransform, batch: Batch) -> Batch:

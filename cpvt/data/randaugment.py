@@ -32,6 +32,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def at_once(images: Tensor) -> int:
+    """How many of (B, 3, H, W) images are worked on at a time: all on a GPU, on a CPU what its cache holds."""
+    return len(images) if images.is_cuda else max(1, CACHED // images.shape[2:].numel())
+
+
 def fused(function: Callable) -> Callable:
     """The same function, compiled where tensors lie on a GPU: one pass over memory, not one an operation."""
 
@@ -107,9 +112,8 @@ def run_layer(images: Tensor, policy: Policy) -> None:
     counts = torch.bincount(policy.operation + 1, minlength=len(OPERATIONS) + 1).tolist()
     columns = (send(c, images.device) for c in (order, policy.level[order] / LARGEST, policy.sign[order]))
     pieces = (column.split(counts)[1:] for column in columns)  # the first is of the images left alone
-    step = len(images) if images.is_cuda else max(1, CACHED // images.shape[2:].numel())
     for operate, *chosen in zip(OPERATIONS.values(), *pieces, strict=True):
-        for which, level, sign in zip(*(column.split(step) for column in chosen), strict=True):
+        for which, level, sign in zip(*(column.split(at_once(images)) for column in chosen), strict=True):
             if len(which):
                 images.index_copy_(0, which, operate(images.index_select(0, which), level, sign))
 
@@ -170,7 +174,7 @@ def _factor(level: Tensor, sign: Tensor) -> Tensor:
 
 def _blend(low: Tensor | float, high: Tensor, factor: Tensor) -> Tensor:
     """PIL's blend of float32 values 0 to 255: the fraction is cut off, not rounded."""
-    return (low + factor * (high - low)).clamp(0, 255).to(torch.uint8)
+    return (factor * (high - low)).add_(low).clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -203,6 +207,10 @@ def sharpen(images: Tensor, factor: Tensor) -> Tensor:
 def move(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
     """Pixel (x, y) of the result is read at a x + b y + c, in pixels, with (a, b, c) of `across` and of `down`:
     numbers, or (n,) float64 each. `down` None: in its own row."""
+    return (_move_at_once if images.is_cuda else _move_in_pieces)(images, across, down)
+
+
+def _move_at_once(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
     height, width = images.shape[2:]
     y, x = (torch.arange(n, device=images.device, dtype=torch.float64) + 0.5 for n in (height, width))
     factors = *across, *(down or (0, 1, 0))
@@ -219,6 +227,45 @@ def move(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
         value = cubic(*taps, dy)
     channels = zip(value.clamp(0, 255).to(torch.uint8).unbind(1), FILL, strict=True)
     return torch.stack([torch.where(inside, channel, fill) for channel, fill in channels], dim=1)
+
+
+def _move_in_pieces(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
+    """The same to the bit, for a CPU: four bytes a pixel, no more pixels at a time than its cache holds."""
+    n, _, height, width = images.shape
+    wide, high = width + 4, height + 4  # with two more pixels on each side no tap lies outside
+    packed, moved = (torch.empty(n, *size, dtype=torch.int32) for size in ((high, wide), (height, width)))
+    packed[:, 2:-2, 2:-2] = _pack(images)
+    for axis, end in ((1, high - 2), (2, wide - 2)):
+        packed.narrow(axis, 0, 2).copy_(packed.narrow(axis, 2, 1))
+        packed.narrow(axis, end, 2).copy_(packed.narrow(axis, end - 1, 1))
+    y, x = (torch.arange(size, dtype=torch.float64) + 0.5 for size in (height, width))
+
+    def place(a, b, c, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, c = (v[:, None, None] if isinstance(v, Tensor) else v for v in (a, b, c))
+        at = a * x + b * y[:, None] + c
+        outside = (at < 0).logical_or_(at >= length)
+        before = at.sub_(0.5).floor()
+        return outside, at.sub_(before).float().flatten(), before.clamp_(-1, length - 1)
+
+    outside, dx, index = place(*across, width)
+    row = (y - 0.5)[:, None]
+    if down:
+        beyond, dy, row = place(*down, height)
+        outside |= beyond
+    index += (row + (1 + high * torch.arange(n)[:, None, None])).mul_(wide).add_(1)
+    packed, index = packed.flatten(), index.int().flatten()
+
+    def along(down: int, index: Tensor, part: Tensor) -> Tensor:
+        starts = (packed[down * wide + tap :] for tap in range(4))
+        return _cubic(*(start.index_select(0, index).view(torch.uint8).float() for start in starts), part)
+
+    pieces = (each.split(CACHED // 8) for each in (moved.flatten(), index, dx, dy if down else dx))
+    for piece, at, *parts in zip(*pieces, strict=True):
+        right, below = (part[:, None].expand(-1, 4).flatten() for part in parts)
+        value = _cubic(*(along(i, at, right) for i in range(4)), below) if down else along(1, at, right)
+        piece.view(torch.uint8).copy_(value.clamp_(0, 255))
+    moved.masked_fill_(outside, FILL[0] | FILL[1] << 8 | FILL[2] << 16)
+    return moved.view(torch.uint8).unflatten(2, (width, 4))[..., :3].permute(0, 3, 1, 2).contiguous()
 
 
 def shear(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
@@ -254,8 +301,10 @@ def _along(packed: Tensor, row: Tensor, column: Tensor, part: Tensor) -> Tensor:
 
 def _cubic(before: Tensor, low: Tensor, high: Tensor, after: Tensor, part: Tensor) -> Tensor:
     """The cubic through four neighbours at `part` (0 to 1) of the way from `low` to `high`; a = -1."""
-    slope, rest = high - before, before - low
-    return low + part * (slope + part * (2 * rest + high - after + part * (after - high - rest)))
+    rest = before - low
+    bend = (after - high).sub_(rest).mul_(part)  # in place: on a CPU new memory costs more than a sum
+    bend = rest.mul_(2).add_(high).sub_(after).add_(bend).mul_(part).add_(high - before)
+    return bend.mul_(part).add_(low)
 
 
 along, cubic = fused(_along), fused(_cubic)

@@ -17,9 +17,10 @@ import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from cpvt.config import AugmentConfig, Grid, pair
-from cpvt.data.randaugment import draw_policy, fused, parse, rand_augment, send
+from cpvt.data.randaugment import at_once, draw_policy, fused, parse, rand_augment, send
 from cpvt.errors import ConfigError
 from cpvt.rng import bits, uniform
 
@@ -153,9 +154,19 @@ def renormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     return normalise(images * own_std + own_mean, mean, std)
 
 
-@fused
 def _normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 -> the same as `normalise(images.float() / 255)`, in place after the first step."""
+    """uint8 -> the same as `normalise(images.float() / 255)`."""
+    if images.is_cuda:
+        return _normalised_at_once(images, mean, std)
+    # In a worker process this is memory that it shares with the main process: no batch is copied there.
+    made = default_collate([torch.zeros(()).expand(images.shape[1:])] * len(images))
+    for old, new in zip(*(each.split(at_once(images)) for each in (images, made)), strict=True):
+        new.copy_(old).div_(255).sub_(mean).div_(std)
+    return made
+
+
+@fused
+def _normalised_at_once(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
@@ -207,8 +218,23 @@ def draw_mix(config: AugmentConfig, seed: int, epoch: int, groups: Tensor, size:
 
 
 def mix_images(images: Tensor, mix: Mix) -> Tensor:
-    """(B, C, H, W) float -> the same shape, mixed within each group of B / G."""
-    return _mix(images, *(send(part, images.device) for part in mix))
+    """(B, C, H, W) float -> the same shape, mixed within each group of B / G; on a CPU in place, pair by pair."""
+    if images.is_cuda:
+        return _mix(images, *(send(part, images.device) for part in mix))
+    for group, share, cut, box in zip(images.unflatten(0, (len(mix.share), -1)), *mix, strict=True):
+        own, other = share.to(images.dtype), (1 - share).to(images.dtype)
+        top, bottom, left, right = box.tolist()
+        for i in range(len(group) // 2):
+            one, two = group[i], group[-1 - i]
+            if cut:
+                one, two = (image[:, top:bottom, left:right] for image in (one, two))
+                mixed = two.clone()
+                two.copy_(one)
+            else:
+                mixed = (one * own).add_(two * other)
+                two.mul_(own).add_(one.mul_(other))
+            one.copy_(mixed)
+    return images
 
 
 @fused
@@ -302,4 +328,5 @@ class TrainTransform:
             pixels = torch.cat([resize(part, self.size) for part in parts])
         else:
             pixels = centre_resize(images, self.size)
-        return torch.where(send(flip, self.device)[:, None, None, None], pixels.flip(3), pixels).contiguous()
+        mirrored = send(flip.nonzero()[:, 0], self.device)
+        return pixels.index_copy_(0, mirrored, pixels.index_select(0, mirrored).flip(3)).contiguous()
