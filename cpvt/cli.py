@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -202,6 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status 0; 2 for wrong input, after a line on stderr that says what was wrong."""
     # Threads of OpenMP that spin while they wait take the cores from whatever else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every file's name is text
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print("usage: cpvt COMMAND [options]   (cpvt COMMAND --help says more)\n")

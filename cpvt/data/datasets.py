@@ -106,7 +106,11 @@ class ImageTensors:
 
 def load_tensors(dataset: ImageDataset | Shards, size: int) -> ImageTensors:
     """Decode a data set into memory: short side to `size` pixels, centre square; 3 n size^2 bytes."""
-    images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
+    try:
+        images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
+    except RuntimeError as error:
+        given = f"{len(dataset):,} images of {size:,} x {size:,} pixels"
+        raise DataError(f"{given} do not fit into memory: give --data.store files") from error
     for i in range(len(dataset)):
         try:
             image, _ = dataset[i]
