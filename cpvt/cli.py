@@ -287,6 +287,8 @@ COMMANDS |= {"experiments": Experiments, "benchmark": _benchmark}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status 0; 2 for wrong input, after a line on stderr that says what was wrong."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every file's name is text
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print("usage: cpvt COMMAND [options]   (cpvt COMMAND --help says more)\n")

@@ -47,19 +47,15 @@ def test_a_fingerprint_is_of_names_labels_and_contents_wherever_they_lie(folder,
         put(folder / "train" / "n01" / f"{i:03}.png", encoded(picture(4, 4, seed=i), "PNG"))
     first = open_dataset(folder)
     with mock.patch.object(Path, "read_bytes", autospec=True, side_effect=Path.read_bytes) as read:
-        assert (
-            len({first.fingerprint, first.fingerprint}) == 1 and 1 < read.call_count <= 64
-        )  # cheap, and once
+        assert first.fingerprint == first.fingerprint and 1 < read.call_count <= 64, "cheap, and once"
     folder = folder.rename(tmp_path / "moved")
     assert open_dataset(folder).fingerprint == first.fingerprint
     assert open_dataset(folder).select([1, 0, *range(2, len(first))]).fingerprint != first.fingerprint
     for file in (folder / "train").rglob("*.png"):
         file.write_bytes(file.read_bytes() + b"\0")  # the same names and pixels, other files
+    (folder / "train" / "n01" / "b.png").unlink()
+    (folder / "train" / "n01" / "b.png").symlink_to("nowhere")
     assert open_dataset(folder).fingerprint != first.fingerprint
-    for file in (folder / "train").rglob("*.png"):
-        file.unlink()
-        file.symlink_to("nowhere")
-    assert len(open_dataset(folder).fingerprint) == 64
 
 
 def test_which_files_of_a_class_count(folder, tmp_path):
@@ -76,9 +72,8 @@ def test_which_files_of_a_class_count(folder, tmp_path):
     put(folder / "val" / "stray.JPEG")
     data = open_dataset(folder)
     found = ["/".join(data.path(i).parts[-2:]) for i in range(len(data)) if data.labels[i] == 0]
-    assert found == ["again/a.JPEG", *(f"n01/{name}" for name in ("b.png", "c.jfif", "d.JPE", "e.gif"))] + [
-        "part2/linked.jpg"
-    ]
+    own = ["n01/b.png", "n01/c.jfif", "n01/d.JPE", "n01/e.gif"]
+    assert found == ["again/a.JPEG", *own, "part2/linked.jpg"]
     assert (data.labels == 2).sum() == 2 and data.others == {".txt": 3, ".avif": 1}
     loader = make_loader(DataConfig(name=str(folder), image_size=8), seed=0, global_batch_size=2)
     assert loader.passed_over == "train: 3 .txt, 1 .avif; val: 3 .txt, 1 .jpeg beside the class folders"
@@ -127,6 +122,7 @@ def test_folders_and_files_that_cannot_be_used_are_named(folder, tmp_path, monke
     data = open_dataset(folder)
     assert refusal(load_tensors, data, 8).startswith(str(file))
     assert data[0][0].shape == (3, 8, 10)  # the others still load
+    assert "6 images of 10,000,000 x" in refusal(load_tensors, data, 10**7)
     with mock.patch("os.scandir", side_effect=PermissionError(13, "not allowed", "n01/images")):
         assert "n01/images cannot be read" in refusal(open_dataset, folder)  # and not a part for the whole
 

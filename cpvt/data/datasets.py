@@ -106,7 +106,12 @@ class ImageTensors:
 
 def load_tensors(dataset: ImageDataset | Shards, size: int | Grid) -> ImageTensors:
     """Decode a data set into memory, as `centre_resize` to (H, W) or a square: 3 n H W bytes."""
-    images = torch.empty(len(dataset), 3, *pair(size), dtype=torch.uint8)
+    high, wide = pair(size)
+    try:
+        images = torch.empty(len(dataset), 3, high, wide, dtype=torch.uint8)
+    except RuntimeError as error:
+        given = f"{len(dataset):,} images of {high:,} x {wide:,} pixels"
+        raise DataError(f"{given} do not fit into memory: give --data.store files") from error
     for i in range(len(dataset)):
         try:
             image, _ = dataset[i]

@@ -201,8 +201,8 @@ class ImageLoader(Loader):
 
     @property
     def passed_over(self) -> str:
-        splits = {"train": self.train_set} | ({} if self.data.hold_out else {"val": self.val_set})
-        return "; ".join(f"{name}: {in_words(s.others)}" for name, s in splits.items() if s.others)
+        splits = ("train", self.train_set), ("val", None if self.data.hold_out else self.val_set)
+        return "; ".join(f"{name}: {in_words(s.others)}" for name, s in splits if s is not None and s.others)
 
     @property
     def workers(self) -> int:
