@@ -247,11 +247,11 @@ def test_what_belongs_to_a_pruned_block_goes_with_it(encoding, pool):
 
 
 @each
+@pytest.mark.filterwarnings("ignore:.*nodes obtained by tracing")
 def test_torch_fx_traces_it_for_every_size(encoding, pool):
     """In training and evaluation; the traced model still refuses what the convolution would cut off."""
-    model = random_model(
-        encoding, (4, 6), depth=2, patch_size=2, image_size=(8, 12), drop_path=0.3, **POOLS[pool]
-    )
+    sizes = {"patch_size": 2, "image_size": (8, 12), "drop_path": 0.3}
+    model = random_model(encoding, (4, 6), **sizes, **POOLS[pool])
     last = get_graph_node_names(model)[1][-1]
     traced = create_feature_extractor(model.eval(), [last])
     for grid in ((8, 12), (14, 6)):

@@ -13,7 +13,7 @@ import safetensors.torch
 import timm
 import torch
 from encoded import refusal
-from models import ENCODINGS, assert_refused, logits, random_images, random_model
+from models import ENCODINGS, assert_one_set_of_names, assert_refused, logits, random_images, random_model
 from models import seeded as seeded
 from timm.data import resolve_model_data_config
 from timm.models._hub import save_for_hf
@@ -33,6 +33,7 @@ from cpvt.training.recipes import deit
 SMALL = {"image_size": (32, 48), "width": 16, "heads": 2, "depth": 2, "num_classes": 5}
 
 
+@pytest.mark.filterwarnings("ignore:.*nodes obtained by tracing")
 @pytest.mark.parametrize(
     "distilled, options",
     [(True, {}), (False, {"class_token": False, "global_pool": "avg", "fc_norm": False})],
@@ -208,6 +209,14 @@ def test_another_trained_size(encoding):
     for built in (model, native):
         embed = built.patch_embed
         assert (embed.img_size, embed.grid_size, embed.num_patches) == ((6, 7), (6, 7), 42)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_one_set_of_names_for_every_model(name):
+    sizes = {**SMALL, "depth": 5}
+    assert_one_set_of_names(
+        *(create_model(name, **sizes).eval() for _ in range(2)), torch.randn(1, 3, 32, 48)
+    )
 
 
 COMPILED = {

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cpvt.config import Grid, Peg, replace
 from cpvt.errors import ConfigError
-from cpvt.model.encodings import PEG, check_positions, on_patches
+from cpvt.model.encodings import PEG, check_positions, on_patches, traced
 
 
 class AttachedPegs(nn.ModuleDict):
@@ -23,9 +23,7 @@ class AttachedPegs(nn.ModuleDict):
 
     def see(self, patch_embed: nn.Module, images: tuple[Tensor], tokens: Tensor) -> None:
         """Behind the patch embedding, whose tokens are (B, H, W, D), or (B, N, D) at a size of its own."""
-        flat = (
-            tokens.ndim == 3 if isinstance(tokens, Tensor) else patch_embed.flatten
-        )  # a stand-in of torch.fx
+        flat = patch_embed.flatten if traced(tokens) else tokens.ndim == 3
         sizes = patch_embed.dynamic_feat_size(images[0].shape[-2:]) if flat else tokens.shape[1:3]
         self.grid = sizes[0], sizes[1]
 

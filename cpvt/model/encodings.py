@@ -18,6 +18,12 @@ from cpvt.errors import ConfigError, DataError
 from cpvt.model import fused_peg
 from cpvt.model.fused_peg import exporting
 
+
+def traced(x: object) -> bool:
+    """Whether `x` is torch.fx's stand-in for a tensor or a size, which must not be asked for its value."""
+    return isinstance(x, torch.fx.Proxy)
+
+
 # --------------------------------------------------------------------------- the PEG
 
 
@@ -51,7 +57,7 @@ class PEG(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        if not exporting(x) and (grid is None or x.shape[1] != grid[0] * grid[1]):
+        if not traced(x) and (grid is None or x.shape[1] != grid[0] * grid[1]):
             raise ValueError(f"PEG: {x.shape[1]} tokens with grid={grid}; pass grid=(H, W) with H * W tokens")
         if self.fuses(x):
             return fused_peg.peg(x, self.proj.weight, self.proj.bias, *grid)
@@ -72,21 +78,21 @@ class PEG(nn.Module):
         if self.config.padding != "none":
             return grid
         lost = self.config.kernel - 1
-        if not exporting(grid[0]) and min(grid) <= lost:
+        if not traced(grid[0]) and min(grid) <= lost:
             raise DataError(f"PEG: grid {grid} is too small for kernel {lost + 1} without padding")
         return grid[0] - lost, grid[1] - lost
 
     def covers(self, grid: Grid) -> bool:
         """Whether to compute the convolution as a matrix: asked for, and every pair of tokens within reach."""
         asked = self.config.compute == "matrix" and self.config.on != "constant"
-        return asked and not exporting(grid[0]) and self.config.kernel >= 2 * max(grid) - 1
+        return asked and not exporting() and not traced(grid[0]) and self.config.kernel >= 2 * max(grid) - 1
 
     def fuses(self, x: Tensor) -> bool:
         """Whether one operator (`fused_peg.peg`) computes this PEG of tensors like `x`."""
         c = self.config
         plain = (c.convolution, c.padding, c.skip, c.compute) == ("depthwise", "zero", True, "convolution")
         plain = plain and c.bias and c.on != "constant" and c.kernel <= fused_peg.LARGEST_KERNEL
-        if not plain or exporting(x):  # whoever traces must not be asked where it is
+        if not plain or traced(x):
             return False
         return (x.is_cuda if self.fused is None else self.fused) and fused_peg.available(x)
 
@@ -210,7 +216,7 @@ def check_positions(positions: tuple[int, ...], last: int) -> None:
 
 def resample_table(table: Tensor, old: Grid, new: Grid, antialias: bool = False) -> Tensor:
     """(..., old H*W, D) -> (..., new H*W, D), bicubic, to any height and width; the same grid changes nothing."""
-    if not exporting(new[0]) and old == new:  # a traced graph must not ask: its grid is open
+    if not exporting() and not traced(new[0]) and old == new:  # such a graph must not ask: its grid is open
         return table
     image = table.reshape(-1, *old, table.shape[-1]).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new, mode="bicubic", antialias=antialias)
@@ -253,7 +259,7 @@ class LearnedEncoding(Encoding):
             return x, grid
         if self.config.resize == "refuse":
             words = f"a learned table of {self.grid} with resize='refuse'; give images of the trained size"
-            if exporting(grid[0]):
+            if traced(grid[0]):
                 torch._assert((grid[0] - self.grid[0]) ** 2 + (grid[1] - self.grid[1]) ** 2 == 0, words)
             elif grid != self.grid:
                 raise DataError(f"grid {grid}: {words}, or choose learned(resize='resample')")
@@ -410,7 +416,7 @@ class EncodingSum(Encoding):
             counts = not isinstance(part, LearnedEncoding) and getattr(part.config, "resize", "raw") != "raw"
             if counts and grid != self.grid:
                 words = (
-                    f"counts in parts of the trained grid {self.grid}, which stays; every size runs as it is"
+                    f"counts in parts of the trained grid {self.grid}, which stays; every size runs anyway"
                 )
                 raise ConfigError(f"{part.config} {words}")
         for part in (self, *self.children()):

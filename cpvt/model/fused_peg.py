@@ -27,11 +27,8 @@ LARGEST_KERNEL = 5  # the backward pass keeps k * k sums in registers: 25 fit, 4
 BEFORE_2_14 = torch.__version__ < (2, 14) and hasattr(torch.compiler, "_is_exporting_flag")
 
 
-def exporting(seen: object = None) -> bool:
-    """Whether torch.export is tracing, or torch.fx, whose stand-in `seen` (a tensor or size) then is. Before
-    PyTorch 2.14 `is_exporting` says so inside torch.compile, too."""
-    if isinstance(seen, torch.fx.Proxy):
-        return True
+def exporting() -> bool:
+    """Whether torch.export is tracing. Before PyTorch 2.14 `is_exporting` says so inside torch.compile, too."""
     return torch.compiler._is_exporting_flag if BEFORE_2_14 else torch.compiler.is_exporting()
 
 

@@ -34,7 +34,8 @@ def _build(name: str, global_pool: str | None = None, **kw: Any) -> VisionTransf
     if global_pool not in (None, "", config.global_pool):
         raise ConfigError(f"{name}: {global_pool=}; it is chosen by the name, with or without _gap")
     model = VisionTransformer(config)
-    model.reset_classifier(config.num_classes, global_pool)
+    if global_pool == "":
+        model.reset_classifier(config.num_classes, global_pool)
     model.in_chans = config.in_channels  # read by timm's data configuration
     for block in model.blocks[config.mlp_only_blocks :]:
         block.attn.fused_attn = use_fused_attn()  # timm's switch for all models made from here on

@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cpvt.config import Grid, ModelConfig, format_encoding, replace
 from cpvt.errors import ConfigError, DataError
-from cpvt.model.encodings import PEG, Encoding, EncodingSum, learned_table
-from cpvt.model.fused_peg import exporting
+from cpvt.model.encodings import PEG, Encoding, EncodingSum, learned_table, traced
 from cpvt.rng import start
 
 Logits = Tensor | tuple[Tensor, Tensor]  # a pair while a distilled model trains
@@ -42,7 +41,7 @@ class PatchEmbed(nn.Module):
 
     def _check(self, images: Tensor) -> None:
         p, C, shape = self.patch_size, self.in_channels, images.shape
-        if exporting(images):  # a convolution drops what is left over, without a word
+        if traced(images):  # a convolution drops what is left over, without a word
             torch._assert(shape[2] % p + shape[3] % p == 0, f"expected multiples of {p}, a patch")
             return
         if len(shape) != 4 or shape[1] != C:
@@ -66,7 +65,7 @@ class Attention(nn.Module):
         """`qk_x` (B, T, D): the tokens that queries and keys are made from; nearly always `x` itself."""
         q, k, v, bias = self._qkv(x, qk_x, encoding, block, grid)
         # PyTorch's own attention is slow in bfloat16 on a CPU.
-        slow = not exporting(q) and q.dtype == torch.bfloat16 and not q.is_cuda
+        slow = not traced(q) and q.dtype == torch.bfloat16 and not q.is_cuda
         if encoding.needs_weights or not self.fused_attn or slow:
             weights = self.attn_drop(_weights(q, k, bias))  # (B, h, T, T)
             out, more = weights @ v, encoding.attn_values(block, weights, grid)
@@ -201,9 +200,7 @@ class VisionTransformer(nn.Module):
         """(B, C, height, width) -> (B, T, D): all tokens after the last block, normed. `drop_path_scale`
         (depth, 2, B) comes from the method of this name; None: it is drawn here while training."""
         x, grid = self.embed(images)  # (B, T, D)
-        if drop_path_scale is None or isinstance(
-            drop_path_scale, torch.fx.Proxy
-        ):  # torch.fx fills in every argument
+        if drop_path_scale is None or traced(drop_path_scale):  # torch.fx fills in every argument
             drop_path_scale = self._drawn(images)
         for i in range(len(self.blocks)):
             x, grid = self.run_block(i, x, grid, drop_path_scale)
@@ -263,7 +260,7 @@ class VisionTransformer(nn.Module):
         own = self.config.global_pool
         if global_pool not in (None, own) and (global_pool or num_classes):
             raise ConfigError(
-                f"{global_pool=}, {num_classes=}; expected {own!r}, or '' (all tokens) and 0 classes"
+                f"{global_pool=}, {num_classes=}; expected {own!r}, or '' (tokens) and 0 classes"
             )
         self.num_classes, self.global_pool = num_classes, own if global_pool is None else global_pool
         self.config = replace(self.config, num_classes=num_classes)
@@ -272,15 +269,11 @@ class VisionTransformer(nn.Module):
             self._initialise(head)
             setattr(self, name, head.to(self.patch_embed.proj.weight))
 
-    def set_input_size(
-        self, img_size: int | Grid | None = None, patch_size: int | Grid | None = None
-    ) -> None:
-        """Another trained size: a learned table is resampled. Nothing else changes, for every size runs anyway."""
+    def set_input_size(self, img_size: int | Grid | None = None, patch_size: int | Grid | None = None):
+        """Another trained size: a learned table is resampled; nothing else changes, for every size runs anyway."""
         old, p = self.config, self.config.patch_size
         if patch_size not in (None, p, (p, p)):
-            raise ConfigError(
-                f"set_input_size: {patch_size=}; the patches of a trained model stay, {p} pixels"
-            )
+            raise ConfigError(f"set_input_size: {patch_size=}; the patches of a model stay, {p} pixels")
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size or old.image_size)
         new = replace(old, image_size=size)
         self.encoding.set_grid(new.grid)
@@ -359,16 +352,11 @@ class VisionTransformer(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """What the encoding has in front of block 0, and what all blocks share of it, belongs to the stem."""
-        blocks, stem = (
-            [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-            r"^cls_token|^dist_token|^pos_embed|^patch_embed",
-        )
+        stem = r"^cls_token|^dist_token|^pos_embed|^patch_embed|^encoding\.\w+\.[a-z]"
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
         for name, part in self.encoding.named_children():
-            stem += rf"|^encoding\.{name}\.[a-z]"
             for layer, _ in part.named_children():
                 block, path = part.block_of(layer), rf"^encoding\.{name}\.{layer}\."
-                if block < 0:
-                    stem += f"|{path}"
-                else:
-                    blocks.append((path, (block,)))
+                stem += f"|{path}" if block < 0 else ""
+                blocks += [(path, (block,))]
         return {"stem": stem, "blocks": blocks}
