@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,11 +53,17 @@ def work(reader: BatchReader, requests: Iterable, workers: int, finish: Callable
         }
     try:
         yield from DataLoader(reader, batch_size=None, **options)
-    except (EOFError, ConnectionError) as error:  # before DataLoader notices it
-        raise RuntimeError("a DataLoader worker was killed; is there enough memory?") from error
+        return
+    except Exception as error:
+        if workers:  # which live as long as the frames of DataLoader
+            traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, EOFError | ConnectionError) and "DataLoader worker (pid" not in str(error):
+            raise
+    raise DataError("a DataLoader worker was killed: give it more memory, or let fewer work")
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM announces the end of a job with SIGUSR1
+# SLURM announces the end of a job with SIGUSR1, a terminal its own with SIGHUP.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 def _server() -> multiprocessing.context.BaseContext:

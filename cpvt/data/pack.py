@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cpvt.config import local_path
 from cpvt.data.datasets import ImageDataset, in_words, open_dataset
 from cpvt.data.decode import decode_image, open_image, reason
-from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, written_aside
+from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, new_folder, written_aside
 from cpvt.errors import DataError
 from cpvt.rng import permutation
 
@@ -164,8 +164,7 @@ def _open_source(
         words = f"move each image of val/ into a folder named by its class in {KAGGLE}"
         raise DataError(f"{source} is Kaggle's layout: {words}, and pack the folder above train/ and val/")
     if any((source / name).exists() for name in (DEVKIT, *ARCHIVES.values())):
-        scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=scratch) as folder:
+        with new_folder(scratch), tempfile.TemporaryDirectory(prefix=".unpacked-", dir=scratch) as folder:
             _unpack(source, splits, Path(folder))
             yield Path(folder), {s: open_dataset(folder, s) for s in splits}
     else:
