@@ -22,11 +22,11 @@ from unicodedata import normalize
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from cpvt.config import AugmentConfig, DataConfig
 from cpvt.data.datasets import ImageDataset, ImageTensors, in_words, load_tensors, open_dataset
-from cpvt.data.decode import Batch, BatchReader, Decoder, Fault, ReadBatch
+from cpvt.data.decode import Batch, Decoder, Fault, ReadBatch
 from cpvt.data.sampler import Request, Sampler
 from cpvt.data.shards import Shards
 from cpvt.data.synthetic import CLASSES, draw
@@ -41,7 +41,7 @@ UNUSABLE = 256  # images more than good ones, or as many as there are, end a run
 # --------------------------------------------------------------------------- worker processes
 
 
-def work(reader: BatchReader, requests: Iterable, workers: int, finish: Callable | None = None) -> Iterator:
+def work(reader: Dataset, requests: Iterable, workers: int, finish: Callable | None = None) -> Iterator:
     """`finish(reader[request])` for each request, in order, by so many processes (0: by this one)."""
     options = {"sampler": requests, "num_workers": workers, "collate_fn": finish}
     if workers:
