@@ -8,9 +8,10 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ def _train(arguments: list[str]) -> None:
     import torch
 
     from cpvt.config import TrainConfig, replace
+    from cpvt.training.distributed import Stopped, say
     from cpvt.training.recipes import RECIPES
     from cpvt.training.train import train
 
@@ -63,10 +65,15 @@ def _train(arguments: list[str]) -> None:
     about = ABOUT_TRAINING.format(recipes=recipes)
     config = _parse(TrainConfig, rest, "train", default=default, description=about)
     given = {arg.removeprefix("--").split("=")[0].replace("-", "_") for arg in rest if arg.startswith("--")}
+    go_on = "the same command goes on from there" if config.run.out else "give --run.out to keep a run"
     try:
-        run = train(config, report=_print_entry, announce=_say, given=given)
+        run = train(config, report=_print_entry, announce=partial(say, name="stdout"), given=given)
     except torch.OutOfMemoryError:
         raise TrainingError("the GPU's memory is full: give a smaller --optim.micro-batch-size") from None
+    except Stopped as stop:
+        if _is_main():
+            say(f"stopped by {stop}; {go_on}", "stdout")
+        raise SystemExit(INTERRUPTED) from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
@@ -76,22 +83,16 @@ def _train(arguments: list[str]) -> None:
         return
     where = f"; log, checkpoints and model in {config.run.out}" if config.run.out else "; nothing kept"
     if run.interrupted:
-        go_on = "the same command goes on from there" if config.run.out else "give --run.out to keep a run"
-        _say(f"stopped by {run.interrupted} after step {run.steps}{where}; {go_on}")
+        say(f"stopped by {run.interrupted} after step {run.steps}{where}; {go_on}", "stdout")
         raise SystemExit(INTERRUPTED)
     faults = f", {run.faults} unusable images (faults.jsonl)" if run.faults else ""
-    _say(f"done: {run.steps} steps in {run.seconds:.0f} s{faults}{where}")
-
-
-def _say(text: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stdout)  # above the progress bar
-    sys.stdout.flush()
+    say(f"done: {run.steps} steps in {run.seconds:.0f} s{faults}{where}", "stdout")
 
 
 def _print_entry(entry: dict) -> None:
-    _say("  ".join(f"{k} {v:.5g}" if type(v) is float else f"{k} {v}" for k, v in entry.items()))
+    from cpvt.training.distributed import say
+
+    say("  ".join(f"{k} {v:.5g}" if type(v) is float else f"{k} {v}" for k, v in entry.items()), "stdout")
 
 
 @dataclass(frozen=True)
@@ -286,36 +287,70 @@ COMMANDS |= {"experiments": Experiments, "benchmark": _benchmark}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command. Exit status 0; 2 for wrong input, after a line on stderr that says what was wrong."""
+    """Runs one command. Exit status 0; 2 for wrong input, after a line on stderr that says what was wrong.
+
+    What cannot be printed fails a command whose result is what it prints; training, and what the reader of a pipe
+    (such as `head`) no longer wants, it does not.
+    """
+    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, stream) is None:  # closed: its number would go to the next file that is opened
+            os.open(os.devnull, os.O_RDONLY)  # whoever prints fails, as if it were still closed
+            setattr(sys, stream, open(number, "w" if number else "r", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every file's name is text
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        try:
+            _run(name, rest)
+        finally:
+            if name == "train":
+                _mute()
+            sys.stdout.flush()
+    except UserError as error:
+        raise _refused(name, str(error)) from None
+    except KeyboardInterrupt:
+        raise _refused(name, "interrupted", 128 + signal.SIGINT) from None
+    except OSError as error:
+        unprinted = _mute()
+        if unprinted and isinstance(error, BrokenPipeError):
+            return
+        if not (unprinted or error.filename or error.errno == errno.ENOSPC):  # no path of the user's: ours
+            raise
+        what, path = ("what it prints", "output") if unprinted else (error.filename or "writing", "path")
+        raise _refused(name, f"{what}: {error.strerror}; give another {path}") from None
+    finally:
+        _mute()
+
+
+def _run(name: str, rest: list[str]) -> None:
     if name in ("-h", "--help"):
         print("usage: cpvt COMMAND [options]   (cpvt COMMAND --help says more)\n")
         return _list(COMMANDS)
-    try:
-        if name not in COMMANDS:
-            raise ConfigError(f"no command {name!r}; {nearest(name, COMMANDS)}")
-        run, home = COMMANDS[name], os.path.expanduser("~")
-        rest = [
-            re.sub(r"^(--[^=]+=)?~(?=/|$)", rf"\g<1>{home}", word) for word in rest
-        ]  # a shell leaves --x=~
-        _parse(run, rest, name)() if isinstance(run, type) else run(rest)
-    except UserError as error:
-        raise _refused(name, str(error)) from None
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if not error.filename and error.errno != errno.ENOSPC:  # no path of the user's: a fault of ours
-            raise
-        raise _refused(name, f"{error.filename or 'writing'}: {error.strerror}; give another path") from None
+    if name not in COMMANDS:
+        raise ConfigError(f"no command {name!r}; {nearest(name, COMMANDS)}")
+    run, home = COMMANDS[name], os.path.expanduser("~")
+    rest = [re.sub(r"^(--[^=]+=)?~(?=/|$)", rf"\g<1>{home}", word) for word in rest]  # a shell leaves --x=~
+    _parse(run, rest, name)() if isinstance(run, type) else run(rest)
 
 
-def _refused(name: str, reason: str) -> SystemExit:
-    """One line on stderr, by one process of many, and exit status 2."""
+def _mute() -> bool:
+    """Drops what cannot be printed, which Python would try again at its end; -> whether there was any."""
+    failed = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            failed = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return failed
+
+
+def _refused(name: str, reason: str, status: int = 2) -> SystemExit:
+    """One line on stderr, by one process of many, and an exit status."""
     if _is_main():
-        print(f"cpvt {name}: {' '.join(reason.split())}", file=sys.stderr)
-    return SystemExit(2)
+        with suppress(OSError):
+            print(f"cpvt {name}: {' '.join(reason.split())}", file=sys.stderr)
+    return SystemExit(status)
 
 
 def _is_main() -> bool:

@@ -21,7 +21,7 @@ class DataError(UserError):
 
 
 class TrainingError(UserError):
-    """A run whose loss or gradient does not stay finite."""
+    """A run that does not come to its end: its loss does not stay finite, its model cannot be written."""
 
 
 class ResultsError(UserError):

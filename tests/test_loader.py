@@ -168,7 +168,7 @@ def test_refusals(image_folder):
         opened(config, open_split=other_names)
 
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def reading(folder, pipe) -> None:
@@ -183,7 +183,7 @@ def reading(folder, pipe) -> None:
     while pipe.recv():
         try:
             pipe.send(sum(len(next(batches).images) for _ in range(30)))
-        except RuntimeError as error:
+        except DataError as error:
             pipe.send(str(error))
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import make_result
+from safetensors.torch import save_file
 
 from cpvt.errors import ConfigError, ResultsError
 from cpvt.lab import results
@@ -69,9 +70,12 @@ def test_a_bad_line_is_named_and_a_torn_end_left_alone(tmp_path):
         path.write_text(whole + json.dumps(bad) + "\n")
         with pytest.raises(ResultsError, match=rf"{re.escape(str(path))}:2: "):
             read("x", tmp_path)
-    path.write_text(whole + "{\n")
-    with pytest.raises(ResultsError, match=r"x\.jsonl:2: "):
-        read("x", tmp_path)
+    listed = values | {"columns": {"encoding": ["peg"], "global_pool": "avg"}}
+    foreign = b"{", b"\xff\xfe\x00", '{"caf\u00e9": 1}'.encode("latin-1"), b"[" * 100_000, b"3", b"null"
+    for bad in (*foreign, json.dumps(listed).encode(), json.dumps(values | {"scale": ["seconds"]}).encode()):
+        path.write_bytes(whole.encode() + bad + b"\n")
+        with pytest.raises(ResultsError, match=r"x\.jsonl:2: .*mend or remove"):
+            read("x", tmp_path)
     path.write_text(whole[:-20])
     with pytest.raises(ResultsError, match="cut off"):
         append(make_result(seed=1), tmp_path)
@@ -162,6 +166,14 @@ def test_arrays_are_found_by_the_columns_of_their_row(tmp_path):
         # Where the right class shares the largest logit, as in bfloat16 it may, rows of earlier code count an
         # image here and not there; `test_answers_by_image_add_up_to_the_accuracy` has what later ones do.
         assert 100 * hits.double().mean().item() == pytest.approx(top1, abs=0.5), result.label
+    (tmp_path / "photographs.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ResultsError, match="photographs.safetensors is damaged"):
+        read_arrays("photographs", "peg0", tmp_path, encoding="peg")
+    with pytest.raises(ResultsError, match="photographs.safetensors is damaged"):
+        append(make_result("photographs", 2, columns=row.columns), tmp_path, arrays={"a": torch.ones(1)})
+    save_file({"of nobody": torch.ones(1)}, tmp_path / "photographs.safetensors")
+    with pytest.raises(ResultsError, match="photographs.safetensors is damaged"):
+        read_arrays("photographs", "peg0", tmp_path, encoding="peg")
     packed = torch.tensor([0b10100000], dtype=torch.uint8)
     assert results.unpack(packed, 4).tolist() == [True, False, True, False]
     with pytest.raises(ResultsError, match="13"):

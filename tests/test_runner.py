@@ -83,7 +83,7 @@ def test_a_signal_while_a_run_is_trained_leaves_no_row(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         return make_loader(*arguments, **options)
 
-    with pytest.raises(Stopped, match="row=a, seed=0.*SIGTERM"):
+    with pytest.raises(Stopped, match="SIGTERM"):
         run_job(job("a", make_loader=signalled), "abc", {})
     assert run_missing([job("a", make_loader=signalled)], tmp_path) == 1
 

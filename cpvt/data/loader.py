@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +22,11 @@ from unicodedata import normalize
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from cpvt.config import AugmentConfig, DataConfig, refuse_idle
 from cpvt.data.datasets import NAMED, ImageDataset, ImageTensors, in_words, load_tensors, open_dataset
-from cpvt.data.decode import Batch, BatchReader, Decoder, Fault, ReadBatch
+from cpvt.data.decode import Batch, Decoder, Fault, ReadBatch
 from cpvt.data.sampler import Request, Sampler
 from cpvt.data.shards import Shards
 from cpvt.data.synthetic import CLASSES, draw
@@ -43,7 +44,7 @@ UNUSABLE = 256  # images more than good ones, or as many as there are, end a run
 # --------------------------------------------------------------------------- worker processes
 
 
-def work(reader: BatchReader, requests: Iterable, workers: int, finish: Callable | None = None) -> Iterator:
+def work(reader: Dataset, requests: Iterable, workers: int, finish: Callable | None = None) -> Iterator:
     """`finish(reader[request])` for each request, in order, by so many processes (0: by this one)."""
     options = {"sampler": requests, "num_workers": workers, "collate_fn": finish}
     if workers:
@@ -55,11 +56,17 @@ def work(reader: BatchReader, requests: Iterable, workers: int, finish: Callable
         }
     try:
         yield from DataLoader(reader, batch_size=None, **options)
-    except (EOFError, ConnectionError) as error:  # before DataLoader notices it
-        raise RuntimeError("a DataLoader worker was killed; is there enough memory?") from error
+        return
+    except Exception as error:
+        if workers:  # which live as long as the frames of DataLoader
+            traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, EOFError | ConnectionError) and "DataLoader worker (pid" not in str(error):
+            raise
+    raise DataError("a DataLoader worker was killed: give it more memory, or let fewer work")
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM announces the end of a job with SIGUSR1
+# SLURM announces the end of a job with SIGUSR1, a terminal its own with SIGHUP.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 def _server() -> multiprocessing.context.BaseContext:

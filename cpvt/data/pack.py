@@ -11,19 +11,20 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cpvt.config import local_path
 from cpvt.data.datasets import ImageDataset, in_words, open_dataset
 from cpvt.data.decode import decode_image, open_image, reason
-from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, written_aside
+from cpvt.data.loader import work
+from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, new_folder, written_aside
 from cpvt.errors import DataError
 from cpvt.rng import permutation
 
@@ -101,17 +102,19 @@ def _write(writer: ShardWriter, data: ImageDataset, root: Path, workers: int) ->
     if data.split == "train":  # so that images read one after the other are of different classes
         order = permutation(ORDER, len(data)).tolist()
     workers = workers or len(os.sched_getaffinity(0))
-    options = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
-    examined = DataLoader(_Examiner(data), batch_size=None, sampler=order, **options)
+    examined = work(_Examiner(data), order, workers if workers > 1 else 0)
     names = [data.path(i).relative_to(root) for i in range(len(data))]
     keys, kinds, refused = _keys(data, names), Counter(), []
-    for i, found in zip(order, tqdm(examined, data.split, unit="img", disable=None), strict=True):
-        if isinstance(found, str):
-            refused.append((str(names[i]), found))
-            continue
-        content, kind, ending = found
-        writer.add(keys[i], ending, content.numpy().tobytes(), int(data.labels[i]))
-        kinds[kind] += 1
+    with closing(examined):
+        for i, found in zip(
+            order, tqdm(examined, data.split, len(order), unit="img", disable=None), strict=True
+        ):
+            if isinstance(found, str):
+                refused.append((str(names[i]), found))
+                continue
+            content, kind, ending = found
+            writer.add(keys[i], ending, content.numpy().tobytes(), int(data.labels[i]))
+            kinds[kind] += 1
     about = {"split": data.split, "classes": data.classes, "kinds": dict(kinds.most_common())}
     return writer.close(**about, refused=refused, others=data.others)
 
@@ -164,8 +167,7 @@ def _open_source(
         words = f"move each image of val/ into a folder named by its class in {KAGGLE}"
         raise DataError(f"{source} is Kaggle's layout: {words}, and pack the folder above train/ and val/")
     if any((source / name).exists() for name in (DEVKIT, *ARCHIVES.values())):
-        scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=scratch) as folder:
+        with new_folder(scratch), tempfile.TemporaryDirectory(prefix=".unpacked-", dir=scratch) as folder:
             _unpack(source, splits, Path(folder))
             yield Path(folder), {s: open_dataset(folder, s) for s in splits}
     else:

@@ -14,7 +14,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -177,6 +177,19 @@ class ShardWriter:
 
 
 @contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Makes a folder where there is none; what is made, and empty in the end, is taken away again."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+    finally:
+        with suppress(OSError):  # something is in it
+            for folder in made:
+                folder.rmdir()
+
+
+@contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
     """A hidden folder beside `target`, which is renamed to it when all is written, and deleted after an error.
 
@@ -186,12 +199,13 @@ def written_aside(target: Path) -> Iterator[Path]:
     if target.exists():
         raise DataError(f"{target} exists: delete it, or choose another folder")
     try:
-        aside.mkdir(parents=True)
-        try:
-            yield aside
-            aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with new_folder(aside.parent):
+            aside.mkdir()
+            try:
+                yield aside
+                aside.rename(target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     except FileExistsError as error:
         raise DataError(f"{aside} exists: wait for who writes it, or delete what is left of it") from error
     except OSError as error:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy
 import pandas
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -98,13 +98,16 @@ class Result:
             if not fine:
                 raise ResultsError(f"{field}={getattr(self, field)!r}; expected {expected}")
 
+        for name in ("experiment", "scale", "dataset", "device", "cpvt_commit", "torch", "date"):
+            expect(name, isinstance(getattr(self, name), str), "text")
         own, sha256 = COLUMNS.get(self.experiment, self.columns), str(self.dataset_sha256)
         expect("dataset_sha256", re.fullmatch("[0-9a-f]{64}", sha256), "64 hex digits")
         expect("seed", type(self.seed) is int and self.seed >= 0, "a whole number, 0 or more")
         for name in ("columns", "config", "metrics"):
             value = getattr(self, name)
             expect(name, isinstance(value, dict) and value, "at least one name and value")
-        fine = self.columns.keys() == own.keys() and not own.keys() & {*FIELDS, *self.metrics}
+        plain = all(isinstance(value, str | int | float) for value in self.columns.values())
+        fine = plain and self.columns.keys() == own.keys() and not own.keys() & {*FIELDS, *self.metrics}
         expect("columns", fine, f"those of {self.experiment}: {', '.join(own)}; no field, no metric")
         for name, value in self.metrics.items():
             _check_metric(name, value)
@@ -208,15 +211,17 @@ def recorded(experiment: str | None = None, folder: str | Path | None = None) ->
 
 
 def _lines(path: Path) -> Iterator[Result]:
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             values = json.loads(line)
             if not isinstance(values, dict) or values.keys() != set(FIELDS):
-                raise ResultsError(f"got {line[:60]!r}; a result has {', '.join(FIELDS)}, and nothing else")
+                raise ResultsError(
+                    f"got {str(values)[:60]!r}; a result has {', '.join(FIELDS)}, and nothing else"
+                )
             if values["experiment"] != path.stem:
                 raise ResultsError(f"experiment {values['experiment']!r}: it belongs into another file")
             yield Result(**values)
-        except (json.JSONDecodeError, ResultsError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, not a result
             raise ResultsError(f"{path}:{number}: {error}; mend or remove the line") from None
 
 
@@ -283,7 +288,10 @@ def fingerprint(*tensors: Tensor) -> str:
 
 def _keep_arrays(result: Result, folder: Path, arrays: dict[str, Tensor]) -> None:
     path = folder / f"{result.experiment}.safetensors"
-    held = load_file(path) if path.exists() else {}
+    try:
+        held = load_file(path) if path.exists() else {}
+    except SafetensorError as error:
+        raise ResultsError(f"{path} is damaged ({error}); restore or remove it") from None
     of_whom = json.dumps({**result.columns, "seed": result.seed})
     held |= {f"{of_whom}/{name}": array.contiguous() for name, array in arrays.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -305,12 +313,15 @@ def read_arrays(
     if not path.exists():
         return {}
     found, wanted = {}, complete(experiment, columns)
-    with safe_open(path, "pt") as file:
-        for key in file.keys():
-            of_whom, _, what = key.rpartition("/")
-            own = json.loads(of_whom)
-            if what == name and wanted.items() <= own.items():
-                found[own["seed"]] = file.get_tensor(key)
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():
+                of_whom, _, what = key.rpartition("/")
+                own = json.loads(of_whom)
+                if what == name and wanted.items() <= own.items():
+                    found[own["seed"]] = file.get_tensor(key)
+    except (SafetensorError, ValueError, AttributeError, KeyError) as error:  # or it holds other things
+        raise ResultsError(f"{path} is damaged ({error}); restore or remove it") from None
     return dict(sorted(found.items()))
 
 

@@ -10,16 +10,18 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import Tensor
 
-from cpvt.config import TrainConfig, from_json, replace, to_json
+from cpvt.config import ModelConfig, TrainConfig, from_json, replace, to_json
+from cpvt.data.shards import new_folder
 from cpvt.data.transforms import MEAN, STD
 from cpvt.errors import ConfigError, nearest
 from cpvt.model.vit import VisionTransformer
@@ -52,19 +54,46 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def only_run(folder: str | Path) -> Iterator[None]:
-    """Keeps a folder ("": none) to one run until the block ends or the process dies. Raises ConfigError."""
+    """Keeps a folder ("": none) to one run until the block ends or the process dies. Raises ConfigError.
+
+    A block that leaves nothing in it leaves no folder either.
+    """
     if not folder:
         yield
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "w") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not shared with forked readers
+            path = stack.enter_context(new_folder(Path(folder))) / ".lock"
+            stack.enter_context(_locked(path))
         except OSError as error:
-            taken = isinstance(error, BlockingIOError | PermissionError)
+            taken = isinstance(error, BlockingIOError)
             reason = "another run is writing it" if taken else f"cannot be locked, {error.strerror}"
             raise ConfigError(f"run.out={str(folder)!r}: {reason}; give another folder") from None
         yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Creates a file and locks it until the block ends; then deletes it. BlockingIOError: another process has it.
+
+    Nothing is written to it, and no link is followed, which may lead to a file that is more than a lock.
+    """
+    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.lockf(
+                number, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # unlike flock's, not shared with forked readers
+        except PermissionError as error:  # as POSIX allows
+            raise BlockingIOError from error
+        if not os.path.samestat(os.fstat(number), os.stat(path)):  # another process has just deleted this one
+            raise BlockingIOError
+        try:
+            yield
+        finally:
+            os.unlink(path)
+    finally:
+        os.close(number)
 
 
 class Saved(NamedTuple):
@@ -86,8 +115,8 @@ def save_model(
     data = {name: getattr(config.data, name) for name in ("crop_pct", "interpolation")}
     data |= {"image_size": config.model.image_size, "mean": MEAN, "std": STD}
     about = {"classes": json.dumps([*classes]), "preprocessing": json.dumps(data)}
-    with _replacing(Path(path)) as aside:
-        save_file(state, aside, metadata={"config": to_json(config), **about})
+    with _replacing(Path(path)) as aside:  # safetensors' own file has errors of its own on a full disk
+        aside.write_bytes(save(state, metadata={"config": to_json(config), **about}))
 
 
 def load_model(path: str | Path) -> tuple[VisionTransformer, TrainConfig]:
@@ -199,6 +228,14 @@ def _metadata(path: Path) -> dict[str, str]:
         raise ConfigError(f"{path} cannot be read ({error}); give a model of `cpvt train`") from None
 
 
+def check_shapes(config: ModelConfig, state: dict[str, Tensor]) -> None:
+    """Raises ConfigError unless these are the weights of such a model."""
+    with torch.device("meta"):  # shapes without memory
+        own = {name: tensor.shape for name, tensor in VisionTransformer(config).state_dict().items()}
+    if wrong := own.items() ^ {name: tensor.shape for name, tensor in state.items()}.items():
+        raise ConfigError(f"{min(wrong)[0]} is not as its configuration says")
+
+
 class Checkpoints:
     """The last `keep` checkpoints of a run, in a folder: step-000000012.pt and so on."""
 
@@ -217,13 +254,18 @@ class Checkpoints:
             old.unlink(missing_ok=True)
         return self._path(step)
 
-    def latest(self) -> tuple[int, list[str]]:
-        """-> the step of the newest whole one, 0 for none; names of newer, spoiled ones, which are renamed."""
+    def latest(self, check: Callable[[dict], object] = bool) -> tuple[int, list[str]]:
+        """-> the step of the newest whole one, 0 for none; names of newer, spoiled ones, which are renamed.
+
+        Spoiled is also what `check` raises an error for.
+        """
         spoiled = []
         for path in self._found():
             step = int(path.stem.removeprefix("step-"))
-            if self.read(step):
-                return step, spoiled
+            with suppress(Exception):  # foreign content can raise anything
+                if state := self.read(step):
+                    check(state)
+                    return step, spoiled
             path.rename(path.with_suffix(".spoiled"))
             spoiled.append(path.name)
         return 0, spoiled

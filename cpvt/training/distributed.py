@@ -2,11 +2,12 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -16,24 +17,35 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from cpvt.data.loader import SIGNALS
 from cpvt.errors import ConfigError, UserError
 
 
-class Stopped(RuntimeError):
-    """A signal came before the end; nothing of what was under way is kept."""
+class Stopped(KeyboardInterrupt):
+    """A signal came before there was anything to keep. It is no Exception: nobody takes it for a damaged file."""
+
+
+def say(text: str, name: str = "stderr") -> None:
+    """Prints a line above the bar. What nobody can read (a closed pipe, a full disk, a terminal that is gone) is
+    left unsaid: no run ends for that."""
+    with suppress(OSError, ValueError, AttributeError):
+        tqdm.write(text, file=getattr(sys, name))
+        getattr(sys, name).flush()
 
 
 class SignalHandler:
-    """Notes the name of a signal, and lets the step end. A second Ctrl-C is as deadly as ever."""
+    """Notes the name of a signal, and lets the step end; raises Stopped as long as it is `urgent`, since nothing
+    is lost. A second Ctrl-C is as deadly as ever."""
 
     def __init__(self):
-        self.name, self._before = "", {}
+        self.name, self.urgent, self._before = "", True, {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # nohup
+            self._before = {n: signal.signal(n, self._note) for n in SIGNALS if n not in ignored}
         return self
 
     def __exit__(self, *_) -> None:
@@ -44,6 +56,8 @@ class SignalHandler:
         self.name = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, self._before[number])
+        if self.urgent:
+            raise Stopped(f"{self.name} before the first step was done")
 
 
 @dataclass
@@ -142,6 +156,7 @@ class World:
 def join_world(device: str) -> Iterator[World]:
     """Finds the processes that torchrun started, on `device` ("cpu" or "cuda"); leaves them at the end."""
     size, rank, local = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    _check_slurm()
     with SignalHandler() as signals:
         if size <= 1:
             yield World(device=device, signals=signals)
@@ -156,6 +171,18 @@ def join_world(device: str) -> Iterator[World]:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _check_slurm() -> None:
+    """srun alone starts every task as a run of its own, which would write the same files. Raises ConfigError."""
+    task, step, tasks = (
+        os.environ.get(f"SLURM_{name}", "") for name in ("PROCID", "STEP_NUM_TASKS", "NTASKS")
+    )
+    if task and int(step or tasks or 1) > 1 and "WORLD_SIZE" not in os.environ:
+        words = f"task {task} of SLURM's {step or tasks} trains the whole run by itself: start one torchrun a node"
+        if task != "0" or step:
+            raise ConfigError(words)
+        say(words)  # a batch script is task 0, and of no step
 
 
 _runs = count()

@@ -1,6 +1,7 @@
 """How often a model is right, image by image."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,14 @@ def accuracy(
     that no image counts twice. `stop`: asked before each batch; after a yes the scores are those of a part.
     """
     counts = torch.zeros(3, dtype=torch.int64)
-    for images, labels in batches:
-        if stop():
-            break
-        with autocast(str(images.device), precision):
-            hits = _hits(model, images, labels, 5)
-        counts += torch.stack([hits[:, 0].sum(), hits.any(-1).sum(), labels.new_tensor(len(labels))]).cpu()
+    with closing(batches) if isinstance(batches, Generator) else nullcontext():  # also after an error
+        for images, labels in batches:
+            if stop():
+                break
+            with autocast(str(images.device), precision):
+                hits = _hits(model, images, labels, 5)
+            images = labels.new_tensor(len(labels))
+            counts += torch.stack([hits[:, 0].sum(), hits.any(-1).sum(), images]).cpu()
     if world:
         counts = world.sum(counts.to(world.device))
     top1, top5, images = counts.tolist()

@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from cpvt.config import TrainConfig
 from cpvt.data.decode import Fault
 from cpvt.training.checkpoint import changed
-from cpvt.training.distributed import World
+from cpvt.training.distributed import World, say
 
 CLOCK = {"images_per_s", "hours_left", "gpu_refused"}  # in a log entry: what another run may find otherwise
 
@@ -46,15 +47,13 @@ class Logger:
         self.folder = Path(config.run.out) if config.run.out else None
         self.faulty: set[str] = set()  # names of images that this process could not use
         self.refused = 0  # images that the GPU did not decode
-        self._told_of_disk = False
+        self._told_of_disk, self._torn = False, True  # torn: the log is not as `entries` has it
         self._first, self._since = step, (time.perf_counter(), step)
         if self.folder and world.is_main:
-            aside, lines = self.folder / ".log.jsonl", [{"config": dataclasses.asdict(config)}, *entries]
-            aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            aside.replace(self.folder / "log.jsonl")
+            self._write_log()
             if not step:
                 (self.folder / "faults.jsonl").unlink(missing_ok=True)
-        hidden = not (bar and world.is_main and sys.stderr.isatty())
+        hidden = not (bar and world.is_main and sys.stderr and sys.stderr.isatty())
         self._bar = tqdm(total=config.optim.steps, initial=step, unit="step", disable=hidden)
 
     @property
@@ -86,7 +85,7 @@ class Logger:
         """A line for whoever reads the log or the screen."""
         self._keep({"step": step, "note": words})
         if self.world.is_main:
-            tqdm.write(words, file=sys.stderr)
+            say(words)
 
     def faults(self, step: int, faults: Iterable[Fault], refused: int = 0) -> None:
         """Names each unusable image once; every process writes its own to `out`/faults.jsonl."""
@@ -95,7 +94,7 @@ class Logger:
             if fault.key not in self.faulty:
                 self.faulty.add(fault.key)
                 line = {"step": step, "image": fault.key, "reason": fault.reason}
-                self._append("faults.jsonl", line)
+                self._write("faults.jsonl", line)
 
     def close(self) -> None:
         self._bar.close()
@@ -103,15 +102,31 @@ class Logger:
     def _keep(self, entry: dict) -> None:
         self.entries.append(entry)
         if self.world.is_main:
-            self._append("log.jsonl", entry)
+            self._write_log(entry)
 
-    def _append(self, name: str, line: dict) -> None:
-        """A line more, if there is room for it: a full disk costs the log, and not the run."""
-        if self.folder:
-            try:
-                with open(self.folder / name, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                if not self._told_of_disk:
-                    tqdm.write(f"no more lines in {name} ({error}); the run goes on", file=sys.stderr)
-                self._told_of_disk = True
+    def _write_log(self, *more: dict) -> None:
+        """Adds lines; or, at first and where lines were lost, writes all of them."""
+        lines = [{"config": dataclasses.asdict(self.config)}, *self.entries]
+        self._torn = not self._write("log.jsonl", *(lines if self._torn else more), anew=self._torn)
+
+    def _write(self, name: str, *lines: dict, anew: bool = False) -> bool:
+        """Lines more, if there is room for them: a full disk costs the log, and not the run."""
+        if not self.folder:
+            return True
+        path, text = self.folder / name, "".join(json.dumps(line) + "\n" for line in lines)
+        aside = path.with_name(f".{name}")
+        try:
+            if anew:
+                aside.write_text(text)
+                aside.replace(path)
+            else:
+                with open(path, "a") as file:
+                    file.write(text)
+        except OSError as error:
+            if not self._told_of_disk:
+                say(f"no room for {name} ({error}); the run goes on")
+            self._told_of_disk = True
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+            return False
+        return True

@@ -5,11 +5,10 @@
 
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +18,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cpvt.config import TrainConfig, from_json, replace, to_json
 from cpvt.data.loader import make_loader
-from cpvt.errors import ConfigError, DataError, TrainingError
+from cpvt.errors import ConfigError, DataError, TrainingError, UserError
 from cpvt.model.vit import VisionTransformer
 from cpvt.rng import uniform
-from cpvt.training.checkpoint import Checkpoints, differences, only_run, save_model, start_from
-from cpvt.training.distributed import World, join_world, pick_device
+from cpvt.training.checkpoint import Checkpoints, check_shapes, differences, only_run, save_model, start_from
+from cpvt.training.distributed import World, join_world, pick_device, say
 from cpvt.training.evaluate import accuracy, autocast
 from cpvt.training.logger import Logger, describe
 from cpvt.training.loss import TrainingLoss, load_teacher
@@ -87,6 +86,10 @@ class Trainer:
         self.skips = SkipCounter(world.device)
         self.losses: deque[Tensor] = deque(maxlen=max(20, run.log_every))  # the last ones
         self.step, self.log = 0, []  # steps taken; entries of the log
+        self.saved, self.updating = (
+            0,
+            False,
+        )  # the step of the newest checkpoint; whether a step is half taken
         self.checkpoints = Checkpoints(Path(run.out) / "checkpoints", run.keep_checkpoints)
         notes = self._resume() if run.out else []
 
@@ -113,7 +116,7 @@ class Trainer:
 
     def _resume(self) -> list[str]:
         """Takes up the newest whole checkpoint, the same in all processes, if there is one; -> what to say."""
-        step, spoiled = self.checkpoints.latest() if self.world.is_main else (0, [])
+        step, spoiled = self.checkpoints.latest(self._check) if self.world.is_main else (0, [])
         notes = [f"passed over {name}: it is not what was written" for name in spoiled]
         step = int(self.world.broadcast(str(step)))
         if not step:
@@ -121,21 +124,42 @@ class Trainer:
         saved, out = self.checkpoints.read(step), f"run.out={self.config.run.out!r}"
         if self.world.any(saved is None):
             raise ConfigError(f"{out}: not every process can read step {step}; use a disk that all share")
-        found = differences(self.config, from_json(TrainConfig, saved["config"]), self.loader.fingerprint)
-        if saved["fingerprint"] != self.loader.fingerprint:
-            found.append("data: other training images there than here")
-        if saved.get("teacher", self.loss.sha256) != self.loss.sha256:
-            found.append("distill: other weights of the teacher there than here")
-        if found:
+        if found := self._differences(saved):
             raise ConfigError(f"{out} holds another run ({'; '.join(found)}): give another folder")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.log = saved["step"], saved["log"]
+        self.step, self.saved, self.log = saved["step"], saved["step"], saved["log"]
         self.losses.extend(saved["losses"].to(self.world.device))
         self.skips.counts.copy_(saved["skips"])
         if self.ema:
             torch._foreach_copy_(self.ema.average, saved["ema"])
         return [*notes, f"going on after step {self.step}"]
+
+    def _differences(self, saved: dict) -> list[str]:
+        """In what the run of a checkpoint is another one than this."""
+        found = differences(self.config, from_json(TrainConfig, saved["config"]), self.loader.fingerprint)
+        if saved["fingerprint"] != self.loader.fingerprint:
+            found.append("data: other training images there than here")
+        if saved.get("teacher", self.loss.sha256) != self.loss.sha256:
+            found.append("distill: other weights of the teacher there than here")
+        return found
+
+    def _check(self, saved: dict) -> None:
+        """Raises an error, of whatever kind, unless this is a `state` of the run that it says to be."""
+        check_shapes(from_json(TrainConfig, saved["config"]).model, saved["model"])
+        if self._differences(saved):
+            return  # another run, for which it is refused
+        sizes = [p.shape for group in self.optimizer.param_groups for p in group["params"]]
+        moments, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
+        fits = [type(saved["step"]) is int, all("step" in entry for entry in saved["log"])]
+        fits += [saved["losses"].ndim == 1, saved["skips"].shape == (2,)]
+        fits += [sizes[i] == m["exp_avg"].shape == m["exp_avg_sq"].shape for i, m in moments.items()]
+        fits += [
+            [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.optimizer.param_groups]
+        ]
+        fits += [[a.shape for a in saved["ema"]] == [a.shape for a in (self.ema.average if self.ema else [])]]
+        if not all(fits):
+            raise ValueError
 
     def state(self) -> dict:
         """-> tensors, numbers and text alone, which `torch.load(weights_only=True)` reads back."""
@@ -145,14 +169,24 @@ class Trainer:
         state |= {"classes": [*self.loader.classes], "teacher": self.loss.sha256}
         return state | {"config": to_json(self.config), "fingerprint": self.loader.fingerprint}
 
-    def save(self) -> None:
+    def save(self, alone: bool = False) -> None:
         """Writes a checkpoint; the others wait for it, so that nobody leaves, and is counted as lost, before."""
         if self.config.run.out and self.world.is_main:
             try:
                 self.checkpoints.save(self.step, self.state())
+                self.saved = self.step
             except OSError as error:  # a full disk: the older ones are whole, and there may be room later
                 self.logger.note(self.step, f"no checkpoint after step {self.step}: {error}")
-        self.world.any(False)
+        if not alone:
+            self.world.any(False)
+
+    def rescue(self, error: Exception) -> None:
+        """Keeps the steps before an error that comes from outside of them, such as the loss of a reader."""
+        if not self.updating and self.step > self.saved and not isinstance(error, TrainingError):
+            with suppress(Exception):  # the first error is the one to tell
+                self.save(alone=True)
+        if self.saved and isinstance(error, UserError):
+            error.args = (f"{error}; the same command goes on after step {self.saved}",)
 
     def evaluate(self) -> dict[str, float]:
         """Top-1 and top-5 of the weights and, as `ema_top1`, of their average; none if a signal cut it short."""
@@ -203,12 +237,16 @@ def take_steps(t: Trainer) -> dict[str, float]:
     world, model, loader, optim, run = t.world, t.model, t.loader, t.config.optim, t.config.run
     parts, epoch_steps = loader.micro_batches_per_step, loader.sampler.steps_per_epoch
     done, stopped = t.is_done(), world.stopped()
+    # A signal waits for the end of a step. The first one may compile for minutes, and there is nothing to save.
+    world.signals.urgent = world.size == 1 and not done
     model.train()
     with closing(loader.train_batches(t.step)) as batches:
         while not (done or stopped):
-            # The checkpoint of this step is written: a run that goes on from it begins with this evaluation.
-            if run.evaluate_every and t.step and t.step % (epoch_steps * run.evaluate_every) == 0:
+            # A run that goes on after this step begins with this evaluation, unless it was made.
+            due = run.evaluate_every and t.step and t.step % (epoch_steps * run.evaluate_every) == 0
+            if due and not any(entry["step"] == t.step and "top1" in entry for entry in t.log):
                 if not (scores := t.evaluate()):
+                    t.save()
                     return {}
                 t.logger.entry({"step": t.step, **scores})
 
@@ -227,9 +265,11 @@ def take_steps(t: Trainer) -> dict[str, float]:
                     part_loss.backward()
                 loss += part_loss.detach()
             loss = world.sum(loss) / world.size  # the same everywhere, so that all skip the same steps
+            world.signals.urgent = False
 
             # Update. The device itself skips a step whose loss or gradient is not finite: nobody waits for it.
             norm = get_total_norm([p.grad for p in t.parameters if p.grad is not None])
+            t.updating = True
             taken = t.skips.see(loss, norm)
             if optim.clip_grad:
                 clip_grads_with_norm_(t.parameters, optim.clip_grad, norm)
@@ -243,6 +283,7 @@ def take_steps(t: Trainer) -> dict[str, float]:
                 t.ema.update(taken)
             t.losses.append(loss)
             t.step += 1
+            t.updating = False
 
             # Log. The host waits for the device at an entry, and where skipped steps are looked at.
             t.logger.step(t.step)
@@ -277,7 +318,8 @@ def train(
     with what the run will do, before it does it, `make_loader` for other batches than the package's own. `given`
     are options, as "model.num_classes", that a user has asked for: where the data is otherwise, that is refused.
     Under torchrun all processes call it alike. Raises ConfigError or DataError before the first step, where the
-    configuration cannot be run, and TrainingError after `optim.skip_limit` steps in a row that are not finite.
+    configuration cannot be run, TrainingError after `optim.skip_limit` steps in a row that are not finite or where
+    the model cannot be written, and Stopped for a signal before the first step is done.
     """
     started = time.perf_counter()
     device = pick_device(config.run.device)
@@ -289,8 +331,9 @@ def train(
             try:
                 run.metrics = take_steps(trainer)
             except Exception as error:
+                trainer.rescue(error)
                 if not world.is_main:  # of whose errors the command line says nothing
-                    print(f"process {world.rank}: {error}", file=sys.stderr)
+                    say(f"process {world.rank}: {error}")
                 raise
             run.model.eval()
             run.history, run.steps = logger.history, trainer.step
@@ -303,8 +346,12 @@ def train(
         if config.run.out and world.is_main:
             folder = Path(config.run.out)
             classes = trainer.loader.classes
-            save_model(folder / "model.safetensors", model, config, classes)
-            if trainer.ema:
-                with trainer.ema.in_place():
-                    save_model(folder / "model_ema.safetensors", model, config, classes)
+            try:
+                save_model(folder / "model.safetensors", model, config, classes)
+                if trainer.ema:
+                    with trainer.ema.in_place():
+                        save_model(folder / "model_ema.safetensors", model, config, classes)
+            except OSError as error:
+                words = f"the model cannot be written to {folder} ({error.strerror})"
+                raise TrainingError(f"{words}: make room, and the same command writes it") from error
         return run
