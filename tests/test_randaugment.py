@@ -217,7 +217,7 @@ def test_a_compiler_takes_every_operation_whole(monkeypatch):
             how = images[some], level[some], sign[some]
             expected = OPERATIONS[name](*how)
             with monkeypatch.context() as on_a_gpu:
-                on_a_gpu.setattr(randaugment, "move", randaugment._move_at_once)
+                on_a_gpu.setattr(randaugment, "_in_pieces", randaugment._at_once)
                 assert torch.equal(traced(*how), expected)
 
 

@@ -207,64 +207,57 @@ def sharpen(images: Tensor, factor: Tensor) -> Tensor:
 def move(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
     """Pixel (x, y) of the result is read at a x + b y + c, in pixels, with (a, b, c) of `across` and of `down`:
     numbers, or (n,) float64 each. `down` None: in its own row."""
-    return (_move_at_once if images.is_cuda else _move_in_pieces)(images, across, down)
-
-
-def _move_at_once(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
     height, width = images.shape[2:]
     y, x = (torch.arange(n, device=images.device, dtype=torch.float64) + 0.5 for n in (height, width))
-    factors = *across, *(down or (0, 1, 0))
-    a, b, c, d, e, f = (v[:, None, None] if isinstance(v, Tensor) else v for v in factors)
-    x, y = torch.broadcast_tensors(a * x + b * y[:, None] + c, d * x + e * y[:, None] + f)  # (n, H, W)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    row, column = (y - 0.5).floor(), (x - 0.5).floor()  # of the nearest centre above, and to the left
-    dy, dx = (y - 0.5 - row).float()[:, None], (x - 0.5 - column).float()[:, None]
-    packed, row, column = _pack(images), row.long(), column.long()
-    if not down:
-        value = along(packed, row, column, dx)
+    inside, column, dx = _place(*across, x, y[:, None], width)
+    within, row, dy = _place(*(down or (0, 1, 0)), x if down else 0, y[:, None], height)
+    interpolate = _at_once if images.is_cuda else _in_pieces
+    return interpolate(images, inside & within, row, column, dx, dy if down else None)
+
+
+def _place(a, b, c, x, y, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis: whether it is inside, the nearest centre above or to the left, how far it is from there."""
+    a, b, c = (v[:, None, None] if isinstance(v, Tensor) else v for v in (a, b, c))
+    at = a * x + b * y + c
+    inside = (at >= 0).logical_and_(at < length)
+    centre = at.sub_(0.5).floor()
+    return inside, centre, at.sub_(centre).float()
+
+
+def _at_once(images: Tensor, inside: Tensor, row: Tensor, column: Tensor, dx: Tensor, dy) -> Tensor:
+    packed, row, column = _pack(images), row.long().expand_as(column).contiguous(), column.long()
+    if dy is None:
+        value = along(packed, row, column, dx[:, None])
     else:  # one row of taps at a time is compiled: the compiler takes minutes over all sixteen at once
-        taps = (along(packed, (row + i).clamp(0, height - 1), column, dx) for i in (-1, 0, 1, 2))
-        value = cubic(*taps, dy)
+        last = images.shape[2] - 1
+        taps = (along(packed, (row + i).clamp(0, last), column, dx[:, None]) for i in (-1, 0, 1, 2))
+        value = cubic(*taps, dy[:, None])
     channels = zip(value.clamp(0, 255).to(torch.uint8).unbind(1), FILL, strict=True)
     return torch.stack([torch.where(inside, channel, fill) for channel, fill in channels], dim=1)
 
 
-def _move_in_pieces(images: Tensor, across: tuple, down: tuple | None = None) -> Tensor:
+def _in_pieces(images: Tensor, inside: Tensor, row: Tensor, column: Tensor, dx: Tensor, dy) -> Tensor:
     """The same to the bit, for a CPU: four bytes a pixel, no more pixels at a time than its cache holds."""
     n, _, height, width = images.shape
-    wide, high = width + 4, height + 4  # with two more pixels on each side no tap lies outside
-    packed, moved = (torch.empty(n, *size, dtype=torch.int32) for size in ((high, wide), (height, width)))
-    packed[:, 2:-2, 2:-2] = _pack(images)
-    for axis, end in ((1, high - 2), (2, wide - 2)):
-        packed.narrow(axis, 0, 2).copy_(packed.narrow(axis, 2, 1))
-        packed.narrow(axis, end, 2).copy_(packed.narrow(axis, end - 1, 1))
-    y, x = (torch.arange(size, dtype=torch.float64) + 0.5 for size in (height, width))
-
-    def place(a, b, c, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        a, b, c = (v[:, None, None] if isinstance(v, Tensor) else v for v in (a, b, c))
-        at = a * x + b * y[:, None] + c
-        outside = (at < 0).logical_or_(at >= length)
-        before = at.sub_(0.5).floor()
-        return outside, at.sub_(before).float().flatten(), before.clamp_(-1, length - 1)
-
-    outside, dx, index = place(*across, width)
-    row = (y - 0.5)[:, None]
-    if down:
-        beyond, dy, row = place(*down, height)
-        outside |= beyond
-    index += (row + (1 + high * torch.arange(n)[:, None, None])).mul_(wide).add_(1)
-    packed, index = packed.flatten(), index.int().flatten()
+    high, wide = height + 4, width + 4  # with two more pixels on each side no tap lies outside
+    rows, columns = (torch.arange(-2, size + 2).clamp_(0, size - 1) for size in (height, width))
+    packed = _pack(images)[:, rows[:, None], columns].flatten()
+    index = (row.clamp(-1, height - 1) + (high * torch.arange(n)[:, None, None] + 1)).mul_(wide).add_(1)
+    index = column.clamp_(-1, width - 1).add_(index).int()  # of the first of sixteen taps
+    moved = torch.empty(inside.shape, dtype=torch.int32)
 
     def along(down: int, index: Tensor, part: Tensor) -> Tensor:
         starts = (packed[down * wide + tap :] for tap in range(4))
         return _cubic(*(start.index_select(0, index).view(torch.uint8).float() for start in starts), part)
 
-    pieces = (each.split(CACHED // 8) for each in (moved.flatten(), index, dx, dy if down else dx))
-    for piece, at, *parts in zip(*pieces, strict=True):
+    parts = moved, index, dx, dx if dy is None else dy
+    for piece, at, *parts in zip(*(part.flatten().split(CACHED // 8) for part in parts), strict=True):
         right, below = (part[:, None].expand(-1, 4).flatten() for part in parts)
-        value = _cubic(*(along(i, at, right) for i in range(4)), below) if down else along(1, at, right)
+        value = along(1, at, right)
+        if dy is not None:
+            value = _cubic(along(0, at, right), value, along(2, at, right), along(3, at, right), below)
         piece.view(torch.uint8).copy_(value.clamp_(0, 255))
-    moved.masked_fill_(outside, FILL[0] | FILL[1] << 8 | FILL[2] << 16)
+    moved.masked_fill_(~inside, FILL[0] | FILL[1] << 8 | FILL[2] << 16)
     return moved.view(torch.uint8).unflatten(2, (width, 4))[..., :3].permute(0, 3, 1, 2).contiguous()
 
 
