@@ -240,8 +240,8 @@ def _in_pieces(images: Tensor, inside: Tensor, row: Tensor, column: Tensor, dx: 
     """The same to the bit, for a CPU: four bytes a pixel, no more pixels at a time than its cache holds."""
     n, _, height, width = images.shape
     high, wide = height + 4, width + 4  # with two more pixels on each side no tap lies outside
-    rows, columns = (torch.arange(-2, size + 2).clamp_(0, size - 1) for size in (height, width))
-    packed = _pack(images)[:, rows[:, None], columns].flatten()
+    down, across = (torch.arange(-2, size + 2).clamp_(0, size - 1) for size in (height, width))
+    packed = _pack(images)[:, down[:, None], across].flatten()
     index = (row.clamp(-1, height - 1) + (high * torch.arange(n)[:, None, None] + 1)).mul_(wide).add_(1)
     index = column.clamp_(-1, width - 1).add_(index).int()  # of the first of sixteen taps
     moved = torch.empty(inside.shape, dtype=torch.int32)
@@ -250,8 +250,8 @@ def _in_pieces(images: Tensor, inside: Tensor, row: Tensor, column: Tensor, dx: 
         starts = (packed[down * wide + tap :] for tap in range(4))
         return _cubic(*(start.index_select(0, index).view(torch.uint8).float() for start in starts), part)
 
-    parts = moved, index, dx, dx if dy is None else dy
-    for piece, at, *parts in zip(*(part.flatten().split(CACHED // 8) for part in parts), strict=True):
+    pieces = (each.flatten().split(CACHED // 8) for each in (moved, index, dx, dx if dy is None else dy))
+    for piece, at, *parts in zip(*pieces, strict=True):
         right, below = (part[:, None].expand(-1, 4).flatten() for part in parts)
         value = along(1, at, right)
         if dy is not None:
