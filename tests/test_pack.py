@@ -5,6 +5,7 @@ import os
 import signal
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import pytest
@@ -59,9 +60,8 @@ def test_what_is_missing_is_named_and_no_tar_but_a_published_one_is_opened(tmp_p
     assert "no folder 'val'" in refusal(run, tmp_path, tmp_path / "out")
     archives(tmp_path / "source", monkeypatch)
     own, opened = tarfile.open, []
-    monkeypatch.setattr(
-        tarfile, "open", lambda name, *args: opened.append(Path(name).name) or own(name, *args)
-    )
+    spy = mock.Mock(side_effect=lambda name, *a, **k: opened.append(Path(name).name) or own(name, *a, **k))
+    monkeypatch.setattr(tarfile, "open", spy)
     for name in (*ARCHIVES.values(), DEVKIT):
         file = tmp_path / "source" / name
         whole = file.read_bytes()
