@@ -64,7 +64,10 @@ def test_which_files_of_a_class_count(folder, tmp_path):
         put(here / name)
     put(tmp_path / "elsewhere" / "linked.jpg")
     (here / "part2").symlink_to(tmp_path / "elsewhere")
-    (here / "up").symlink_to(here)  # a loop
+    for number, up in enumerate(
+        (here, folder / "train", folder)
+    ):  # loops; the last two pass by other classes
+        (here / f"up{number}").symlink_to(up)
     for name in ("again", "zagain"):  # a folder that two names lead to counts once, under the first of them
         (here / name).symlink_to(here / "images")
     (folder / "train" / "n03").rename(tmp_path / "third")
@@ -77,6 +80,8 @@ def test_which_files_of_a_class_count(folder, tmp_path):
     assert (data.labels == 2).sum() == 2 and data.others == {".txt": 3, ".avif": 1}
     loader = make_loader(DataConfig(name=str(folder), image_size=8), seed=0, global_batch_size=2)
     assert loader.passed_over == "train: 3 .txt, 1 .avif; val: 3 .txt, 1 .jpeg beside the class folders"
+    (folder / "train" / "n04").symlink_to(folder / "train")
+    assert "n04 holds no images" in refusal(open_dataset, folder)
 
 
 def test_accents_and_bytes_that_are_no_text_in_names(folder, tmp_path):

@@ -145,12 +145,9 @@ def test_a_third_of_bad_images_never_ends_a_run_and_a_disk_that_dies_soon_does(t
     for path in files[::3]:
         path.write_bytes(b"")
     augment = AugmentConfig(mix_group=4, repeated_aug=3)
-    loader = make_loader(
-        small_run(root).data, seed=0, global_batch_size=12, micro_batch_size=4, augment=augment
-    )
-    batches, bad = loader.train_batches(), []
-    for batch in islice(batches, 600):
-        bad.append(len(batch.faults))
+    sizes = dict(global_batch_size=12, micro_batch_size=4)
+    batches = make_loader(small_run(root).data, seed=0, augment=augment, **sizes).train_batches()
+    bad = [len(batch.faults) for batch in islice(batches, 600)]
     assert max(bad) >= 3 and 600 < sum(bad) < 1000
     for path in files:
         path.write_bytes(b"")

@@ -5,6 +5,7 @@ import os
 import signal
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import pytest
@@ -53,31 +54,28 @@ def test_packing_again_by_more_processes_gives_the_same_bytes(folder, tmp_path):
     assert first == again
 
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
+def test_what_is_missing_is_named_and_no_tar_but_a_published_one_is_opened(tmp_path, monkeypatch):
+    """Whatever it may hold, endless headers or names outside its folder: with another MD5 it stays closed."""
     assert "no folder" in refusal(run, tmp_path / "none", tmp_path / "out")
     assert "no folder 'val'" in refusal(run, tmp_path, tmp_path / "out")
     archives(tmp_path / "source", monkeypatch)
+    own, opened = tarfile.open, []
+    spy = mock.Mock(side_effect=lambda name, *a, **k: opened.append(Path(name).name) or own(name, *a, **k))
+    monkeypatch.setattr(tarfile, "open", spy)
     for name in (*ARCHIVES.values(), DEVKIT):
-        hidden = (tmp_path / "source" / name).rename(tmp_path / "hidden")
+        file = tmp_path / "source" / name
+        whole = file.read_bytes()
+        file.unlink()
         assert name in refusal(run, tmp_path / "source", tmp_path / "out")
-        hidden.rename(tmp_path / "source" / name)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("spoilt", [DEVKIT, ARCHIVES["train"]])
-def test_no_archive_but_a_published_one_is_opened(tmp_path, monkeypatch, spoilt):
-    """Whatever a tar may hold (endless headers, names outside its folder): another MD5, and it stays closed."""
-    archives(tmp_path / "source", monkeypatch)
-    with open(tmp_path / "source" / spoilt, "ab") as file:
-        file.write(b"\0")
-
-    def opened(name, *args, own=tarfile.open):
-        assert Path(name).name != spoilt
-        return own(name, *args)
-
-    monkeypatch.setattr(tarfile, "open", opened)
-    assert "cannot be unpacked" in refusal(run, tmp_path / "source", tmp_path / "out", "train")
+        put(file, whole + b"\0")
+        opened.clear()
+        assert (
+            "cannot be unpacked" in refusal(run, tmp_path / "source", tmp_path / "out") and name not in opened
+        )
+        put(file, whole)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    run(tmp_path / "source", tmp_path / "out")
+    assert {*ARCHIVES.values(), DEVKIT} <= {*opened}
 
 
 def test_layouts_of_others_are_refused_with_what_to_do(tmp_path):

@@ -205,9 +205,11 @@ def _read_annotated(here: Path, name: str, classes: tuple[str, ...]) -> ImageDat
 def _files(folder: Path) -> list[str]:
     """The paths of all files below a class folder, sorted part by part, without what is hidden.
 
-    Links are followed, and each folder is entered once, in the order of names: a link may lead back up.
+    Links are followed, but not up to where other classes lie, and each folder is entered once, in the order of
+    names.
     """
-    found, entered = [], set()
+    split = os.path.realpath(folder.parent)
+    found, entered = [], {split, *map(str, Path(split).parents)}
     for here, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         if (real := os.path.realpath(here)) in entered:
             folders.clear()
