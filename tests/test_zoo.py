@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import param_groups_layer_decay
 from timm.utils import AttentionExtract
+from torch.optim.swa_utils import AveragedModel
 
 import cpvt
 from cpvt import ModelConfig, create_model, model_names
@@ -265,15 +266,17 @@ def square(**changes):
 def test_weights_load_from_every_form(tmp_path):
     state = square().state_dict()
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
-    options = argparse.Namespace(lr=1e-3, out=Path("x"), best=numpy.float64(71.2), count=numpy.int64(3))
+    options = argparse.Namespace(lr=1e-3, out=Path("x"), best=numpy.float64(71.2), counts=numpy.arange(3))
     zeros = {key: torch.zeros_like(value) for key, value in state.items()}
     plain = [state, {"model": state, "epoch": 3, "args": options}, {"state_dict": {"model": state}}]
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         plain.append({"model": {prefix + key: value for key, value in state.items()}})
     plain.append({key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in state.items()})
     plain.append({"model": state, "ema": []})
+    swa = AveragedModel(square())
+    swa.module.load_state_dict(state)
     averaged = [
-        {"model": zeros, "model_ema": state},
+        {"model": zeros, "model_ema": swa.state_dict()},
         {"state_dict": zeros, "state_dict_ema": plain[3]["model"]},
     ]
     averaged.append({"model": zeros, "ema": EMA(square(), 0.9).average})

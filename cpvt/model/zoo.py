@@ -69,10 +69,11 @@ def create_model(model: str | ModelConfig, **overrides: Any) -> VisionTransforme
 
 AVERAGES = ("state_dict_ema", "model_ema", "ema")
 WRAPPERS = (*AVERAGES, "state_dict", "model")  # of training scripts, what is preferred in front
-_scalar = numpy._core.multiarray.scalar
 # What such checkpoints hold beside tensors and runs no code: options, and numbers of numpy, also of numpy 1.
-HARMLESS = [argparse.Namespace, PosixPath, numpy.dtype, _scalar, (_scalar, "numpy.core.multiarray.scalar")]
+HARMLESS = [argparse.Namespace, PosixPath, numpy.dtype, numpy.ndarray]
 HARMLESS += [kind for kind in vars(numpy.dtypes).values() if isinstance(kind, type)]
+for _make in (numpy._core.multiarray.scalar, numpy._core.multiarray._reconstruct):
+    HARMLESS += [_make, (_make, f"numpy.core.multiarray.{_make.__name__}")]
 
 
 def load_weights(model: nn.Module, weights: str | Path | dict, resample: bool | Grid = False) -> nn.Module:
@@ -139,7 +140,9 @@ def _unwrapped(state: dict, model: nn.Module) -> tuple[dict, str]:
             state, average = {**state["model"], **dict(zip(names, state["ema"], strict=True))}, "ema"
         key = next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)
         state, average = state.get(key, state), key if key in AVERAGES else average
-    # DistributedDataParallel and torch.compile put their names in front, in any order, or in front of a block.
+    # DistributedDataParallel and torch.compile put their names in front, in any order, or in front of a block;
+    # PyTorch's AveragedModel does, and counts.
+    state = {key: value for key, value in state.items() if key != "n_averaged"}
     names = [re.sub(r"^(module\.)+", "", str(key).replace("_orig_mod.", "")) for key in state]
     return (dict(zip(names, state.values(), strict=True)) if len({*names}) == len(names) else state), average
 
