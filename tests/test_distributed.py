@@ -86,7 +86,7 @@ class Other(threading.Thread):
     def run(self) -> None:
         try:
             self.ended = self.world.main_first(self.work)
-        except Exception as error:
+        except BaseException as error:
             self.ended = error
 
 

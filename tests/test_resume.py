@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import small_run, through
+from helpers import small_run
 
 from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError
@@ -101,21 +101,6 @@ def test_a_signal_ends_the_step_saves_and_the_same_call_goes_on(image_folder, tm
     assert run.metrics == reference.metrics and run.history == reference.history
     assert_same(config.run.out, reference.config.run.out)
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
-
-
-def test_a_signal_during_an_evaluation_cuts_it_short_and_it_is_made_again(image_folder, tmp_path):
-    config = small_run(image_folder, str(tmp_path / "cut"), evaluate_every=1)
-    reference = train(small_run(image_folder, str(tmp_path / "whole"), evaluate_every=1))
-
-    def struck(batches, *_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        yield from batches
-
-    first = train(config, make_loader=through(struck, "eval_batches"))
-    assert (first.steps, first.interrupted, first.metrics) == (9, "SIGTERM", {})
-    assert "top1" not in (tmp_path / "cut" / "log.jsonl").read_text()
-    assert train(config).metrics == reference.metrics
-    assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_which_run_goes_on_in_a_folder(image_folder, whole, tmp_path):

@@ -66,7 +66,11 @@ def prepare(root: str | Path) -> Path:
         if not path.exists():
             digest, parts, classes = hashlib.sha256(), {}, ()
             for split in COUNTS:
-                images = whole_split(root, split)
+                try:
+                    images = whole_split(root, split)
+                except DataError:
+                    os.unlink(lock.name)  # what is refused leaves nothing behind
+                    raise
                 for i in range(len(images)):
                     digest.update(images.read(i))
                 decoded, classes = load_tensors(images, SIDE), images.classes

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cpvt.config import ModelConfig, TrainConfig, from_json, replace, to_json
@@ -81,9 +81,8 @@ def _locked(path: Path) -> Iterator[None]:
     number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:
-            fcntl.lockf(
-                number, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # unlike flock's, not shared with forked readers
+            # Unlike flock's, it is not shared with forked readers.
+            fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except PermissionError as error:  # as POSIX allows
             raise BlockingIOError from error
         if not os.path.samestat(os.fstat(number), os.stat(path)):  # another process has just deleted this one
@@ -148,30 +147,30 @@ def load_saved(source: str | Path, weights: str | Path = "") -> Saved:
         raise ConfigError(
             f"{path} cannot be read ({words}); give a model.safetensors or step-*.pt of `cpvt train`"
         )
-    seen = json.loads(about.get("preprocessing", "{}"))
-    config = from_json(TrainConfig, about["config"])
-    model, norm = (
-        VisionTransformer(config.model),
-        (tuple(seen.get("mean", MEAN)), tuple(seen.get("std", STD))),
-    )
-    return Saved(load_weights(model, path).eval(), config, class_names(path), *norm)
+    try:
+        seen, config = json.loads(about.get("preprocessing", "{}")), from_json(TrainConfig, about["config"])
+        norm = tuple(seen.get("mean", MEAN)), tuple(seen.get("std", STD))
+        check_shapes(config.model, load_file(path))
+        return Saved(
+            load_weights(VisionTransformer(config.model), path).eval(), config, class_names(path), *norm
+        )
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # foreign content
+        raise ConfigError(f"{path} cannot be read ({error}); give a model of `cpvt train`") from None
 
 
 def _from_checkpoint(path: Path) -> Saved | None:
     """None where it is no whole checkpoint of a run."""
-    state = read_state(path)
-    if not state or not {"config", "model", "step", "ema"} <= {*state}:
-        return None
-    config = from_json(TrainConfig, state["config"])
-    model, note = (
-        VisionTransformer(config.model),
-        "the average of the weights" if state["ema"] else "the weights",
-    )
-    freeze(model, config.run.freeze)  # of what is trained there is an average
-    with warnings.catch_warnings(action="ignore"):
-        load_weights(model, state)
-    classes = tuple(state.get("classes", ()))
-    return Saved(model.eval(), config, classes, note=f"{note} after step {state['step']}")
+    with suppress(Exception):  # foreign content can raise anything
+        state = read_state(path)
+        config = from_json(TrainConfig, state["config"])
+        check_shapes(config.model, state["model"])
+        model, classes = VisionTransformer(config.model), tuple(state.get("classes", ()))
+        freeze(model, config.run.freeze)  # of what is trained there is an average
+        with warnings.catch_warnings(action="ignore"):
+            load_weights(model, state)
+        note = f"the {'average of the ' if state['ema'] else ''}weights after step {state['step']}"
+        return Saved(model.eval(), config, classes, note=note)
+    return None
 
 
 def _named(name: str, weights: str | Path) -> Saved:

@@ -86,10 +86,7 @@ class Trainer:
         self.skips = SkipCounter(world.device)
         self.losses: deque[Tensor] = deque(maxlen=max(20, run.log_every))  # the last ones
         self.step, self.log = 0, []  # steps taken; entries of the log
-        self.saved, self.updating = (
-            0,
-            False,
-        )  # the step of the newest checkpoint; whether a step is half taken
+        self.saved, self.updating = 0, False  # step of the newest checkpoint; whether a step is half taken
         self.checkpoints = Checkpoints(Path(run.out) / "checkpoints", run.keep_checkpoints)
         notes = self._resume() if run.out else []
 
@@ -151,8 +148,8 @@ class Trainer:
             return  # another run, for which it is refused
         sizes = [p.shape for group in self.optimizer.param_groups for p in group["params"]]
         moments, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
-        fits = [type(saved["step"]) is int, all("step" in entry for entry in saved["log"])]
-        fits += [saved["losses"].ndim == 1, saved["skips"].shape == (2,)]
+        fits = [type(saved["step"]) is int, saved["losses"].ndim == 1, saved["skips"].shape == (2,)]
+        fits += [type(entry["step"]) is int for entry in saved["log"]]
         fits += [sizes[i] == m["exp_avg"].shape == m["exp_avg_sq"].shape for i, m in moments.items()]
         fits += [
             [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.optimizer.param_groups]
