@@ -463,6 +463,7 @@ class RunConfig(Checked):
     seed: int = 0
     device: str = "auto"  # auto: cuda where there is one
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    bf16_tokens: bool = False  # bf16: keep tokens in it between blocks, too; gradients are less exact
     compile: Literal["off", "model", "blocks"] = "off"  # blocks: once for all that are alike
     deterministic: bool = False  # GPU: the same run bit for bit, slower
     init: str = ""  # file of weights to start from; a table is resampled, a head for other classes drawn anew
@@ -483,6 +484,8 @@ class RunConfig(Checked):
         _at_least(self, -1, "freeze")
         if not self.out:
             refuse_idle(self, "without run.out", "save_every", "keep_checkpoints")
+        fine = self.precision == "bf16" or not self.bf16_tokens
+        _need(self, fine, "precision=bf16 with bf16_tokens", "bf16_tokens", "precision")
 
 
 @dataclass(frozen=True)

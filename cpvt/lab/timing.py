@@ -21,7 +21,7 @@ from cpvt.config import ModelConfig
 from cpvt.errors import ConfigError
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.loss import cross_entropy
-from cpvt.training.optim import param_groups
+from cpvt.training.optim import add_up_biases, param_groups
 
 # --------------------------------------------------------------------------- stop-watches
 
@@ -108,6 +108,8 @@ class Step:
         self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled="cuda" in device)
         groups = param_groups(model, 0.05)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True) if training else None
+        if "cuda" in device and isinstance(model, VisionTransformer):
+            add_up_biases(model)
         if mode != "eager":
             model.compile(mode=mode)
 

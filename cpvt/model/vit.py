@@ -114,14 +114,19 @@ class Block(nn.Module):
         """`drop_path_scale` (2, B) or None: what the two branches are multiplied by, 0 where one is dropped."""
         attn_scale, mlp_scale = (None, None) if drop_path_scale is None else drop_path_scale
         if self.attn is not None:
-            normed, qk_x = self.norm1(x), encoding.qk_input(block, x, grid)
-            qk_normed = normed if qk_x is x else self.norm1(qk_x)
-            x = x + _scaled(self.attn(normed, qk_normed, encoding, block, grid), attn_scale)
-        return x + _scaled(self.mlp(self.norm2(x)), mlp_scale)
+            normed, qk_x = _normed(self.norm1, x), encoding.qk_input(block, x, grid)
+            qk_normed = normed if qk_x is x else _normed(self.norm1, qk_x)
+            x = _add(x, self.attn(normed, qk_normed, encoding, block, grid), attn_scale)
+        return _add(x, self.mlp(_normed(self.norm2, x)), mlp_scale)
 
 
-def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
-    return branch if scale is None else scale[:, None, None] * branch
+def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return norm(x.to(norm.weight.dtype))  # as autocast has it on a GPU, and not on a CPU
+
+
+def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    branch = branch if scale is None else scale[:, None, None] * branch
+    return x + branch.to(x.dtype)
 
 
 _NO_ENCODING = Encoding(None, ModelConfig())
@@ -142,6 +147,7 @@ class VisionTransformer(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = D
         self.global_pool = config.global_pool
         self.grad_checkpointing = False
+        self.bf16_tokens = False  # whether autocast's precision is that of the tokens between blocks, too
         self.patch_embed = PatchEmbed(config.in_channels, D, config.patch_size, config.stem)
         self.prefix_names = ("cls_token", "dist_token")[:P]
         for name in self.prefix_names:
@@ -204,14 +210,17 @@ class VisionTransformer(nn.Module):
             drop_path_scale = self._drawn(images)
         for i in range(len(self.blocks)):
             x, grid = self.run_block(i, x, grid, drop_path_scale)
-        return self.norm(x)
+        return self.norm(x.to(self.patch_embed.proj.weight.dtype))
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """(B, C, height, width) -> (B, T, D) and the grid: everything before block 0."""
         patches, grid = self.patch_embed(images)  # (B, N, D)
         prefix = [getattr(self, name).to(patches.dtype) for name in self.prefix_names]
         prefix = [token.expand(patches.shape[0], -1, -1) for token in prefix]
-        return self.encoding.encode(-1, torch.cat([*prefix, patches], 1), grid, self.pos_embed)
+        x, grid = self.encoding.encode(-1, torch.cat([*prefix, patches], 1), grid, self.pos_embed)
+        if self.bf16_tokens and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x, grid
 
     def run_block(self, i: int, x: Tensor, grid: Grid, drop_path_scale=None) -> tuple[Tensor, Grid]:
         """(B, T, D) and the grid -> the same: block i and what the encoding does behind it."""

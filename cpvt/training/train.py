@@ -26,7 +26,7 @@ from cpvt.training.distributed import World, join_world, pick_device, say
 from cpvt.training.evaluate import accuracy, autocast
 from cpvt.training.logger import Logger, describe
 from cpvt.training.loss import TrainingLoss, load_teacher
-from cpvt.training.optim import EMA, SkipCounter, freeze, learning_rate, param_groups, resolve
+from cpvt.training.optim import EMA, SkipCounter, add_up_biases, freeze, learning_rate, param_groups, resolve
 
 
 @dataclass
@@ -75,6 +75,7 @@ class Trainer:
 
         self.model = VisionTransformer(config.model)
         self.model.draw(run.seed)
+        self.model.bf16_tokens = run.bf16_tokens
         self.model.to(world.device, torch.float64 if run.precision == "fp64" else torch.float32)
         began = start_from(self.model, run.init, classes) if run.init else ""
         freeze(self.model, run.freeze)
@@ -82,6 +83,8 @@ class Trainer:
         groups = param_groups(self.model, optim.weight_decay, optim.decay_pegs)
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, fused=True)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if world.device.type == "cuda":
+            add_up_biases(self.model)
         self.ema = EMA(self.model, optim.ema_decay) if optim.ema_decay else None
         self.skips = SkipCounter(world.device)
         self.losses: deque[Tensor] = deque(maxlen=max(20, run.log_every))  # the last ones
