@@ -77,6 +77,7 @@ def decode_image(data: bytes, room: int = 3 * MAX_PIXELS) -> Tensor:
     The pixels are those of Pillow's `convert("RGB")`, the reference's loader, but for 16-bit greyscale: there
     Pillow cuts off at 255, which leaves nearly white images, and here the upper byte is kept, as Pillow does
     with 16-bit colour. Plain JPEGs go through torchcodec, which is faster and gives the same pixels.
+    Never at a reduced scale: of crops of ImageNet's files for 224 pixels, 4 % are twice that on both sides.
     """
     decode_jpeg = find_jpeg_decoder()
     with open_image(data, room) as image:
