@@ -310,14 +310,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise _refused(name, str(error)) from None
     except KeyboardInterrupt:
         raise _refused(name, "interrupted", 128 + signal.SIGINT) from None
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        pass
     except OSError as error:
-        unprinted = _mute()
-        if unprinted and isinstance(error, BrokenPipeError):
-            return
-        if not (unprinted or error.filename or error.errno == errno.ENOSPC):  # no path of the user's: ours
+        unprinted = error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF)
+        if (
+            not error.filename and not unprinted
+        ):  # no path of the user's, nor what is printed: a fault of ours
             raise
-        what, path = ("what it prints", "output") if unprinted else (error.filename or "writing", "path")
-        raise _refused(name, f"{what}: {error.strerror}; give another {path}") from None
+        raise _refused(name, f"{error.filename or 'writing'}: {error.strerror}; give another path") from None
     finally:
         _mute()
 
@@ -333,16 +334,13 @@ def _run(name: str, rest: list[str]) -> None:
     _parse(run, rest, name)() if isinstance(run, type) else run(rest)
 
 
-def _mute() -> bool:
-    """Drops what cannot be printed, which Python would try again at its end; -> whether there was any."""
-    failed = False
+def _mute() -> None:
+    """Drops what cannot be printed, which Python would try again at its end."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            failed = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return failed
 
 
 def _refused(name: str, reason: str, status: int = 2) -> SystemExit:
