@@ -4,8 +4,8 @@ Bounds: 1e-12 in float64 (rounding gives 1e-15), 1e-6 for float32 against float6
 """
 
 import collections
-import math
 import itertools
+import math
 import os
 import re
 import subprocess
