@@ -119,15 +119,15 @@ def on_a_gpu() -> Iterator[FakeTensorMode]:
         yield stack.enter_context(FakeTensorMode())
 
 
-def moved(model: nn.Module, device="cuda") -> nn.Module:
-    """The model with parameters and buffers on a GPU; in place."""
+def moved(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model with parameters and buffers on a GPU, in place; of another type, if one is given."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                empty = torch.empty(p.shape, dtype=p.dtype, device=device)
+                empty = torch.empty(p.shape, dtype=dtype or p.dtype, device="cuda")
                 module._parameters[name] = nn.Parameter(empty, p.requires_grad)
         for name, b in module._buffers.items():
-            module._buffers[name] = None if b is None else torch.empty(b.shape, dtype=b.dtype, device=device)
+            module._buffers[name] = None if b is None else torch.empty(b.shape, dtype=b.dtype, device="cuda")
     return model
 
 
@@ -160,6 +160,11 @@ class Witness(TorchDispatchMode):
         where = Path(lines[-1].filename).stem + "." + lines[-1].name if lines else "test"
         self.waits[f"{where}: {what}"] += 1
 
+    def _places(self, mask: Tensor) -> list[Tensor]:
+        """Where a mask holds: of one on the GPU, everywhere."""
+        with unset_fake_temporarily():
+            return [*(torch.ones(mask.shape) if mask.is_cuda else mask).nonzero().unbind(1)]
+
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, operator.overloadpacket.__name__
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -170,12 +175,13 @@ class Witness(TorchDispatchMode):
         if name == "_local_scalar_dense":
             self.note("number")
             return {torch.bool: True, torch.int64: 1}.get(given[0].dtype, 1.0)
-        indices = (
-            [i for i in args[1] if i is not None]
-            if name.startswith("index") and isinstance(args[1], list)
-            else []
-        )
-        if cuda and name in self.BY_VALUE or any(i.dtype == torch.bool or not i.is_cuda for i in indices):
+        waits = name in self.BY_VALUE
+        if name.startswith("index") and isinstance(args[1], list | tuple):
+            chosen = [i for i in args[1] if i is not None]
+            waits = any(i.dtype == torch.bool or not i.is_cuda for i in chosen)
+            split = [[i] if i is None or i.dtype != torch.bool else self._places(i) for i in args[1]]
+            args = args[0], [i for part in split for i in part], *args[2:]
+        if waits:
             self.note(name)
         if name == "copy_" and not args[0].is_cuda or name == "_to_copy" and cuda and to is not None:
             if name == "copy_" or torch.device(to).type == "cpu":
@@ -207,6 +213,7 @@ def watched() -> Iterator[Witness]:
         mode.allow_non_fake_inputs = True
         for where, name, answer in (
             (Tensor, "pin_memory", _pinned),
+            (nn.Module, "double", lambda model: moved(model, torch.float64)),
             (torch, "Generator", lambda *_: generator()),
             (torch.cuda, "current_stream", lambda *_: stream),
         ):

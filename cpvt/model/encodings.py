@@ -61,7 +61,7 @@ class PEG(nn.Module):
             raise ValueError(f"PEG: {x.shape[1]} tokens with grid={grid}; pass grid=(H, W) with H * W tokens")
         if self.fuses(x):
             return fused_peg.peg(x, self.proj.weight, self.proj.bias, *grid)
-        if exporting(x) or not x.is_cuda:
+        if traced(x) or exporting() or not x.is_cuda:
             return self._in_steps(x, grid)
         # Not rounded to bfloat16, as in the operator above: PEGs that are compared differ in nothing else, and a
         # compiled bfloat16 gradient of five PEGs once trained badly (PyTorch 2.11).
