@@ -11,9 +11,11 @@ Not covered: any number, races, speed, what libraries refuse (cuDNN, cuBLAS, nvJ
 
 import copy
 import logging
-from collections import defaultdict
+import traceback
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,8 +29,11 @@ from torch._inductor import config, scheduler
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # --------------------------------------------------------------------------- the backward pass
 
@@ -114,16 +119,106 @@ def on_a_gpu() -> Iterator[FakeTensorMode]:
         yield stack.enter_context(FakeTensorMode())
 
 
-def moved(model: nn.Module, device="cuda") -> nn.Module:
-    """The model with parameters and buffers on a GPU; in place."""
+def moved(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model with parameters and buffers on a GPU, in place; of another type, if one is given."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                empty = torch.empty(p.shape, dtype=p.dtype, device=device)
+                empty = torch.empty(p.shape, dtype=dtype or p.dtype, device="cuda")
                 module._parameters[name] = nn.Parameter(empty, p.requires_grad)
         for name, b in module._buffers.items():
-            module._buffers[name] = None if b is None else torch.empty(b.shape, dtype=b.dtype, device=device)
+            module._buffers[name] = None if b is None else torch.empty(b.shape, dtype=b.dtype, device="cuda")
     return model
+
+
+class Witness(TorchDispatchMode):
+    """Tensors on the CPU are real; what lies on the GPU has no data. Each operator for which the host would wait
+    until the GPU is done is noted, with the function of the package that asks for it: a number or a size made of
+    values; a copy to the CPU, whose values then are ones; a copy from memory that is not pinned, or that is not
+    told not to wait. Tensors of two devices in one operator raise, as ever."""
+
+    BY_VALUE = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "_unique2",
+        "unique_dim",
+        "equal",
+        "bincount",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+
+    def note(self, what: str, *_) -> None:
+        lines = [
+            f
+            for f in traceback.extract_stack()
+            if "/cpvt/" in f.filename and "/site-packages/" not in f.filename
+        ]
+        where = Path(lines[-1].filename).stem + "." + lines[-1].name if lines else "test"
+        self.waits[f"{where}: {what}"] += 1
+
+    def _places(self, mask: Tensor) -> list[Tensor]:
+        """Where a mask holds: of one on the GPU, everywhere."""
+        with unset_fake_temporarily():
+            return [*(torch.ones(mask.shape) if mask.is_cuda else mask).nonzero().unbind(1)]
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, operator.overloadpacket.__name__
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        cuda, to = [t for t in given if t.is_cuda], kwargs.get("device")
+        if not cuda and not (to is not None and torch.device(to).type == "cuda"):
+            with unset_fake_temporarily():
+                return operator(*args, **kwargs)
+        if name == "_local_scalar_dense":
+            self.note("number")
+            return {torch.bool: True, torch.int64: 1}.get(given[0].dtype, 1.0)
+        waits = name in self.BY_VALUE
+        if name.startswith("index") and isinstance(args[1], list | tuple):
+            chosen = [i for i in args[1] if i is not None]
+            waits = any(i.dtype == torch.bool or not i.is_cuda for i in chosen)
+            split = [[i] if i is None or i.dtype != torch.bool else self._places(i) for i in args[1]]
+            args = args[0], [i for part in split for i in part], *args[2:]
+        if waits:
+            self.note(name)
+        if name == "copy_" and not args[0].is_cuda or name == "_to_copy" and cuda and to is not None:
+            if name == "copy_" or torch.device(to).type == "cpu":
+                self.note("to the CPU")
+                like = args[0]
+                with unset_fake_temporarily():
+                    return torch.ones(like.shape, dtype=kwargs.get("dtype") or like.dtype)
+        elif name in ("copy_", "_to_copy") and len(cuda) < len(given):
+            free = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+            source = args[name == "copy_"]
+            if not (free and getattr(source, "pinned", False)):
+                self.note("from the CPU")
+        return operator(*args, **kwargs)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """`Tensor.pin_memory`."""
+    copy = tensor.clone()
+    copy.pinned = True
+    return copy
+
+
+@contextmanager
+def watched() -> Iterator[Witness]:
+    """`on_a_gpu`, for whole programs: what is computed on the CPU is computed; -> who waited for the GPU."""
+    witness, generator = Witness(), torch.Generator
+    stream = SimpleNamespace(synchronize=lambda: witness.note("stream"))
+    with on_a_gpu() as mode, ExitStack() as stack:
+        mode.allow_non_fake_inputs = True
+        for where, name, answer in (
+            (Tensor, "pin_memory", _pinned),
+            (nn.Module, "double", lambda model: moved(model, torch.float64)),
+            (torch, "Generator", lambda *_: generator()),
+            (torch.cuda, "current_stream", lambda *_: stream),
+        ):
+            stack.enter_context(mock.patch.object(where, name, answer))
+        yield stack.enter_context(witness)
 
 
 # --------------------------------------------------------------------------- code for a GPU

@@ -1,6 +1,7 @@
 """Every kind of image file is decoded as the reference decodes it, or named and shown as grey; none ends a run."""
 
 import contextlib
+import io
 import os
 import struct
 from collections import namedtuple
@@ -16,6 +17,7 @@ from encoded import BROKEN, ODD, PLAIN, SIXTEEN, Folder, encoded, photos, pictur
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from cpvt import proven
 from cpvt.data import decode as module
 from cpvt.data.decode import DecodeError, Decoder, decode_image
 
@@ -159,7 +161,7 @@ def test_no_picture_starts_a_program(monkeypatch):
 
 
 def test_what_is_read_is_the_same_for_any_number_of_workers():
-    reader = module.BatchReader(Folder(*photos(6), BROKEN["empty"], None, ODD["cmyk"]), keep_jpegs=True)
+    reader = module.BatchReader(Folder(*photos(6), BROKEN["empty"], None, ODD["cmyk"]), keep_from=1)
     requests = [Request(numpy.array(indices), "p") for indices in ([0, 6, 2], [8, 7], [5, 4, 3, 1])]
     alone, beside = (
         list(DataLoader(reader, batch_size=None, sampler=requests, num_workers=workers)) for workers in (0, 2)
@@ -207,6 +209,76 @@ def test_what_the_gpu_refuses_goes_to_the_cpu_and_then_is_grey():
     source = Folder(*photos(4))  # and an image of another size than its header says is not believed
     found = decoded(source, *range(4), decode_jpegs=lambda batch: [torch.zeros(3, 8, 8)] * 4)
     assert found.refused == 4 and torch.equal(found.images[1], decode_image(source.images[1]))
+
+
+def nearest_chroma(batch):
+    """A decoder that gives all pixels of a cell of chroma one colour, as a GPU's may."""
+    found = []
+    for item in batch:
+        image = Image.open(io.BytesIO(item.numpy().tobytes()))
+        (across, down), pixels = image.layer[0][1:3], numpy.array(image.convert("YCbCr"))
+        (h, w), rest = pixels.shape[:2], ((0, -len(pixels) % down), (0, -pixels.shape[1] % across), (0, 0))
+        cells = numpy.pad(pixels, rest, mode="edge")[::down, ::across].repeat(down, 0).repeat(across, 1)
+        pixels[:, :, 1:] = cells[:h, :w, 1:]
+        found.append(torch.from_numpy(numpy.array(Image.fromarray(pixels, "YCbCr").convert("RGB"))))
+    return [image.permute(2, 0, 1) for image in found]
+
+
+@pytest.mark.parametrize("side", module.SIDES)
+def test_what_a_gpu_may_do_with_a_jpeg_and_what_it_may_not(side):
+    def fault(change):
+        return module.decoding_fault(lambda batch: [change(image) for image in decode_each(batch)], side)
+
+    assert not fault(lambda image: image) and not module.decoding_fault(nearest_chroma, side)
+    assert "levels" in fault(lambda image: image.roll(1, 1)), "a row too far"
+    assert "levels" in fault(lambda image: image.flip(0)), "blue for red"
+    assert "levels" in fault(lambda image: (image * (219 / 255) + 16).to(torch.uint8)), "another range"
+    assert "levels" in fault(lambda image: torch.cat([image[:, :-8], image[:, :8]], 1)), "an edge of rubbish"
+    assert "expected (3" in fault(lambda image: image.mT), "turned"
+
+
+@pytest.mark.parametrize("wrong_below, least", [(0, 17), (100, 131), (10_000, 0)])
+def test_a_gpu_decodes_what_it_proves_to_decode(monkeypatch, wrong_below, least):
+    """Of an H200's decoder small images came out wrong; one that refuses everything is as bad as none."""
+
+    def decode(batch):
+        if wrong_below == 10_000:
+            raise RuntimeError("not supported")
+        return [image.roll(2, 1) if image.shape[1] < wrong_below else image for image in decode_each(batch)]
+
+    monkeypatch.setattr(
+        module, "find_jpeg_decoder", lambda device="cpu": decode if device == "cuda" else None
+    )
+    monkeypatch.setattr(proven, "verdicts", {})
+    module.gpu_decoder.cache_clear()
+    with pytest.warns(UserWarning) if wrong_below else contextlib.nullcontext() as told:
+        decoder = Decoder(Folder(*photos(2), encoded(picture(140, 200)), encoded(picture(200, 140))), "cuda")
+        Decoder(Folder(), "cuda")
+    module.gpu_decoder.cache_clear()
+    assert (decoder.decode_jpegs is decode) == bool(least) and int(decoder.reader.keep_from) == least
+    spans = decoder.reader[Request(torch.arange(4))].spans
+    assert [span[3] for span in spans] == [0 < least < 40] * 2 + [least > 0] * 2
+    assert len(told or ()) == bool(wrong_below), "one warning"
+
+
+def test_a_gpu_that_refuses_most_images_is_asked_no_more(monkeypatch):
+    asked = []
+
+    def decode(batch):
+        asked.append(len(batch))
+        raise RuntimeError("nvJPEG: not supported")
+
+    monkeypatch.setattr(proven, "verdicts", {})
+    decoder = Decoder(Folder(*photos(12)), "cpu", decode_jpegs=decode)
+    read = decoder.reader[Request(torch.arange(12))]
+    with pytest.warns(UserWarning, match="12 of 12 refused.*worker processes decode"):
+        found = decoder(read)
+    count = len(asked)
+    again = decoder(read)  # which a worker had read before it heard of it
+    assert found.refused == again.refused == 12 and not found.faults and len(asked) == count
+    assert all(torch.equal(a, b) for a, b in zip(found.images, again.images, strict=True))
+    loader = DataLoader(decoder.reader, batch_size=None, sampler=[Request(torch.arange(12))], num_workers=1)
+    assert not any(encoded for *_, encoded in next(iter(loader)).spans)
 
 
 def on_gpu(images):

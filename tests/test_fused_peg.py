@@ -4,10 +4,14 @@ Bounds: 1e-12 in float64 (rounding gives 1e-15), 1e-6 for float32 against float6
 """
 
 import collections
+import itertools
 import math
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cpvt import create_model
+from cpvt import create_model, proven
 from cpvt.config import Peg
 from cpvt.model import fused_peg
 from cpvt.model.encodings import PEG
@@ -99,41 +103,62 @@ def test_without_triton_everything_is_there():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("fault", ["raises", "an eighth is missing"])
+@pytest.mark.parametrize("fault", ["raises", "an eighth is missing", "spills"])
 def test_kernels_that_do_not_prove_right_are_not_used(monkeypatch, fault):
     def launch(x, weight, bias, H, W):
         assert fault != "raises"
-        return fused_peg.by_convolution(x, weight * 7 / 8, bias, H, W)
+        return fused_peg.by_convolution(x, weight * (1 if fault == "spills" else 7 / 8), bias, H, W)
 
     monkeypatch.setattr(fused_peg, "launch_forward", launch)
     monkeypatch.setattr(fused_peg, "launch_backward", fused_peg.backward_by_convolution)
+    if fault == "spills":
+        monkeypatch.setattr(fused_peg, "_spills", {"backward": 24})
+    monkeypatch.setattr(proven, "verdicts", {})
     fused_peg.proven.cache_clear()
-    with pytest.warns(UserWarning, match="the Triton PEG is not used on cpu"):
-        assert not fused_peg.proven(torch.device("cpu"), torch.float32, 16, 3)
+    with pytest.warns(
+        UserWarning, match="not used: Triton PEG of kernel 3, width 16, torch.float32 on cpu"
+    ) as told:
+        assert not any(fused_peg.proven(torch.device("cpu"), torch.float32, 16, 3) for _ in range(3))
+    assert len(told) == 1 and list(proven.verdicts.values()) != [proven.PROVEN]
     fused_peg.proven.cache_clear()
 
 
-@needs_triton
-@pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
-def test_kernels_compile_for_hopper(dtype):
-    """To machine code for compute capability 9.0, with loads of several channels at once, where sizes are
-    multiples of 16, as DeiT's are."""
+def resources(kernel, arch, dtype, K, aligned, T):
+    """-> registers a thread, and bytes of its stack, where registers go that spill: as the assembler says."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    low, full = ("x", "out", "g", "dx"), ("weight", "bias", "sums")
-    pointers = dict.fromkeys(low, dtype) | dict.fromkeys(full, "*fp32")
-    for kernel, constants, wide in (
-        (fused_peg._peg_forward, {"K": 3, **fused_peg.FORWARD}, "v4"),
-        (fused_peg._peg_backward, {"K": 3, **fused_peg.BACKWARD}, "v4" if dtype == "*fp32" else "v2"),
-    ):
-        names = kernel.arg_names
-        types = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-        multiples = [n for n in names if n in pointers or n == "D" or n.endswith(("_batch", "_token"))]
-        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
-        source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
-        made = fused_peg.triton.compile(source, target=GPUTarget("cuda", 90, 32))
-        assert f".{wide}." in made.asm["ptx"]
+    names, constants = kernel.arg_names, {"K": K, "BLOCK_T": T, "BLOCK_D": fused_peg.BLOCK_D}
+    pointers = dict.fromkeys(("x", "out", "g", "dx"), dtype)
+    pointers |= dict.fromkeys(("weight", "bias", "sums"), "*fp32")
+    types = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    # What Triton sees when it is called: tensors begin at multiples of 16 bytes, sizes may be multiples of 16.
+    sizes = [n for n in names if n == "D" or n.endswith(("_batch", "_token"))] if aligned else []
+    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in [*pointers, *sizes] if name in names}
+    source = ASTSource(kernel, types, constexprs=constants, attrs=hints)
+    made = fused_peg.triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    tool = Path(fused_peg.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(made.asm["cubin"])
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout + said.stderr).groups()
+    return int(registers), int(stack), re.findall(r"ld\.global\S*\.(v\d)\.b32", made.asm["ptx"])
+
+
+# Ampere, Hopper, Blackwell; all of DeiT's widths are multiples of 16, and one code serves them.
+MACHINES = list(itertools.product((80, 90, 100), ("*fp32", "*bf16"), (1, 3, 5), (True, False)))
+QUICK = [(90, "*fp32", 3, True), (90, "*bf16", 3, False), (90, "*fp32", 5, True)]
+OTHERS = [pytest.param(*m, marks=pytest.mark.slow) for m in MACHINES if m not in QUICK]
+
+
+@needs_triton
+@pytest.mark.parametrize("arch, dtype, K, aligned", QUICK + OTHERS)
+def test_kernels_spill_no_register(arch, dtype, K, aligned):
+    """Of 255. Where widths are multiples of 16, each load is of 64 bits at least: two float32, four bfloat16."""
+    for kernel, T in zip((fused_peg._peg_forward, fused_peg._peg_backward), fused_peg.TOKENS[K], strict=True):
+        registers, stack, wide = resources(kernel, arch, dtype, K, aligned, T)
+        assert stack == 0 and registers <= (160 if K < 5 else 200), (registers, stack)
+        assert bool(wide) == aligned
 
 
 @pytest.mark.parametrize("case", CASES[1:3])

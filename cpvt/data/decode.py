@@ -10,6 +10,7 @@ Letters: B images of a micro-batch, h w height and width of one in pixels, S sid
 import os
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -23,7 +24,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cpvt.data.randaugment import send
 from cpvt.errors import DataError
+from cpvt.proven import proved
 
 # Pillow opens more, some by calling other programs; these are what image folders hold.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
@@ -142,6 +145,55 @@ def find_jpeg_decoder(device: str | torch.device = "cpu") -> Callable | None:
     return partial(decode_jpeg, device=device)
 
 
+SIDES = (331, 131, 45, 17)  # shorter sides of the images that a GPU's decoder is tried on
+
+
+@cache
+def gpu_decoder(device: str) -> tuple[Callable | None, int]:
+    """-> the GPU's decoder of lists of JPEGs, and the shorter side in pixels from which on what it makes of drawn
+    ones is right; (None, 0) where there is none, or large ones are wrong."""
+    decode_jpegs, least = find_jpeg_decoder(device), 0
+    for side in SIDES if decode_jpegs else ():
+        name = f"JPEGs of {side} pixels or less, decoded on {device}"
+        if not proved(name, partial(decoding_fault, decode_jpegs, side), "worker processes decode them"):
+            break
+        least = side
+    return (decode_jpegs, least) if least else (None, 0)
+
+
+def decoding_fault(decode_jpegs: Callable, side: int) -> str:
+    """What is wrong with JPEGs of this shorter side: of each chroma subsampling, of odd sizes, turned by EXIF.
+
+    Their colour changes slowly, by half a level a pixel: chroma, however it is interpolated, then differs by a
+    few levels at the edges of JPEG's blocks. A row too far is 6 levels in the mean.
+    """
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    kinds = {f"4:{a}:{b}": {"subsampling": i} for i, (a, b) in enumerate(((4, 4), (2, 2), (2, 0)))}
+    kinds |= {"turned by EXIF": {"exif": turned}}
+    down, across = numpy.mgrid[:side, : side * 3 // 2]
+    waves = 128 + 40 * numpy.sin(down / 3) * numpy.cos(across / 5)
+    shades = 25 + 20 * numpy.sin(down / 40), numpy.zeros(down.shape), 20 * numpy.sin(across / 40) - 25
+    image, jpegs = Image.fromarray(numpy.stack([waves + s for s in shades], 2).astype(numpy.uint8)), []
+    for options in kinds.values():
+        with BytesIO() as file:
+            image.save(file, "JPEG", quality=90, **options)
+            data = file.getvalue()
+        with open_image(data) as opened:
+            jpegs.append(plain_jpeg(data, opened))
+    batch = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
+    for kind, jpeg, found in zip(kinds, jpegs, decode_jpegs(batch), strict=True):
+        if found.shape != (3, *down.shape):
+            return f"{kind}: {tuple(found.shape)}, expected {(3, *down.shape)}"
+        apart = (found.cpu().int() - decode_image(jpeg).int()).abs()
+        if apart.max() > 12 or apart.float().mean() > 2:
+            words = (
+                f"{kind}: {apart.float().mean():.1f} levels from a CPU's in the mean, {apart.max()} at most"
+            )
+            return f"{words}; expected 2 and 12 at most"
+    return ""
+
+
 @dataclass(frozen=True)
 class Fault:
     """Image `index`, called `key`, could not be had for `reason`. Plain grey stands in for it."""
@@ -197,11 +249,12 @@ class BatchReader(Dataset):
     batch_size=None and the requests as its sampler.
 
     source      ImageDataset or Shards, or what has their `labels`, read(i), key(i) and length
-    keep_jpegs  plain JPEGs are handed on encoded; everything else is decoded here
+    keep_from   plain JPEGs of this shorter side in pixels, or more, are handed on encoded; everything else is
+                decoded here. 0: all. The main process may change it while workers read
     """
 
-    def __init__(self, source: Dataset, keep_jpegs: bool):
-        self.source, self.keep_jpegs = source, keep_jpegs
+    def __init__(self, source: Dataset, keep_from: int = 0):
+        self.source, self.keep_from = source, torch.tensor(keep_from).share_memory_() if keep_from else 0
 
     def __getitem__(self, request) -> ReadBatch:
         faults, found, indices = [], [], request.indices.tolist()
@@ -220,10 +273,11 @@ class BatchReader(Dataset):
         return ReadBatch(request, torch.from_numpy(data), spans, faults)
 
     def _take(self, room: int, data: bytes) -> tuple[numpy.ndarray, int, int, bool]:
-        if self.keep_jpegs:
+        if keep_from := int(self.keep_from):
             with open_image(data, room) as image:
                 # Not grey ones: an H200's decoder gave them wrong by 43 levels in the mean (torchcodec 0.17).
-                if image.mode != "L" and (jpeg := plain_jpeg(data, image)):
+                large = image.mode != "L" and min(image.size) >= keep_from
+                if large and (jpeg := plain_jpeg(data, image)):
                     return numpy.frombuffer(jpeg, numpy.uint8), image.height, image.width, True
         image = decode_image(data, room)
         return image.permute(1, 2, 0).reshape(-1).numpy(), image.shape[1], image.shape[2], False
@@ -249,7 +303,9 @@ class Decoder:
     """ReadBatch -> Batch, in the thread that calls; for a GPU in the main process. `reader` is the workers' side.
 
     decode        "cpu": never on the GPU
-    decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; else, on a GPU, torchcodec's
+    decode_jpegs  a list of JPEGs, uint8 1-D each -> their images on the device; else, on a GPU, `gpu_decoder`'s
+
+    A GPU that refuses most images, which then fall to the CPU, is asked no more: the workers decode.
 
     nvJPEG's hardware path does not wait for the stream it is given (torchvision's pull request 9606): it may write
     into a freed block that a queued kernel still reads. So the stream is idle before each decode.
@@ -257,9 +313,11 @@ class Decoder:
 
     def __init__(self, source: Dataset, device: str | torch.device, decode="auto", decode_jpegs=None):
         self.source, self.device = source, torch.device(device)
-        gpu = self.device.type == "cuda" and decode != "cpu"
-        self.decode_jpegs = decode_jpegs or (find_jpeg_decoder(device) if gpu else None)
-        self.reader = BatchReader(source, keep_jpegs=self.decode_jpegs is not None)
+        least, self.asked, self.refused = 1, 0, 0
+        if not decode_jpegs and decode != "cpu" and self.device.type == "cuda":
+            decode_jpegs, least = gpu_decoder(str(device))
+        self.decode_jpegs = decode_jpegs
+        self.reader = BatchReader(source, least if decode_jpegs else 0)
 
     def __call__(self, read: ReadBatch) -> Batch:
         if self.decode_jpegs and self.device.type == "cuda":
@@ -269,16 +327,30 @@ class Decoder:
         images = [*read.data.split(lengths)]
         jpegs = {i: images[i] for i, (*_, encoded) in enumerate(read.spans) if encoded}
         if len(jpegs) < len(images):  # what the worker decoded goes to the device in one copy
-            images = [*read.data.to(self.device).split(lengths)]
+            images = [*send(read.data, self.device).split(lengths)]
         for i, (_, height, width, encoded) in enumerate(read.spans):
             if not encoded:
                 images[i] = images[i].view(height, width, 3).permute(2, 0, 1)
-        results = bisect(self.decode_jpegs, [*jpegs.values()])
-        for i, result in zip(jpegs, results, strict=True):
-            if isinstance(result, Tensor) and result.shape == (3, *read.spans[i][1:3]):
-                images[i] = result
-                continue
-            known = len(faults)
-            images[i] = take(self.source, int(indices[i]), decode_image, faults).to(self.device)
-            refused += len(faults) == known
+        if jpegs and self.decode_jpegs:
+            for i, result in zip([*jpegs], bisect(self.decode_jpegs, [*jpegs.values()]), strict=True):
+                if isinstance(result, Tensor) and result.shape == (3, *read.spans[i][1:3]):
+                    images[i] = result
+                    del jpegs[i]
+            self.asked += len(lengths)
+        if jpegs:  # the GPU did not
+            own = {i: [] for i in jpegs}
+            with ThreadPoolExecutor() as threads:
+                found = threads.map(lambda i: take(self.source, int(indices[i]), decode_image, own[i]), own)
+            for (i, bad), image in zip(own.items(), found, strict=True):
+                images[i] = send(image, self.device)
+                faults += bad
+                refused += not bad
+        self.refused += refused
+        if self.decode_jpegs and self.refused > max(8, self.asked / 2):
+            words = f"{self.refused} of {self.asked} refused"
+            proved(
+                f"decoding of {self.source!r:.60} on {self.device}", lambda: words, "worker processes decode"
+            )
+            self.decode_jpegs = None
+            self.reader.keep_from.zero_()
         return Batch(read.request, images, self.source.labels[indices], faults, refused)

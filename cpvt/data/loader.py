@@ -166,7 +166,7 @@ class SyntheticLoader(Loader):
 
     def draw(self, index: Tensor, split: str) -> tuple[Tensor, Tensor]:
         options = {"grid": self.data.grid, "pixels": self.data.pixels, "seed": self.sampler.seed}
-        drawn = draw(self.data.name, index.to(self.device), split=split, **options)
+        drawn = draw(self.data.name, send(index, torch.device(self.device)), split=split, **options)
         return normalise(drawn.images), drawn.labels
 
     def train_batches(self, start_step: int = 0) -> Iterator[Batch]:

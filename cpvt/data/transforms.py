@@ -142,7 +142,8 @@ def erase_boxes(probability: float, seed: int, epoch: int, positions: Tensor, si
 
 def normalise(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """(B, 3, height, width) in [0, 1] -> the same, less the mean (ImageNet's), divided by the deviation."""
-    mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
+    values = (torch.tensor(v, dtype=images.dtype)[:, None, None] for v in (mean, std))
+    mean, std = (send(value, images.device) for value in values)
     return (images - mean) / std
 
 

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from cpvt.config import ModelConfig, TrainConfig
 from cpvt.data.datasets import ImageDataset, open_dataset
-from cpvt.data.decode import Decoder, find_jpeg_decoder
+from cpvt.data.decode import Decoder, find_jpeg_decoder, gpu_decoder
 from cpvt.data.loader import make_loader
 from cpvt.data.shards import Shards
 from cpvt.errors import ConfigError, nearest
@@ -51,6 +51,7 @@ from cpvt.lab.timm_baseline import timm_loader, timm_mixup, timm_model
 from cpvt.model.fused_peg import largest_error, peg
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_config
+from cpvt.proven import verdicts
 from cpvt.training.distributed import pick_device
 from cpvt.training.loss import cross_entropy
 from cpvt.training.recipes import deit
@@ -213,8 +214,8 @@ def draw_jpeg(number: int, height: int, width: int) -> bytes:
 
 def decoder_name(device: str) -> str:
     """What decodes our JPEGs, and where."""
-    found = find_jpeg_decoder()
-    return f"{'torchcodec' if found else 'Pillow'}, {'the GPU' if found and device == 'cuda' else 'workers'}"
+    on_gpu = device == "cuda" and gpu_decoder(device)[0]
+    return f"{'torchcodec' if find_jpeg_decoder() else 'Pillow'}, {'the GPU' if on_gpu else 'workers'}"
 
 
 def decode(bench: Bench) -> Rows:
@@ -336,7 +337,7 @@ def _result(bench: Bench, data: tuple[str, str], columns, metrics, facts: dict, 
     size, (dataset, sha256) = bench.size, data
     config = {"batch_size": size.batch_size, "rounds": size.rounds, "steps_a_round": size.steps, **facts}
     config |= {"precision": "bf16" if bench.cuda else "fp32", "cores": len(os.sched_getaffinity(0))}
-    config |= {"timm": timm.__version__}
+    config |= {"timm": timm.__version__, "proven": dict(verdicts)}
     return Result(
         experiment="benchmark",
         columns=complete("benchmark", columns),

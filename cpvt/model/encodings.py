@@ -61,6 +61,14 @@ class PEG(nn.Module):
             raise ValueError(f"PEG: {x.shape[1]} tokens with grid={grid}; pass grid=(H, W) with H * W tokens")
         if self.fuses(x):
             return fused_peg.peg(x, self.proj.weight, self.proj.bias, *grid)
+        if traced(x) or exporting() or not x.is_cuda:
+            return self._in_steps(x, grid)
+        # Not rounded to bfloat16, as in the operator above: PEGs that are compared differ in nothing else, and a
+        # compiled bfloat16 gradient of five PEGs once trained badly (PyTorch 2.11).
+        with torch.autocast("cuda", enabled=False):
+            return self._in_steps(x.to(self.proj.weight.dtype), grid).to(x.dtype)
+
+    def _in_steps(self, x: Tensor, grid: Grid) -> Tensor:
         if self.covers(grid):
             out = convolve_as_matrix(x, self.proj, grid)
         else:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from cpvt.config import TrainConfig
 from cpvt.data.decode import Fault
+from cpvt.proven import verdicts
 from cpvt.training.checkpoint import changed
 from cpvt.training.distributed import World, say
 
@@ -48,6 +49,7 @@ class Logger:
         self.faulty: set[str] = set()  # names of images that this process could not use
         self.refused = 0  # images that the GPU did not decode
         self._told_of_disk, self._torn = False, True  # torn: the log is not as `entries` has it
+        self._told = set()  # of what proved right, or not
         self._first, self._since = step, (time.perf_counter(), step)
         if self.folder and world.is_main:
             self._write_log()
@@ -77,6 +79,9 @@ class Logger:
                 speed = steps * self.config.optim.global_batch_size / seconds
                 entry |= {"images_per_s": float(f"{speed:.4g}"), "hours_left": float(f"{left:.2g}")}
             entry |= {"gpu_refused": self.refused} if self.refused else {}
+            if new := {name: how for name, how in verdicts.items() if name not in self._told}:
+                self._keep({"step": step, "proven": new})
+                self._told |= new.keys()
         self._keep(entry)
         if self.report and self.world.is_main:
             self.report(entry)
