@@ -21,7 +21,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_type_hints
 
-from cpvt.errors import ConfigError, nearest
+from cpvt.errors import ConfigError, nearest, typed
 
 Grid = tuple[int, int]  # (H, W): tokens down and across
 LARGEST = 2**62  # a seed has so many bits
@@ -55,6 +55,7 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config))
 
 
+@typed
 def from_json(cls: type, text: str) -> Any:
     """One line of JSON -> a `cls`, equal to the one written. Unknown names and wrong types are refused."""
     try:
@@ -228,6 +229,7 @@ ENCODINGS: dict[str, type] = {cls.__name__.lower(): cls for cls in (Learned, Sin
 EncodingPart = Learned | Sine | Relative | Rotary | Peg
 
 
+@typed
 def parse_encoding(text: str) -> tuple[EncodingPart, ...]:
     """Encoding text -> its parts, in the order written; `"none"` gives `()`. Raises ConfigError."""
     if text.strip() in ("none", ""):

@@ -12,11 +12,16 @@ from models import assert_refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cpvt import cli, create_model
-from cpvt.config import TrainConfig, replace, to_json
+from cpvt import attach_peg, cli, create_model
+from cpvt.config import DataConfig, Peg, TrainConfig, parse_encoding, replace, to_json
+from cpvt.data.datasets import open_dataset
 from cpvt.data.loader import make_loader
+from cpvt.data.pack import pack
 from cpvt.data.transforms import normalise
-from cpvt.training.checkpoint import Checkpoints, load_saved
+from cpvt.errors import UserError
+from cpvt.model.encodings import PEG
+from cpvt.model.zoo import load_weights
+from cpvt.training.checkpoint import Checkpoints, load_model, load_saved, save_model
 from cpvt.training.distributed import World
 from cpvt.training.evaluate import accuracy
 from cpvt.training.predict import as_evaluated, predict
@@ -224,3 +229,59 @@ def test_prediction_by_name_and_what_was_looked_at(trained, image_folder, tmp_pa
     ):
         status, out, err = call("predict", *wrong, "--device", "cpu", capsys=capsys)
         assert status == 2 and words in err and not out, (words, err)
+
+
+MODEL = create_model("cpvt_tiny", depth=1, width=24, image_size=32, num_classes=3).eval()
+IMAGES, LABELS = torch.rand(2, 3, 32, 32), torch.tensor([0, 2])
+WRONG = {  # what is asked for in a wrong way: a call, and what its one line says
+    "pixels as bytes": (lambda: MODEL((255 * IMAGES).byte()), "torch.uint8; expected floating point"),
+    "no batch": (lambda: MODEL(IMAGES[0]), "(3, 32, 32); expected (B, 3, height, width)"),
+    "channels last": (lambda: MODEL(IMAGES.permute(0, 2, 3, 1)), "(2, 32, 32, 3); expected (B, 3"),
+    "no pixels": (lambda: MODEL(IMAGES[:, :, :0]), "0x32 pixels; expected multiples of 16"),
+    "a class too many": (lambda: accuracy(MODEL, [(IMAGES, LABELS + 1)]), "from 0 to 2"),
+    "a label too many": (
+        lambda: accuracy(MODEL, [(IMAGES, LABELS.repeat(2))]),
+        "2 images, labels [0, 2, 0, 2]",
+    ),
+    "bytes to score": (lambda: accuracy(MODEL, [((255 * IMAGES).byte(), LABELS)]), "torch.uint8"),
+    "no model to score": (
+        lambda: accuracy("deit_tiny", [(IMAGES, LABELS)]),
+        "model='deit_tiny', of type str",
+    ),
+    "no name": (lambda: create_model(3), "model=3, of type int; expected str or ModelConfig"),
+    "a size in letters": (lambda: create_model("cpvt_tiny", image_size="224"), "image_size='224'"),
+    "weights by number": (lambda: load_weights(MODEL, 3), "weights=3, of type int"),
+    "weights of a model": (
+        lambda: load_weights(MODEL, MODEL),
+        "of type VisionTransformer; expected str or Path",
+    ),
+    "a PEG by name": (lambda: PEG("24"), "width='24'"),
+    "a PEG of images": (lambda: PEG(8)(torch.rand(2, 8, 4, 4), (4, 4)), "pass grid=(H, W)"),
+    "a PEG of another width": (lambda: PEG(8)(torch.rand(2, 16, 4), (4, 4)), "expected (B, N, 8)"),
+    "a PEG with a side": (lambda: PEG(8)(torch.rand(2, 16, 8), 4), "grid=4"),
+    "PEGs for a name": (lambda: attach_peg("deit_tiny"), "expected Module"),
+    "a recipe's name": (lambda: train("plain"), "config='plain', of type str; expected TrainConfig"),
+    "a folder's name": (
+        lambda: make_loader("folder", seed=0),
+        "data='folder', of type str; expected DataConfig",
+    ),
+    "no images a step": (lambda: make_loader(DataConfig(), seed=0, global_batch_size=0), "an image or more"),
+    "a process too many": (lambda: make_loader(DataConfig(), seed=0, rank=2, world_size=2), "process 2 of 2"),
+    "data by number": (lambda: open_dataset(3), "name_or_path=3"),
+    "no split": (lambda: open_dataset("folder", None), "split=None"),
+    "a file by number": (lambda: load_model(3), "source=3"),
+    "nothing to save": (
+        lambda: save_model("x.safetensors", "m", TrainConfig()),
+        "expected VisionTransformer",
+    ),
+    "to be packed by number": (lambda: pack(3, "packed"), "source=3"),
+    "an encoding's object": (lambda: parse_encoding(Peg()), "text=Peg("),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_call_is_told_at_the_door(what):
+    call, words = WRONG[what]
+    with pytest.raises((UserError, TypeError, ValueError)) as caught:
+        call()
+    assert words in str(caught.value) and "\n" not in str(caught.value)

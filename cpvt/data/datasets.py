@@ -21,7 +21,7 @@ from cpvt.config import Grid, local_path, pair
 from cpvt.data.decode import ENDINGS, decode_image, reason, regular
 from cpvt.data.shards import Shards
 from cpvt.data.transforms import centre_resize
-from cpvt.errors import DataError
+from cpvt.errors import DataError, typed
 
 NAMED = {"tiny-imagenet": "tiny-imagenet-200"}  # its folder below `root`
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -121,6 +121,7 @@ def load_tensors(dataset: ImageDataset | Shards, size: int | Grid) -> ImageTenso
     return ImageTensors(images, dataset.labels.clone(), tuple(dataset.classes), dataset.others)
 
 
+@typed
 def open_dataset(
     name_or_path: str | Path, split: str = "train", root: str | Path = "data/images"
 ) -> ImageDataset | Shards:

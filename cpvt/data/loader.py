@@ -31,7 +31,7 @@ from cpvt.data.sampler import Request, Sampler
 from cpvt.data.shards import Shards
 from cpvt.data.synthetic import CLASSES, draw
 from cpvt.data.transforms import TrainTransform, area_resize, centre_resize, normalise, send
-from cpvt.errors import ConfigError, DataError
+from cpvt.errors import ConfigError, DataError, typed
 
 FOR_DRAWN = "grid", "pixels", "train_size", "test_size"  # options of synthetic tasks alone
 FOR_IMAGES = "root", "image_size", "store", "stored_size", "interpolation", "crop_pct", "workers"
@@ -324,6 +324,7 @@ def open_split(data: DataConfig, split: str, device: str = "cpu", cache: dict | 
     return cache[key]
 
 
+@typed
 def make_loader(
     data: DataConfig,
     *,

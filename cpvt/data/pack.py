@@ -25,7 +25,7 @@ from cpvt.data.datasets import ImageDataset, in_words, open_dataset
 from cpvt.data.decode import decode_image, open_image, reason
 from cpvt.data.loader import work
 from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, new_folder, written_aside
-from cpvt.errors import DataError
+from cpvt.errors import DataError, typed
 from cpvt.rng import permutation
 
 IMAGENET = {"train": 1_281_167, "val": 50_000}  # images of ILSVRC2012 (Russakovsky et al. 2015, table 2)
@@ -38,6 +38,7 @@ ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of Pillow's formats; o
 SHOWN = 20  # refused images that a report names
 
 
+@typed
 def pack(
     source: str | Path,
     out: str | Path,

@@ -68,6 +68,9 @@ class Sampler:
     def __post_init__(self):
         batch, group, copies = self.global_batch_size, self.mix_group, self.repeated_aug
         given = f"optim.global_batch_size={batch} with augment.mix_group={group}"
+        if batch < 1 or not 0 <= self.rank < self.world_size:
+            found = f"{given}, process {self.rank} of {self.world_size}"
+            raise ConfigError(f"{found}; expected an image or more, and one of these processes")
         if batch % (self.world_size * group):
             raise ConfigError(f"{given} for {self.world_size} processes: each needs as many whole groups")
         if group > 1 and batch // group < copies:

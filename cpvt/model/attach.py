@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cpvt.config import Grid, Peg, replace
-from cpvt.errors import ConfigError
+from cpvt.errors import ConfigError, typed
 from cpvt.model.encodings import PEG, check_positions, on_patches, traced
 
 
@@ -36,6 +36,7 @@ class AttachedPegs(nn.ModuleDict):
         return self.encode(-1, block, args, args[0]), *args[1:]
 
 
+@typed
 def attach_peg(
     model: nn.Module,
     positions: tuple[int, ...] = (0,),
@@ -68,7 +69,7 @@ def attach_peg(
         raise ConfigError(f"{name} has PEGs at {list(model.pegs)}; attach all positions at once")
     if not isinstance(model.patch_drop, nn.Identity | None):
         raise ConfigError(f"{name} drops patches (patch_drop_rate > 0); create it without: a PEG needs all")
-    config = replace(Peg(), positions=tuple(positions), kernel=kernel, padding=padding, init=init)
+    config = replace(Peg(), positions=positions, kernel=kernel, padding=padding, init=init)
     check_positions(config.positions, len(model.blocks) - 1)
     pegs = AttachedPegs(config, model.embed_dim, model.num_prefix_tokens)
     like = next(model.blocks.parameters())

@@ -37,6 +37,8 @@ class PEG(nn.Module):
     def __init__(self, width: int, kernel: int = 3, *, config: Peg | None = None):
         super().__init__()
         self.config = config = config or Peg(kernel=kernel)
+        if type(width) is not int or width < 1:
+            raise ConfigError(f"PEG: {width=}; expected the width of the tokens, 1 or more")
         self.fused: bool | None = None  # by one operator: on a GPU; True, False: always, never
         padding = {"padding": 0 if config.padding == "none" else config.kernel // 2}
         padding["padding_mode"] = "zeros" if config.padding in ("zero", "none") else config.padding
@@ -57,8 +59,12 @@ class PEG(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        if not traced(x) and (grid is None or x.shape[1] != grid[0] * grid[1]):
-            raise ValueError(f"PEG: {x.shape[1]} tokens with grid={grid}; pass grid=(H, W) with H * W tokens")
+        if not traced(x):
+            if not isinstance(grid, tuple) or x.shape[1] != grid[0] * grid[1]:
+                raise ValueError(f"PEG: {x.shape[1]} tokens with {grid=}; pass grid=(H, W) with H * W tokens")
+            if x.ndim != 3 or x.shape[2] != self.proj.in_channels or not x.is_floating_point():
+                found = f"{tuple(x.shape)}, {x.dtype}"
+                raise ValueError(f"PEG: {found}; expected (B, N, {self.proj.in_channels}), floating point")
         if self.fuses(x):
             return fused_peg.peg(x, self.proj.weight, self.proj.bias, *grid)
         if traced(x) or exporting() or not x.is_cuda:

@@ -46,7 +46,9 @@ class PatchEmbed(nn.Module):
             return
         if len(shape) != 4 or shape[1] != C:
             raise DataError(f"images of shape {tuple(shape)}; expected (B, {C}, height, width)")
-        if shape[2] % p or shape[3] % p:
+        if not images.is_floating_point():
+            raise DataError(f"images of {images.dtype}; expected floating point, normalised")
+        if shape[2] % p or shape[3] % p or min(shape[2:]) < p:
             raise DataError(f"images of {shape[2]}x{shape[3]} pixels; expected multiples of {p}, a patch")
 
 

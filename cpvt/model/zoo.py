@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cpvt.config import Grid, ModelConfig, replace
-from cpvt.errors import ConfigError, UserError, nearest
+from cpvt.errors import ConfigError, UserError, nearest, typed
 from cpvt.model.vit import VisionTransformer
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
@@ -56,6 +56,7 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     return replace(MODELS[name], **overrides)
 
 
+@typed
 def create_model(model: str | ModelConfig, **overrides: Any) -> VisionTransformer:
     """A name or a configuration, and fields to change -> a freshly initialised model.
 
@@ -76,6 +77,7 @@ for _make in (numpy._core.multiarray.scalar, numpy._core.multiarray._reconstruct
     HARMLESS += [_make, (_make, f"numpy.core.multiarray.{_make.__name__}")]
 
 
+@typed
 def load_weights(model: nn.Module, weights: str | Path | dict, resample: bool | Grid = False) -> nn.Module:
     """Weights from a safetensors or torch file, or a state dict -> the model, with all of them loaded.
 

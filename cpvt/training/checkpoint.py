@@ -23,7 +23,7 @@ from torch import Tensor
 from cpvt.config import ModelConfig, TrainConfig, from_json, replace, to_json
 from cpvt.data.shards import new_folder
 from cpvt.data.transforms import MEAN, STD
-from cpvt.errors import ConfigError, nearest
+from cpvt.errors import ConfigError, nearest, typed
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import MODELS, load_weights, read_weights
 from cpvt.training.optim import freeze
@@ -106,6 +106,7 @@ class Saved(NamedTuple):
     note: str = ""  # what is worth knowing of these weights
 
 
+@typed
 def save_model(
     path: str | Path, model: VisionTransformer, config: TrainConfig, classes: Iterable[str] = ()
 ) -> None:
@@ -123,6 +124,7 @@ def load_model(path: str | Path) -> tuple[VisionTransformer, TrainConfig]:
     return load_saved(path)[:2]
 
 
+@typed
 def load_saved(source: str | Path, weights: str | Path = "") -> Saved:
     """A model.safetensors, a checkpoint of a run (step-*.pt), or the name of a model and a file of its weights.
 

@@ -6,7 +6,7 @@ from contextlib import closing, nullcontext
 import torch
 from torch import Tensor, nn
 
-from cpvt.errors import DataError
+from cpvt.errors import DataError, typed
 from cpvt.training.distributed import World
 
 
@@ -15,11 +15,13 @@ def autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
+@typed
 def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """(n, C, height, width), (n,) -> (n,) booleans: the label has the largest logit."""
     return _hits(model, images, labels, 5)[:, 0]  # as `accuracy`: topk ranks equal logits by k, too
 
 
+@typed
 def accuracy(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -52,7 +54,13 @@ def accuracy(
 
 @torch.no_grad()
 def _hits(model: nn.Module, images: Tensor, labels: Tensor, k: int) -> Tensor:
-    """-> (n, k) booleans: the label is the first, second, ... k-th guess. 256 images at once."""
+    """-> (n, k) booleans: the label is the first, second, ... k-th guess. 256 images at once. Raises DataError."""
+    if not images.is_floating_point():
+        raise DataError(f"images of {images.dtype}; expected floating point, normalised")
+    C = model.num_classes
+    if labels.shape != images.shape[:1] or not ((labels >= -1) & (labels < C)).all():
+        shown = f"{len(images)} images, labels {str(labels.tolist())[:60]}"
+        raise DataError(f"{shown}; expected one an image, from 0 to {C - 1}, or -1 where nothing is right")
     was_training = model.training
     model.eval()
     images = images.to(next(model.parameters(), images).dtype)

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cpvt.config import TrainConfig, from_json, replace, to_json
 from cpvt.data.loader import make_loader
-from cpvt.errors import ConfigError, DataError, TrainingError, UserError
+from cpvt.errors import ConfigError, DataError, TrainingError, UserError, typed
 from cpvt.model.vit import VisionTransformer
 from cpvt.proven import proved
 from cpvt.rng import uniform
@@ -341,6 +341,7 @@ def take_steps(t: Trainer) -> dict[str, float]:
     return {} if stopped else t.evaluate()
 
 
+@typed
 def train(
     config: TrainConfig,
     report: Callable[[dict], None] | None = None,
