@@ -99,9 +99,7 @@ def _print_entry(entry: dict) -> None:
 class Evaluate:
     """Evaluate a trained model on held-out images, at any number of sizes."""
 
-    checkpoint: Annotated[
-        str, tyro.conf.Positional
-    ]  # model.safetensors; a run's step-*.pt; or a model's name
+    checkpoint: Annotated[str, tyro.conf.Positional]  # model.safetensors, step-*.pt, or a model's name
     weights: str = ""  # with a model's name: file of weights, also timm's or DeiT's
     sizes: tuple[str, ...] = ()  # pixels (synthetic tasks: tokens), as 224 or 224x320; none: the trained one
     data: str = ""  # other data than it was trained on; of a model's name: the images
@@ -123,9 +121,7 @@ class Evaluate:
         saved = load_saved(self.checkpoint, self.weights)
         model, config, data = saved.model.to(device), saved.config, saved.config.data
         if self.data and not self.weights and (self.data in CLASSES) != (data.name in CLASSES):
-            raise ConfigError(
-                f"--data {self.data}: the model was trained on {data.name}: give data of that kind"
-            )
+            raise ConfigError(f"--data {self.data}: the model was trained on {data.name}: give such data")
         root = self.root or (DataConfig.root if self.data else data.root)
         data = replace(data, name=self.data or data.name, root=root, limit=0)
         if saved.note:
@@ -137,9 +133,7 @@ class Evaluate:
                 words = f"{data.name} has {loader.num_classes} classes, the model {model.num_classes}"
                 raise ConfigError(f"{words}: give --data with the classes of its training")
             if apart := first_difference(saved.classes, loader.classes):
-                raise ConfigError(
-                    f"{data.name} has other classes than the model: {apart}; give --data with its own"
-                )
+                raise ConfigError(f"{data.name} has other classes: {apart}; give --data with the model's own")
             batches = ((renormalise(x, saved.mean, saved.std), labels) for x, labels in loader.eval_batches())
             scores = accuracy(model, batches, precision=config.run.precision)
             words = [f"{data.name} {loader.image_size[0]}x{loader.image_size[1]}"]
@@ -164,7 +158,7 @@ class Predict:
     model: str  # model.safetensors, or a run's step-*.pt
     top: int = 5  # classes an image
     attention: Path | None = (
-        None  # PNG to write: each image, and what the class token attended to in the last block
+        None  # PNG to write: images, and what the class token attended to in the last block
     )
     device: str = "auto"
 

@@ -346,13 +346,12 @@ class DataConfig(Checked):
     test_size: int = 4000  # synthetic
 
     def check(self):
+        _need(self, self.name != "", "a synthetic task, a data set or a folder", "name")
         high, wide = pair(self.image_size)
         object.__setattr__(self, "image_size", high if high == wide else (high, wide))  # one spelling
-        _need(
-            self, 1 <= min(high, wide) and max(high, wide) <= 2**15, "1 to 32768 pixels a side", "image_size"
-        )
+        _need(self, 1 <= min(high, wide) <= max(high, wide) <= 2**15, "1 to 32768 a side", "image_size")
         _at_least(self, 1, "pixels", "train_size", "test_size")
-        _need(self, 1 <= min(self.grid) and max(self.grid) <= 2**15, "1 to 32768 tokens a side", "grid")
+        _need(self, 1 <= min(self.grid) <= max(self.grid) <= 2**15, "1 to 32768 a side", "grid")
         _at_least(self, 0, "stored_size", "limit", "hold_out")
         _need(self, self.hold_out != 1, "0, or 2 or more", "hold_out")
         _need(self, 0 < self.crop_pct <= 1, "above 0, 1 at most", "crop_pct")
@@ -469,9 +468,7 @@ class RunConfig(Checked):
     compile: Literal["off", "model", "blocks"] = "off"  # blocks: once for all that are alike
     deterministic: bool = False  # GPU: the same run bit for bit, slower
     init: str = ""  # file of weights to start from; a table is resampled, a head for other classes drawn anew
-    freeze: int = (
-        0  # so many first blocks, and what stands before them, stay as they are; -1: all but the head
-    )
+    freeze: int = 0  # first blocks, and what stands before them, that are not trained; -1: all but the head
     out: str = ""  # folder of checkpoints, log and model; a run found there goes on; empty: keep nothing
     log_every: int = 50  # steps
     save_every: int = 0  # steps between checkpoints; 0: once an epoch
@@ -503,6 +500,4 @@ class TrainConfig(Checked):
 
     def check(self):
         if self.run.freeze > self.model.depth:
-            raise ConfigError(
-                f"run.freeze={self.run.freeze}; expected at most model.depth={self.model.depth}"
-            )
+            raise ConfigError(f"run.freeze={self.run.freeze}; model.depth={self.model.depth} at most")

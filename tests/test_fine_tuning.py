@@ -114,6 +114,8 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(
         assert {name for name, p in run.model.named_parameters() if p.requires_grad} == changed
     average = load_file(tmp_path / "whole" / "model_ema.safetensors")
     assert {name for name, value in average.items() if not torch.equal(value, kept[name])} == changed
+    last = load_saved(tmp_path / "whole" / "checkpoints" / "step-000000004.pt").model.state_dict()
+    torch.testing.assert_close(last, average, rtol=0, atol=0)
     (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
     shutil.copy(tmp_path / "whole" / "checkpoints" / "step-000000002.pt", tmp_path / "cut" / "checkpoints")
     assert train(runs[1]).metrics == run.metrics
@@ -135,8 +137,12 @@ def test_images_that_are_no_squares(image_folder, tmp_path, store):
     )
     loader = make_loader(config.data, seed=0, global_batch_size=8, augment=config.augment)
     assert loader.batch(0)[0].shape == (8, 3, 16, 24)
-    scores = accuracy(load_saved(tmp_path / "model.safetensors").model, loader.eval_batches())
+    file = tmp_path / "model.safetensors"
+    scores = accuracy(load_saved(file).model, loader.eval_batches())
     assert scores == {name: run.metrics[name] for name in scores}
+    turned = replace(config, data=replace(config.data, image_size=(24, 16)), run=replace(config.run, out=""))
+    model = Trainer(replace(turned, run=replace(turned.run, init=str(file))), World()).model
+    assert model.pos_embed.shape[1] == 25 and not torch.equal(model.pos_embed, run.model.pos_embed)
 
 
 def call(*arguments, capsys) -> tuple[int, str, str]:
@@ -180,9 +186,9 @@ def test_evaluation_of_whatever_holds_a_model(trained, others, image_folder, tmp
         (trained / "model.safetensors", ["--data", "where"], "trained on"),
         (trained / "model.safetensors", ["--sizes", "16y24"], "'16y24'"),
         (trained / "model.safetensors", ["--sizes", "17"], "multiples of 4"),
-        (trained / "model.safetensors", ["--weights", old], "its own weights"),
+        (trained / "model.safetensors", ["--weights", old], "has its own"),
         (trained / "model.safetensors", ["--root", tmp_path], "data.root="),
-        (trained / "log.jsonl", [], "model.safetensors or step-*.pt"),
+        (trained / "log.jsonl", [], "model.safetensors or a step-*.pt"),
         ("deit_tny", [], "did you mean deit_tiny"),
         ("deit_tiny", ["--data", image_folder], "--weights"),
         ("deit_tiny", ["--weights", old], "give --data"),
@@ -193,10 +199,14 @@ def test_evaluation_of_whatever_holds_a_model(trained, others, image_folder, tmp
 
 
 def test_evaluation_of_a_name_with_weights(image_folder, tmp_path, capsys):
-    torch.save({"model": create_model("deit_tiny", num_classes=3).state_dict()}, tmp_path / "w.pth")
-    named = ("deit_tiny", "--weights", tmp_path / "w.pth", "--data", image_folder, "--sizes", "224x224")
-    status, out, err = call("evaluate", *named, "--device", "cpu", capsys=capsys)
-    assert not status and "folder 224x224  top1" in out and "images 21" in out, err
+    """At the size that the table of positions is for, unless another is given."""
+    state = create_model("deit_tiny", num_classes=3, image_size=64).state_dict()
+    torch.save({"model": state}, tmp_path / "w.pth")
+    named = ("deit_tiny", "--weights", tmp_path / "w.pth", "--data", image_folder, "--device", "cpu")
+    status, out, err = call("evaluate", *named, capsys=capsys)
+    assert not status and "folder 64x64  top1" in out and "images 21" in out, err
+    status, out, err = call("evaluate", *named, "--sizes", "32x48", capsys=capsys)
+    assert not status and "folder 32x48  top1" in out, err
 
 
 def test_prediction_by_name_and_what_was_looked_at(trained, image_folder, tmp_path, capsys):

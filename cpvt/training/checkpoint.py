@@ -7,6 +7,7 @@ there before. A checkpoint carries checksums; one whose bytes do not match them 
 import fcntl
 import io
 import json
+import math
 import os
 import warnings
 import zipfile
@@ -136,32 +137,31 @@ def load_saved(source: str | Path, weights: str | Path = "") -> Saved:
             raise ConfigError(f"{source} is the name of a model: give a file, --weights")
         return _named(str(source), weights)
     if weights:
-        raise ConfigError(
-            f"{source}, weights={str(weights)!r}: a file has its own weights; give a model's name"
-        )
+        raise ConfigError(f"weights={str(weights)!r}: {source} has its own; give a model's name with them")
+    if saved := _own(path):
+        return saved
+    words = "it is not what `cpvt train` wrote" if path.exists() else nearest(str(source), MODELS)
+    raise ConfigError(f"{path} cannot be read ({words}); give a model.safetensors or a step-*.pt")
+
+
+def _own(path: Path) -> Saved | None:
+    """A model or a whole checkpoint of a run; None for any other file."""
     if path.suffix == ".pt":
-        if saved := _from_checkpoint(path):
-            return saved
-        raise ConfigError(f"{path} is no whole checkpoint of a run; give a step-*.pt or model.safetensors")
+        return _from_checkpoint(path)
     about = _metadata(path)
     if "config" not in about:
-        words = nearest(str(source), MODELS) if not path.exists() else "it holds no configuration"
-        raise ConfigError(
-            f"{path} cannot be read ({words}); give a model.safetensors or step-*.pt of `cpvt train`"
-        )
+        return None
     try:
         seen, config = json.loads(about.get("preprocessing", "{}")), from_json(TrainConfig, about["config"])
         norm = tuple(seen.get("mean", MEAN)), tuple(seen.get("std", STD))
         check_shapes(config.model, load_file(path))
-        return Saved(
-            load_weights(VisionTransformer(config.model), path).eval(), config, class_names(path), *norm
-        )
+        model = load_weights(VisionTransformer(config.model), path).eval()
+        return Saved(model, config, _classes(about), *norm)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # foreign content
         raise ConfigError(f"{path} cannot be read ({error}); give a model of `cpvt train`") from None
 
 
 def _from_checkpoint(path: Path) -> Saved | None:
-    """None where it is no whole checkpoint of a run."""
     with suppress(Exception):  # foreign content can raise anything
         state = read_state(path)
         config = from_json(TrainConfig, state["config"])
@@ -176,35 +176,38 @@ def _from_checkpoint(path: Path) -> Saved | None:
 
 
 def _named(name: str, weights: str | Path) -> Saved:
-    """A model of the zoo, evaluated as in DeiT's recipe; weights from elsewhere."""
+    """A model of the zoo, of the size and number of classes that the weights have; data as in DeiT's recipe."""
     model = MODELS[name]
     state = read_weights(weights, VisionTransformer(model))
-    if isinstance(bias := state.get("head.bias"), torch.Tensor):
-        model = replace(model, num_classes=len(bias))
+    shapes = {key: value.shape for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if bias := shapes.get("head.bias"):
+        model = replace(model, num_classes=bias[0])
+    if len(table := shapes.get("pos_embed", ())) == 3:
+        side = math.isqrt(max(table[1] - model.prefix_tokens, 1)) * model.patch_size
+        model = replace(model, image_size=(side, side))
+    config = TrainConfig(model=model, data=replace(deit(name).data, image_size=model.image_size))
     loaded = load_weights(VisionTransformer(model), state).eval()
-    return Saved(loaded, TrainConfig(model=model, data=deit(name).data), class_names(weights))
+    return Saved(loaded, config, _classes(_metadata(Path(weights))))
 
 
 def start_from(model: VisionTransformer, path: str | Path, classes: tuple[str, ...]) -> str:
     """Loads the weights that a run begins with -> what became of the head; nothing where it is the file's, of the
     same classes. A head for another number of classes, or for others by name, stays as it was drawn. Raises
     UserError where the rest does not fit."""
-    if saved := _from_checkpoint(Path(path)) if Path(path).suffix == ".pt" else None:
-        state, names = saved.model.state_dict(), saved.classes
+    if saved := _own(Path(path)):
+        state, names, grid = saved.model.state_dict(), saved.classes, saved.config.model.grid
     else:
-        state, names = read_weights(path, model), class_names(path)
+        state, names, grid = read_weights(path, model), (), True
     own = {name: value for name, value in model.state_dict().items() if name.startswith("head")}
     bias, count = state.get("head.bias"), len(classes)
     there = len(bias) if isinstance(bias, torch.Tensor) else 0
     apart = first_difference(names, classes) if there == count else f"{there} classes there, {count} here"
     if apart:
         state = {name: value for name, value in state.items() if not str(name).startswith("head")} | own
-    load_weights(model, state, resample=True)
-    if apart:
-        return f"run.init={str(path)!r}: a new head is drawn ({apart})"
-    return (
-        "" if names else f"run.init={str(path)!r}: its head is kept; the names of its classes are not known"
-    )
+    load_weights(model, state, resample=grid)
+    kept = "" if names else "the head is kept; the names of its classes are not known"
+    became = f"a new head is drawn ({apart})" if apart else kept
+    return became and f"run.init={str(path)!r}: {became}"
 
 
 def first_difference(there: Sequence[str], here: Sequence[str]) -> str:
@@ -213,9 +216,8 @@ def first_difference(there: Sequence[str], here: Sequence[str]) -> str:
     return next((f"class {i} is {a!r} there, {b!r} here" for i, (a, b) in pairs if a != b), "")
 
 
-def class_names(path: str | Path) -> tuple[str, ...]:
-    """The names of a model's classes, as `save_model` writes them; none where the file does not tell."""
-    return tuple(json.loads(_metadata(Path(path)).get("classes", "[]")))
+def _classes(about: dict[str, str]) -> tuple[str, ...]:
+    return tuple(json.loads(about.get("classes", "[]")))
 
 
 def _metadata(path: Path) -> dict[str, str]:
