@@ -157,9 +157,7 @@ class Predict:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     model: str  # model.safetensors, or a run's step-*.pt
     top: int = 5  # classes an image
-    attention: Path | None = (
-        None  # PNG to write: images, and what the class token attended to in the last block
-    )
+    attention: Path | None = None  # PNG to write: images, and what was attended to in the last block
     device: str = "auto"
 
     def __call__(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import alive, draw_images, small_run, wait_until
+from helpers import EVERYTHING, alive, draw_images, small_run, wait_until
 from PIL import Image
 
 from cpvt.config import AugmentConfig, DataConfig, replace
@@ -113,7 +113,7 @@ def test_a_synthetic_task_goes_round_its_images():
     assert torch.equal(part.batch(2)[0], batch.images[:4])
     assert [len(labels) for _, labels in part.eval_batches()] == [3]
     with pytest.raises(ConfigError, match="never augmented"):
-        make_loader(data, seed=1, global_batch_size=8, augment=small_run("").augment)
+        make_loader(data, seed=1, global_batch_size=8, augment=EVERYTHING)
 
 
 # --------------------------------------------------------------------------- what goes wrong
