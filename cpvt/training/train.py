@@ -84,7 +84,7 @@ class Trainer:
         groups = param_groups(self.model, optim.weight_decay, optim.decay_pegs)
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, fused=True)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if world.device.type == "cuda":
+        if "cuda" in world.device:
             add_up_biases(self.model)
         self.ema = EMA(self.model, optim.ema_decay) if optim.ema_decay else None
         self.skips = SkipCounter(world.device)
