@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Callable
 
+import torch
+
 PROVEN = "proven"
 verdicts: dict[str, str] = {}  # what was tried in this process -> PROVEN, or why it is not used
 
@@ -15,6 +17,8 @@ def proved(name: str, trial: Callable[[], str], instead: str) -> bool:
     if name not in verdicts:
         try:
             fault = trial()
+        except torch.OutOfMemoryError:
+            raise  # no fault of the road
         except Exception as error:  # whatever compilers, drivers and libraries raise
             fault = f"{type(error).__name__}: {error}"
         verdicts[name] = " ".join(fault.split())[:300] or PROVEN

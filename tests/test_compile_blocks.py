@@ -55,6 +55,7 @@ def run_compiled(monkeypatch, out, compile, backend):
     """A short run; `backend` makes of a graph what is run in its place."""
     compile_with = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_with(self, backend=backend))
+    monkeypatch.setattr("cpvt.training.compiled.PIECE", 3)  # of eight images
     proven.verdicts.clear()
     config = TrainConfig(
         model=ModelConfig(patch_size=1, width=16, depth=2, heads=1, encoding="peg"),

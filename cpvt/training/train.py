@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +20,9 @@ from cpvt.config import TrainConfig, from_json, replace, to_json
 from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError, DataError, TrainingError, UserError, typed
 from cpvt.model.vit import VisionTransformer
-from cpvt.proven import proved
 from cpvt.rng import uniform
 from cpvt.training.checkpoint import Checkpoints, check_shapes, differences, only_run, save_model, start_from
+from cpvt.training.compiled import compile_model
 from cpvt.training.distributed import World, join_world, pick_device, say
 from cpvt.training.evaluate import accuracy, autocast
 from cpvt.training.logger import Logger, describe
@@ -96,7 +95,10 @@ class Trainer:
         notes = self._resume() if run.out else []
 
         if run.compile != "off":
-            compile_model(self)
+            first = self.loader.sampler.micro_batches[0]
+            B, like = first.stop - first.start, self.parameters[0]
+            scale = drop_path_scale(self.model, 0, torch.arange(B), run.seed, like=like)
+            compile_model(self.model, self.loss, run, B, scale)
         self.forward = world.wrap(self.model)
         if announce and world.is_main:
             said += [began] if began and not self.step else []
@@ -213,48 +215,6 @@ def _settled(config: TrainConfig, loader, given: Collection[str]) -> TrainConfig
         if f"model.{name}" in given and (asked := getattr(config.model, name)) != there:
             raise ConfigError(f"model.{name}={asked}, but the data has {there}: leave it out")
     return resolve(replace(config, model=replace(config.model, **found)), loader.sampler.steps_per_epoch)
-
-
-def compile_model(t: Trainer) -> None:
-    """Compiles the model and its teacher, or its blocks, as `run.compile` asks. Where a step so compiled fails, or
-    has other gradients, blocks are tried; where these fail, too, nothing is compiled."""
-    run, models = t.config.run, [m for m in (t.model, t.loss.teacher) if m is not None]
-    # A block is one function to torch.compile: what was compiled for one serves every other that is alike.
-    # Where encodings have a part in attention each block has its own, hence the room for many.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-    for way in ("model", "blocks") if run.compile == "model" else ("blocks",):
-        for module in models if way == "model" else t.model.blocks:
-            module.compile()  # in place: the parameters keep their names
-        name = f"compiled {way}, encoding {t.config.model.encoding}, {run.precision}, on {t.world.device}"
-        instead = "compiled blocks" if way == "model" else "nothing is compiled"
-        if proved(name, partial(compiled_fault, t), instead):
-            return
-        for module in (module for model in models for module in model.modules()):
-            module._compiled_call_impl = None
-        torch._dynamo.reset()
-
-
-def compiled_fault(t: Trainer) -> str:
-    """What is wrong with the gradients of the model as it is compiled, beside those without, on noise."""
-    model, run, first = t.config.model, t.config.run, t.loader.sampler.micro_batches[0]
-    size, like = first.stop - first.start, {"device": t.world.device, "dtype": t.parameters[0].dtype}
-    dice = torch.Generator(t.world.device).manual_seed(0)
-    images = torch.randn(size, model.in_channels, *model.image_size, generator=dice, **like)
-    labels = torch.zeros(size, dtype=torch.int64, device=t.world.device)
-    scale = drop_path_scale(t.model, 0, torch.arange(size), run.seed, like=images)
-
-    def gradients() -> tuple[Tensor, ...]:
-        with autocast(t.world.device, run.precision):
-            loss = t.loss(t.model.train()(images, scale), images, labels)
-        return torch.autograd.grad(loss, t.parameters, allow_unused=True, materialize_grads=True)
-
-    found = gradients()
-    with torch.compiler.set_stance("force_eager"):
-        exact = gradients()
-    little = 0.01 * get_total_norm(exact)  # some are zero but for rounding, as that of the keys' bias
-    error = max(float((a - b).norm() / (b.norm() + little)) for a, b in zip(found, exact, strict=True))
-    bound = 0.1 if run.precision == "bf16" else 1e-3
-    return "" if error < bound else f"a gradient is off by {error:.2g}, expected below {bound:g}"
 
 
 def drop_path_scale(model: VisionTransformer, epoch: int, positions: Tensor, seed: int, like: Tensor):
