@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import ENCODINGS, PAIRS, POOLS, small_model
-from rehearsal import moved, watched
+from rehearsal import moved, on_a_gpu, watched
 
 from cpvt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cpvt.data import randaugment
@@ -126,3 +126,42 @@ def test_probes_and_scores(encoding, score):
         images = torch.empty(4, 3, 8, 8, device="cuda")
         pixels, labels = images_of((64, 64)), torch.zeros(4, dtype=torch.int64, device="cuda")
         SCORES[score](model, images, ImageTensors(torch.stack(pixels * 4), labels, ("a",) * 7))
+
+
+def test_the_witness_sees_what_waits():
+    """Without which the tests above could not fail."""
+    with watched() as witness:
+        x, mask = torch.ones(4, device="cuda"), torch.tensor([True, False, True, True])
+        quiet = x * 2 + torch.ones(4).pin_memory().to("cuda", non_blocking=True)
+        assert quiet.is_cuda and not witness.waits
+        assert x[mask].shape == (3,)
+        float(x.sum()), x.cpu().tolist(), torch.ones(4).to("cuda"), x.new_tensor([1.0]), x[x > 0]
+        torch.ones(4).to("cuda", non_blocking=True)  # from memory that is not pinned
+        with pytest.raises(RuntimeError, match="two different devices|same device"):
+            x + torch.ones(4)
+    seen = {what.split(": ")[1]: n for what, n in witness.waits.items()}
+    assert seen == {"index": 2, "number": 1, "to the CPU": 1, "from the CPU": 3}
+
+
+@pytest.mark.parametrize(
+    "encoding", ["peg(padding='circular')", "peg(kernel=7)", "peg(skip=False, bias=False)", "peg"]
+)
+def test_pegs_of_every_kind_compute_in_the_weights_precision(encoding):
+    """Under autocast, too: rows that compare paddings must not compare two kinds of arithmetic as well."""
+    seen = []
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if "convolution" in str(operator) or "cpvt" in str(operator):
+                seen.append(args[0].dtype)
+            return operator(*args, **kwargs or {})
+
+    model = small_model(encoding, (8, 8))
+    with on_a_gpu():
+        images = torch.empty(2, 3, 8, 8, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16), Seen():
+            loss = moved(model)(images).float().sum()
+            loss.backward()
+    assert len(seen) == 4 and seen.count(torch.bfloat16) == 2, (
+        "the patches' convolution is rounded, the PEG's not"
+    )

@@ -14,7 +14,7 @@ import torch
 from cpvt import cli
 from cpvt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, replace
 from cpvt.data.loader import make_loader
-from cpvt.errors import ConfigError
+from cpvt.errors import ConfigError, TrainingError
 from cpvt.lab.experiments import synthetic_config
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import load_model, save_model
@@ -264,3 +264,16 @@ def test_a_warm_up_in_steps_acts_beside_epochs_and_a_long_one_is_told(image_fold
 def test_an_experiment_takes_no_option_that_it_would_ignore(options, words, capsys):
     status, out, err = run_cli("experiments", *options.split(), capsys=capsys)
     assert status == 2 and words in err and not out, err
+
+
+def test_an_operator_that_is_not_deterministic_is_named(monkeypatch, tmp_path):
+    def forward(self, *_):
+        raise RuntimeError(
+            "upsample_cuda does not have a deterministic implementation, but you set 'torch.use_..."
+        )
+
+    monkeypatch.setattr(VisionTransformer, "forward", forward)
+    with pytest.raises(
+        TrainingError, match="^run.deterministic: upsample_cuda has no deterministic impl.*; run without"
+    ):
+        train(tiny())
