@@ -1,19 +1,25 @@
 """`cpvt benchmark`: its stop-watch for loaders, its files, unequal gradients, a whole run in small."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 from contextlib import closing
 from itertools import chain, repeat
 
 import pytest
 import torch
+import tyro
 from helpers import draw_images
 from torch import nn
 
-from cpvt.cli import main
+from cpvt.cli import Experiments, main
+from cpvt.config import TrainConfig
 from cpvt.lab import benchmark
-from cpvt.lab.benchmark import AGREE, CPU, ENCODINGS, MODES, PARTS, Bench, Benchmark, draw_jpeg, joined
+from cpvt.lab.benchmark import AGREE, CPU, ENCODINGS, MODES, MORE, PARTS, Bench, Benchmark, draw_jpeg, joined
 from cpvt.lab.results import read, select
 from cpvt.model.vit import VisionTransformer
+from cpvt.training.recipes import deit
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -95,12 +101,14 @@ def run(tmp_path_factory):
     """`cpvt benchmark` without a GPU: the rows."""
     out, data = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("data")
     draw_images(data / "jpegs", 4, 1)
-    main(["benchmark", "--size", "cpu", "--out", str(out), "--data", str(data / "jpegs")])
+    words = ["benchmark", "--size", "cpu", "--out", str(out), "--data", str(data / "jpegs")]
+    main(words)
+    main([*words, "--only", "attention", "encodings", "trap"])
     return read("benchmark", out)
 
 
 def test_every_part_leaves_its_rows(run):
-    assert set(run.part) == {*PARTS}
+    assert set(run.part) == {*PARTS, *MORE} - {"bytes"}
     assert [*run[run.part == "step"].model] == ["timm", *ENCODINGS]
     pipelines = run[run.part == "pipeline"]
     assert {*zip(pipelines.loader, pipelines.model, strict=True)} == {
@@ -111,6 +119,62 @@ def test_every_part_leaves_its_rows(run):
     ratio = run.dropna(subset="ratio")
     assert (ratio["ratio/min"] <= ratio.ratio).all() and (ratio.ratio <= ratio["ratio/max"]).all()
     assert (select(run, part="step", model="peg", mode="eager").gradient_error < AGREE).all()
+
+
+def test_gradients_are_compared_with_double_precision(run):
+    """Rounding to bfloat16 shows, and nothing larger; a PEG's kernels are looked at on every road of the trap."""
+    rows = run[run.part.isin(["encodings", "trap"])]
+    assert (rows.gradient_error > 1e-4).all() and (rows.gradient_error < 0.05).all()
+    found = rows[rows.part == "trap"]
+    assert len(found) == 4 and found["gradient_error/peg"].notna().all() and found.loss.notna().all()
+
+
+def test_one_after_the_other_whatever_fails(tmp_path, capfd, monkeypatch):
+    """A part that fails, one that hangs and one that works, each in a process of its own."""
+    real, slow = benchmark.command, [sys.executable, "-c", "import time; time.sleep(60)"]
+    broken = [sys.executable, "-c", "print('so far'); raise RuntimeError('CUDA error: an illegal address')"]
+    strange = {"attention": broken, "trap": slow}
+    monkeypatch.setattr(benchmark, "command", lambda name, *rest: strange.get(name) or real(name, *rest))
+    monkeypatch.setitem(benchmark.ORDER, "trap", 0.5)
+    with pytest.raises(SystemExit) as left:
+        Benchmark(out=tmp_path, size="cpu", all=True, only=("attention", "trap", "peg"))()
+    said = capfd.readouterr().out
+    assert "RuntimeError: CUDA error: an illegal address" in said and "stopped after 0 s" in said
+    assert left.value.code == 1 and [*read("benchmark", tmp_path).part] == ["peg"]
+
+
+def test_what_a_part_runs_is_understood(tmp_path):
+    """Every command of --all, without running it."""
+    given = Benchmark(out=tmp_path, size="cpu")
+    for name in benchmark.ORDER:
+        words = benchmark.command(name, given, str(tmp_path), 1.0)[2:]
+        assert words[0] == ("pytest" if name == "tests" else "cpvt")
+        if words[1] == "benchmark":
+            assert tyro.cli(Benchmark, args=words[2:]).only == (name,)
+        elif words[1] == "experiments":
+            assert tyro.cli(Experiments, args=words[2:]).budget_minutes == 1.0
+        elif words[1] == "train":
+            assert tyro.cli(TrainConfig, args=words[8:], default=deit("cpvt_tiny_5peg")).optim.steps == 6
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs PyTorch's compiler for GPUs")
+def test_bytes_of_a_step():
+    """Counted without a GPU. A PEG adds 5 S, S being the bytes of the tokens, and up to 4 S for sums that are no
+    longer fused; tokens in bfloat16 save. A process of its own: the compiler remembers the GPU."""
+    script = """
+import dataclasses, json
+from cpvt.lab import benchmark
+benchmark.FIVE = "peg(positions=(0, 1))"
+size = dataclasses.replace(benchmark.CPU, batch_size=256, model={**benchmark.SMALL, "depth": 3})
+print(json.dumps([*benchmark.count_bytes(benchmark.Bench(size, "cpu"))]))"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, timeout=300, stdout=subprocess.PIPE)
+    rows = json.loads(done.stdout)
+    count = {(c["model"], c["mode"]): 1e9 * sum([*metrics.values()][:2]) for c, metrics, _ in rows}
+    two, S = "peg(positions=(0, 1))", 256 * 17 * CPU.model["width"] * 4
+    for tokens, size in (("", S), ("bf16 tokens", S / 2)):
+        assert 5 <= (count[two, tokens] - count["peg", tokens]) / size <= 9
+    assert all(count[model, "bf16 tokens"] < 0.95 * count[model, ""] for model in ("none", "peg", two))
+    assert count["none", ""] < count["timm", ""] and rows[0][1]["ratio"] == 1
 
 
 def test_both_loaders_give_a_step_its_batch(tmp_path):

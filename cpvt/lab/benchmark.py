@@ -1,9 +1,11 @@
-"""`cpvt benchmark`: our training step and our data pipeline beside timm's, in one run.
+"""`cpvt benchmark`: our training step and data pipeline beside timm's, in one run; and what to ask of a new GPU.
 
-    cpvt benchmark --data DIR        everything, as far as it fits nine minutes, compilation included
+    cpvt benchmark --data DIR          the first four parts, as far as they fit the budget, compilation included
+    cpvt benchmark --all --data DIR    every part but the last, each in a process and a time limit of its own
+    cpvt benchmark --bytes             the last: needs no GPU
 
 DIR: a folder with train/CLASS/*.JPEG, or shards. What no longer fits the budget is named; --only gives such parts
-a run of their own.
+a run of their own. A part of --all that fails, or hangs, does not keep the next from running.
 
     peg       gigabytes a second of the PEG's operator, beside those of a plain copy
     step      training steps on images of noise: the same batch, autocast, drop path, loss and optimiser, once the
@@ -11,32 +13,47 @@ a run of their own.
     decode    JPEGs a second by the decoder alone, by images a call
     pipeline  the whole recipe from the files, ours and timm's `create_loader` with as many workers: the loader
               alone, and feeding the step
+    attention the kinds of PyTorch's attention, forward and backward
+    encodings whether each compiles; gradients of the compiled bf16 step against double precision
+    trap      five PEGs on *where*: do they learn, by which way of computing PEGs, and with which gradients
+    train     with --all only: `cpvt train` from files, a few steps
+    tests     the same: the repository's tests for a GPU
+    photographs  the same: core rows of the book
+    bytes     what the kernels of a step read and write, counted (see traffic.py), ours and timm's
 
 For where the time of a step goes, see torch.profiler; for what an encoding costs beside none, `costs.py`.
 
 Letters: B images of a batch, T tokens, D width.
 """
 
+import copy
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
-from itertools import chain, islice, repeat
+from itertools import chain, islice, product, repeat
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Literal
+from unittest.mock import patch
 
 import numpy
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data import FastCollateMixup
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
 
 from cpvt.config import ModelConfig, TrainConfig
 from cpvt.data.datasets import ImageDataset, open_dataset
@@ -44,17 +61,21 @@ from cpvt.data.decode import Decoder, find_jpeg_decoder, gpu_decoder
 from cpvt.data.loader import make_loader
 from cpvt.data.shards import Shards
 from cpvt.errors import ConfigError, nearest
-from cpvt.lab.experiments import FIVE, KERNEL_27
+from cpvt.lab import experiments
+from cpvt.lab.experiments import FIVE, KERNEL_27, synthetic_config
 from cpvt.lab.results import Result, append, commit, complete, device_name, fingerprint, results_folder
 from cpvt.lab.timing import Step, deadline, in_rounds, noise, ratios, seconds_of, summary, wait
 from cpvt.lab.timm_baseline import timm_loader, timm_mixup, timm_model
+from cpvt.model.encodings import PEG
 from cpvt.model.fused_peg import largest_error, peg
 from cpvt.model.vit import VisionTransformer
 from cpvt.model.zoo import model_config
 from cpvt.proven import verdicts
 from cpvt.training.distributed import pick_device
 from cpvt.training.loss import cross_entropy
+from cpvt.training.optim import add_up_biases
 from cpvt.training.recipes import deit
+from cpvt.training.train import train
 
 # What torch.compile is asked for. Graphs are replayed without Python; autotuning tries many kernels.
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
@@ -294,7 +315,158 @@ def pipeline(bench: Bench) -> Rows:
         yield columns, metrics, facts | {"decoder": decoder_name(bench.device)}
 
 
+# --------------------------------------------------------------------------- what to ask of a new GPU
+
+
+def attention(bench: Bench) -> Rows:
+    """(B, h, T, d) as in the model, h = 3, T = 197."""
+    kinds = {
+        "FLASH_ATTENTION": 1,
+        "EFFICIENT_ATTENTION": bench.cuda,
+        "CUDNN_ATTENTION": bench.cuda,
+        "MATH": 1,
+    }
+    options = {"device": bench.device, "dtype": torch.bfloat16 if bench.cuda else torch.float32}
+    parts = [torch.randn(bench.size.batch_size, 3, 197, 64, requires_grad=True, **options) for _ in "qkv"]
+    for name in filter(kinds.get, kinds):
+
+        def both():
+            F.scaled_dot_product_attention(*parts).sum().backward()
+
+        with attempt(f"attention: {name}"), sdpa_kernel(getattr(SDPBackend, name)):
+            milliseconds = 1000 * _seconds(bench, both)
+            yield {"part": "attention", "mode": name}, {"milliseconds": milliseconds}, {}
+
+
+@contextmanager
+def attempt(what: str) -> Iterator[None]:
+    """One way of computing that fails here, in the driver or in a compiler, must not cost the others."""
+    try:
+        yield
+    except Exception as failure:
+        print(f"failed: {what}: {' '.join(str(failure).split())[:200]}", flush=True)
+
+
+def rounding(model: VisionTransformer, bench: Bench, mode: str) -> dict[str, float]:
+    """Metrics: how far the gradients of a bf16 step are from those in double precision, all together and the
+    farthest layer; and the farthest kernel of a PEG, where there is one."""
+    images, targets = noise(model.config, min(bench.size.batch_size, 64), bench.device)
+    exact, model = copy.deepcopy(model).to(images.double()), copy.deepcopy(model).to(images)
+    add_up_biases(model)
+    if mode != "eager":
+        model.compile(mode=mode)
+    cross_entropy(exact(images.double()), targets.double()).backward()
+    with torch.autocast(images.device.type, torch.bfloat16):
+        logits = model(images)
+    cross_entropy(logits.float(), targets).backward()
+    true = {name: p.grad for name, p in exact.named_parameters() if p.grad.any()}
+    off = {name: p.grad - true[name] for name, p in model.named_parameters() if name in true}
+    apart = {name: float(off[name].norm() / grad.norm()) for name, grad in true.items()}
+    metrics = {"gradient_error": float(get_total_norm(off.values()) / get_total_norm(true.values()))}
+    metrics["gradient_error/farthest"] = max(apart.values())
+    kernels = [error for name, error in apart.items() if ".peg" in name and name.endswith("weight")]
+    return metrics | ({"gradient_error/peg": max(kernels)} if kernels else {})
+
+
+def encodings(bench: Bench) -> Rows:
+    """Those first that a compiler finds hardest."""
+    first = ("relative", "relative(on='bias')", FIVE, "peg", KERNEL_27)
+    for encoding in dict.fromkeys((*first, *experiments.ENCODINGS) if bench.cuda else first[:1]):
+        if bench.fits(bench.size.entrant / 2, f"encodings: {encoding}"):
+            with attempt(f"encodings: {encoding}"):
+                config = replace(bench.model("none"), drop_path=0.0, encoding=encoding, depth=6)
+                torch.compiler.reset()
+                metrics = rounding(VisionTransformer(config), bench, bench.size.modes[0])
+                yield {"part": "encodings", "model": encoding, "mode": bench.size.modes[0]}, metrics, {}
+
+
+def trap(bench: Bench) -> Rows:
+    """Five PEGs once learned nothing on a GPU whose gradients were wrong: 150 steps at a constant rate."""
+    compiled, steps = bench.size.modes[0], 150 if bench.cuda else 2
+    plain = lambda peg, x: False  # noqa: E731
+    roads = {"fused": (PEG.fuses, compiled, False), "convolution": (plain, compiled, False)}
+    roads["convolution, eager"] = plain, "eager", False
+    roads["fused, bf16 tokens"] = PEG.fuses, compiled, True
+    config = synthetic_config("where", FIVE)
+    change = {"device": bench.device, "precision": "bf16", "log_every": steps}
+    optim = replace(config.optim, steps=steps, global_batch_size=256 if bench.cuda else 8, stop_loss=0.0)
+    for name, (fuses, mode, low) in roads.items():
+        with attempt(f"trap: {name}"), patch.object(PEG, "fuses", fuses):
+            torch.compiler.reset()
+            metrics = rounding(VisionTransformer(config.model), bench, mode)
+            change |= {"bf16_tokens": low, "compile": "off" if mode == "eager" else "model"}
+            found = train(replace(config, optim=optim, run=replace(config.run, **change)))
+            losses = [entry["loss"] for entry in found.history if "loss" in entry]
+            metrics |= {"loss": losses[-1], "top1@10": found.metrics["top1"]}
+            yield {"part": "trap", "model": FIVE, "mode": name}, metrics, {"steps": steps}
+
+
+def count_bytes(bench: Bench) -> Rows:
+    """Of every model that is compared; ratios to timm's."""
+    from cpvt.lab.traffic import step_bytes  # the inside of a compiler, which no other part needs
+
+    model, base, B = bench.model, 0, bench.size.batch_size
+    for name, low in [("timm", False), *product(("none", "peg", FIVE), (False, True))]:
+        found = step_bytes(config := model(name), B, timm=name == "timm", bf16_tokens=low)
+        base = base or sum(found.values())
+        metrics = {f"{part}_gigabytes": count / 1e9 for part, count in found.items()}
+        metrics["ratio"] = sum(found.values()) / base
+        columns = {"part": "bytes", "model": name, "mode": "bf16 tokens" if low else "", "size": config.depth}
+        yield columns, metrics, {"counted_for": "H100"}
+
+
 PARTS: dict[str, Callable] = {"peg": peg_operator, "step": step, "decode": decode, "pipeline": pipeline}
+MORE = {"attention": attention, "encodings": encodings, "trap": trap, "bytes": count_bytes}
+FROM_FILES = "decode", "pipeline", "train"
+
+# The order of --all: the cheapest answers first; seconds that a part may take.
+ORDER = {"peg": 60, "attention": 60, "encodings": 60, "trap": 100, "step": 150, "decode": 60, "pipeline": 120}
+ORDER |= {"train": 90, "tests": 120, "photographs": 480}
+
+
+def command(name: str, given: "Benchmark", data: str, minutes: float) -> list[str]:
+    """What a part of --all runs, in a process of its own: an error of CUDA spoils all that follows in one."""
+    cpvt, out = [sys.executable, "-m", "cpvt"], ["--out", str(given.out)] if given.out else []
+    if name == "tests":
+        tests = Path(__file__).resolve().parents[2] / "tests"
+        return [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "gpu or training_size", str(tests)]
+    if name == "photographs":
+        rows = ["photographs", "--only", "core", "--grid", "14", "--budget-minutes", f"{minutes:.2f}"]
+        return [*cpvt, "experiments", *rows, *out]
+    if name == "train":
+        small = given.size == "cpu"
+        words = ["--data", data, "--data.hold-out", "4", "--data.workers", "2" if small else "-1"]
+        words += (
+            "--augment.repeated-aug 1 --augment.mix-group 4 --run.evaluate-every 0 --run.log-every 2".split()
+        )
+        words += "--optim.epochs 0 --optim.warmup-epochs 0 --optim.steps 6 --optim.warmup-steps 2".split()
+        words += ["--optim.micro-batch-size", "2" if small else "64"]
+        words += ["--optim.global-batch-size", "4" if small else "128"]
+        if small:
+            words += "--run.precision fp32 --run.compile off --run.device cpu --data.image-size 32".split()
+        return [*cpvt, "train", "--recipe", "deit", "--model", "cpvt_tiny_5peg", *words]
+    options = ["--data", data, "--size", given.size, "--budget-minutes", f"{minutes:.2f}"]
+    return [*cpvt, "benchmark", "--only", name, *options, *out]
+
+
+def run_part(name: str, words: list[str], seconds: float) -> str:
+    """-> "done", or why not. What it leaves running ends with it."""
+    eager = {"TORCHDYNAMO_DISABLE": "1"} if name in ("peg", "attention", "decode", "photographs") else {}
+    with tempfile.TemporaryFile("w+") as errors:
+        own = {"stderr": errors, "env": os.environ | eager, "start_new_session": True}
+        process = subprocess.Popen(words, **own)
+        try:
+            process.wait(seconds)
+            reason = f"status {process.returncode}" if process.returncode else ""
+        except subprocess.TimeoutExpired:
+            reason = f"stopped after {seconds:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        errors.seek(0)
+        last = ([line.strip() for line in errors if line.strip()] or [""])[-1]
+    return f"{reason}: {last[:150]}".rstrip(": ") if reason else "done"
 
 
 # --------------------------------------------------------------------------- the command
@@ -306,31 +478,60 @@ class Benchmark:
 
     data: str = ""  # a folder with train/CLASS/*.JPEG, or shards; none: JPEGs drawn by formula
     out: Path | None = None  # folder of benchmark.jsonl (default: data/results of the repository)
-    budget_minutes: float = 9.0  # begin nothing that would end after this; 0: no limit
+    budget_minutes: float = 8.0  # begin nothing that would end after this; 0: no limit
     size: Literal["auto", "gpu", "cpu"] = "auto"  # cpu: a small version that takes seconds and proves little
-    only: tuple[str, ...] = ()  # some of: peg step decode pipeline; none: all
+    only: tuple[str, ...] = ()  # some parts; none: peg step decode pipeline, or with --all all
+    all: bool = False  # those and short training, tests, photographs, each in a process and a time of its own
+    bytes: bool = False  # bytes that the kernels of a step move, counted without a GPU
 
     def __call__(self) -> None:
+        known = ORDER if self.all else PARTS | MORE
         for name in self.only:
-            if name not in PARTS:
-                raise ConfigError(f"benchmark: no part {name!r}; {nearest(name, PARTS)}")
+            if name not in known:
+                raise ConfigError(f"benchmark: no part {name!r}; {nearest(name, known)}")
+        if self.all:
+            return self._one_by_one()
+        names = ("bytes",) if self.bytes else self.only or tuple(PARTS)
         device = pick_device({"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[self.size])
-        bench = Bench(GPU if device == "cuda" else CPU, device, end=deadline(self.budget_minutes))
+        small = device == "cpu" and not (self.bytes and self.size == "auto")
+        bench = Bench(CPU if small else GPU, device, end=deadline(self.budget_minutes))
         with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder:
-            files = open_files(self.data, Path(folder), bench.size)
-            bench.files = files.select(torch.arange(64 * bench.size.batch_size) % len(files))
-            for name in self.only or PARTS:
+            if {*names} & {*FROM_FILES}:
+                files = open_files(self.data, Path(folder), bench.size)
+                bench.files = files.select(torch.arange(64 * bench.size.batch_size) % len(files))
+            for name in names:
                 if not bench.fits(bench.size.entrant, name):
                     continue
                 data, started = NOISE, time.monotonic()
                 if name in ("decode", "pipeline"):
                     data = Path(self.data).name or "drawn JPEGs", files.fingerprint
-                for columns, metrics, facts in PARTS[name](bench):
+                for columns, metrics, facts in (PARTS | MORE)[name](bench):
                     took = round(time.monotonic() - started, 1)
                     append(_result(bench, data, columns, metrics, facts, took), self.out, again=True)
                     medians = [f"{m} {v:.4g}" for m, v in metrics.items() if "/" not in m]
                     print(f"{' '.join(map(str, filter(None, columns.values()))):60}", *medians, flush=True)
         print(f"rows in {results_folder(self.out)}/benchmark.jsonl")
+
+    def _one_by_one(self) -> None:
+        end, said = deadline(self.budget_minutes), {}
+        size = CPU if self.size == "cpu" or not torch.cuda.is_available() else GPU
+        with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder:
+            data = self.data or str(Path(folder, "drawn JPEGs"))
+            names = self.only or tuple(ORDER)
+            if {*names} & {*FROM_FILES} and not self.data:
+                open_files("", Path(data), size)
+            for name in names:
+                started = time.monotonic()
+                seconds = min(ORDER[name], end - started)
+                said[name] = "no time left", 0.0
+                if seconds > 0:
+                    print(f"--- {name}", flush=True)
+                    outcome = run_part(name, command(name, self, data, seconds / 60), seconds)
+                    said[name] = outcome, time.monotonic() - started
+        table = [f"{name:12} {took:5.0f} s  {outcome}" for name, (outcome, took) in said.items()]
+        print("---", *table, f"rows in {results_folder(self.out)}", sep="\n")
+        if any(outcome not in ("done", "no time left") for outcome, _ in said.values()):
+            raise SystemExit(1)
 
 
 def _result(bench: Bench, data: tuple[str, str], columns, metrics, facts: dict, seconds: float) -> Result:
