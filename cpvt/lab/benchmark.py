@@ -412,7 +412,7 @@ def count_bytes(bench: Bench) -> Rows:
         metrics = {f"{part}_gigabytes": count / 1e9 for part, count in found.items()}
         metrics["ratio"] = sum(found.values()) / base
         columns = {"part": "bytes", "model": name, "mode": "bf16 tokens" if low else "", "size": config.depth}
-        yield columns, metrics, {"counted_for": "H100"}
+        yield columns, metrics, {"counted_for": "H100", "precision": "bf16"}
 
 
 PARTS: dict[str, Callable] = {"peg": peg_operator, "step": step, "decode": decode, "pipeline": pipeline}
@@ -536,9 +536,9 @@ class Benchmark:
 
 def _result(bench: Bench, data: tuple[str, str], columns, metrics, facts: dict, seconds: float) -> Result:
     size, (dataset, sha256) = bench.size, data
-    config = {"batch_size": size.batch_size, "rounds": size.rounds, "steps_a_round": size.steps, **facts}
+    config = {"batch_size": size.batch_size, "rounds": size.rounds, "steps_a_round": size.steps}
     config |= {"precision": "bf16" if bench.cuda else "fp32", "cores": len(os.sched_getaffinity(0))}
-    config |= {"timm": timm.__version__, "proven": dict(verdicts)}
+    config |= {"timm": timm.__version__, "proven": dict(verdicts), **facts}
     return Result(
         experiment="benchmark",
         columns=complete("benchmark", columns),
