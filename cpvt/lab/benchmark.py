@@ -403,11 +403,11 @@ def trap(bench: Bench) -> Rows:
 
 def count_bytes(bench: Bench) -> Rows:
     """Of every model that is compared; ratios to timm's."""
-    from cpvt.lab.traffic import step_bytes  # the inside of a compiler, which no other part needs
+    from cpvt.lab.traffic import kernel_bytes  # the inside of a compiler, which no other part needs
 
     model, base, B = bench.model, 0, bench.size.batch_size
     for name, low in [("timm", False), *product(("none", "peg", FIVE), (False, True))]:
-        found = step_bytes(config := model(name), B, timm=name == "timm", bf16_tokens=low)
+        found = kernel_bytes(config := model(name), B, timm=name == "timm", bf16_tokens=low)
         base = base or sum(found.values())
         metrics = {f"{part}_gigabytes": count / 1e9 for part, count in found.items()}
         metrics["ratio"] = sum(found.values()) / base

@@ -41,7 +41,7 @@ H100 |= {"max_threads_per_block": 1024, "total_memory": 85_000_000_000, "L2_cach
 H100 |= {"shared_memory_per_block_optin": 232448, "shared_memory_per_multiprocessor": 233472}
 
 
-def step_bytes(
+def kernel_bytes(
     config: ModelConfig, batch_size: int, timm: bool = False, bf16_tokens: bool = False
 ) -> dict[str, int]:
     """-> bytes of the "forward" and of the "backward" pass of (B, 3, S, S) in bf16, drop path as configured.
