@@ -143,6 +143,11 @@ class Evaluate:
             print("  ".join(words))
 
 
+def _one_line(text: Any) -> str:
+    """With what a name may hold and a terminal would obey, such as a new line, as it is written in Python."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], str(text))
+
+
 def _size(text: str) -> tuple[int, int]:
     """ "224" or "224x320" -> (height, width)."""
     if not (found := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)):
@@ -166,21 +171,25 @@ class Predict:
         from cpvt.training.distributed import pick_device
         from cpvt.training.predict import as_evaluated, draw_attention, predict
 
-        if not self.images or self.top < 1 or (self.attention and self.attention.suffix != ".png"):
-            raise ConfigError("expected one image or more, --top 1 or more, --attention NAME.png")
+        if not self.images:
+            raise ConfigError("no images; expected one image or more")
+        if self.top < 1:
+            raise ConfigError(f"--top {self.top}; expected 1 or more")
+        if self.attention and (self.attention.suffix != ".png" or not self.attention.parent.is_dir()):
+            raise ConfigError(f"--attention {self.attention}; expected NAME.png in a folder that is there")
         saved, shown, unread = load_saved(self.model), [], 0
         saved.model.to(pick_device(self.device))
         for path in self.images:
             try:
                 pixels = as_evaluated(saved, path)
             except DataError as error:
-                print(f"cpvt predict: {error}", file=sys.stderr)
+                print(f"cpvt predict: {_one_line(error)}", file=sys.stderr)
                 unread += 1
                 continue
             guesses, attended = predict(saved, pixels, self.top)
-            print(f"{path}  {', '.join(f'{name} {p:.1%}' for name, p in guesses)}")
-            shown.append((pixels, attended))
-        if self.attention and shown:
+            print(_one_line(f"{path}  {', '.join(f'{name} {p:.1%}' for name, p in guesses)}"))
+            shown += [(pixels, attended)] if self.attention else []  # of many images, much memory
+        if shown:
             draw_attention(self.attention, shown)
             token = saved.model.num_prefix_tokens
             words = "" if token else "; no class token, so bright is what the patches attend to on average"
@@ -339,12 +348,13 @@ def _refused(name: str, reason: str, status: int = 2) -> SystemExit:
     """One line on stderr, by one process of many, and an exit status."""
     if _is_main():
         with suppress(OSError):
-            print(f"cpvt {name}: {' '.join(reason.split())}", file=sys.stderr)
+            print(f"cpvt {name}: {_one_line(' '.join(reason.split()))}", file=sys.stderr)
     return SystemExit(status)
 
 
 def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # set by torchrun
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))  # set by torchrun, or nonsense
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
 
 def _parse(cls: type, arguments: list[str], name: str, **options) -> Any:

@@ -354,6 +354,7 @@ class DataConfig(Checked):
         _need(self, 1 <= min(self.grid) <= max(self.grid) <= 2**15, "1 to 32768 a side", "grid")
         _at_least(self, 0, "stored_size", "limit", "hold_out")
         _need(self, self.hold_out != 1, "0, or 2 or more", "hold_out")
+        _need(self, -1 <= self.workers <= 512, "-1 to 512", "workers")
         _need(self, 0 < self.crop_pct <= 1, "above 0, 1 at most", "crop_pct")
         fine = self.interpolation == "bicubic" or (self.store == "memory" and self.crop_pct == 1)
         _need(self, fine, "store='memory', crop_pct=1 with area", "interpolation", "store", "crop_pct")

@@ -130,6 +130,8 @@ NAN, HUGE = float("nan"), 10**5000
         (DataConfig, {"image_size": True}),
         (DataConfig, {"name": 3}),
         (DataConfig, {"grid": (0, 4)}),
+        (DataConfig, {"store": "files", "workers": -2}),
+        (DataConfig, {"store": "files", "workers": 1000}),
         (config.AugmentConfig, {"mixup": NAN}),
         (config.AugmentConfig, {"crop": 1}),
         (config.OptimConfig, {"stop_loss": NAN}),

@@ -181,7 +181,8 @@ def test_missing_data_name_the_folder_to_fill(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
     monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", fail)
     for name, folder in datasets.NAMED.items():
-        assert str(tmp_path / folder) in refusal(open_dataset, name, root=tmp_path)
+        assert str(tmp_path / "new" / folder) in refusal(open_dataset, name, root=tmp_path / "new")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_download_is_moved_in_whole(tmp_path, monkeypatch, folder):

@@ -388,11 +388,16 @@ def test_what_is_refused_leaves_nothing_behind(image_folder, tmp_path, before):
     found, config = content(tmp_path), config_of(image_folder, out)
     data = replace(config.data, name=str(tmp_path / "nowhere"))
     wrong = [replace(config, data=data), replace(config, run=replace(config.run, init=str(precious)))]
-    wrong += [replace(config, run=replace(config.run, out=str(precious)))]
+    (tmp_path / "images").symlink_to(image_folder)
+    among = str(image_folder / "train" / "new")
+    wrong += [replace(config, run=replace(config.run, out=out)) for out in (str(precious), among)]
+    wrong += [replace(wrong[-1], data=replace(data, name=str(tmp_path / "images")))]
     for refused in wrong:
         with pytest.raises(ValueError) as caught:
             train(refused)
         assert "\n" not in str(caught.value)
+    (tmp_path / "images").unlink()
+    assert not Path(among).exists()
     assert content(tmp_path) == found and precious.read_text() == "all I have"
     (tmp_path / "rows").mkdir()
     for arguments in (
@@ -401,6 +406,9 @@ def test_what_is_refused_leaves_nothing_behind(image_folder, tmp_path, before):
         ["evaluate", str(precious)],
         ["experiments", "photographs", "--root", str(tmp_path), "--out", str(tmp_path / "new2")],
         ["benchmark", "--only", "nothing", "--out", str(tmp_path / "new2")],
+        ["benchmark", "--size", "cpu", "--out", str(precious)],
+        ["experiments", "costs", "--out", str(precious / "new2")],
+        ["experiments", "baselines", "--out", str(precious), "--root", str(tmp_path)],
         ["train", "--data", "where", "--optim.steps", "0", "--run.out", str(tmp_path / "new2")],
     ):
         with pytest.raises(SystemExit) as end:
@@ -425,6 +433,28 @@ def test_tasks_of_slurm_without_torchrun(image_folder, monkeypatch, capsys, task
         assert "torchrun" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert train(config).steps == 1 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"RANK": "x"}, "RANK='x'"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK='5'"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, "'x'"),
+    ],
+)
+def test_what_torchrun_would_not_set_is_refused(monkeypatch, capsys, given, words):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "--model.patch-size", "2"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and words in said and "torchrun" in said and said.count("\n") == 1
 
 
 # --------------------------------------------------------------------------- foreign files
@@ -460,6 +490,15 @@ def test_a_checkpoint_of_foreign_content_is_passed_over(image_folder, whole, tmp
         run = train(config_of(image_folder, out))
         assert run.metrics == whole.metrics and run.steps == 12, what
         assert "passed over step-000000013" in (out / "log.jsonl").read_text(), what
+
+
+def test_a_model_without_its_checkpoints_is_not_trained_over(image_folder, whole, tmp_path):
+    shutil.copytree(whole.config.run.out, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="holds a model.safetensors and no checkpoint"):
+        train(config_of(image_folder, tmp_path))
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_a_model_whose_configuration_does_not_fit_is_named(whole, tmp_path):

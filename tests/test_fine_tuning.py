@@ -231,11 +231,20 @@ def test_prediction_by_name_and_what_was_looked_at(trained, image_folder, tmp_pa
         numpy.array(Image.open(tmp_path / "seen.png"))[:16, :16].tolist()
         == as_evaluated(saved, images[0]).permute(1, 2, 0).tolist()
     )
+    odd = shutil.copy(images[0], tmp_path / "one\ntwo.jpg")
+    status, out, err = call("predict", odd, "--model", file, "--device", "cpu", capsys=capsys)
+    assert not status and "one\\ntwo.jpg  n0" in out and out.count("\n") == 1
     for wrong, words in (
         ((*images, "--model", image_folder), "cannot be read"),
-        ((*images, "--model", file, "--top", 0), "--top 1"),
-        ((*images, "--model", file, "--attention", "seen"), "NAME.png"),
+        ((*images, "--model", "deit_tiny"), "is the name of a model"),
+        ((*images, "--model", file, "--top", 0), "--top 0; expected 1"),
+        ((*images, "--model", file, "--attention", "seen"), "seen; expected NAME.png"),
+        (
+            (*images, "--model", file, "--attention", tmp_path / "no" / "seen.png"),
+            "in a folder that is there",
+        ),
         (("--model", file), "one image"),
+        (("a\nb\x1b[2J", "--model", file), "a\\nb\\x1b[2J cannot"),
     ):
         status, out, err = call("predict", *wrong, "--device", "cpu", capsys=capsys)
         assert status == 2 and words in err and not out, (words, err)

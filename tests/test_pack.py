@@ -179,6 +179,8 @@ def test_the_command_overwrites_nothing(folder, tmp_path, capsys):
     assert (tmp_path / "out" / "val" / "index.json").stat() == before
     assert "packed already" in refusal(run, tmp_path / "out", tmp_path / "again", "val")
     assert "no split" in refusal(module.pack, folder, tmp_path / "again", [])
+    assert "workers=-1" in refusal(module.pack, folder, tmp_path / "again", workers=-1)
+    assert "among the images" in refusal(module.pack, folder, folder / "train" / "again")
     out = str(tmp_path / os.fsdecode(b"b\xff"))  # as a shell hands on what is not text
     main(["pack", str(folder), out, "--workers", "1"])
     said = capsys.readouterr().out

@@ -158,3 +158,9 @@ def test_two_cannot_write_the_same(tmp_path):
         assert ".train.unfinished exists" in refusal(written_aside(target).__enter__)
     assert [p.name for p in target.iterdir()] == ["mine"]
     assert f"{target} exists" in refusal(written_aside(target).__enter__)
+    (tmp_path / "link").symlink_to("nowhere")
+    for inside, words in (
+        (target / "mine", "(Not a directory)"),
+        (tmp_path / "link", "(No such file or directory)"),
+    ):
+        assert words in refusal(written_aside(inside / "train").__enter__)

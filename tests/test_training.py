@@ -95,6 +95,9 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path):
     with pytest.raises(OSError), mock.patch("os.fsync", side_effect=OSError):
         save_model(tmp_path / "run" / "model.safetensors", model, config)  # which leaves the older file
     load_model(tmp_path / "run" / "model.safetensors")
+    denied = PermissionError(13, "Permission denied")
+    with pytest.raises(ConfigError, match="Permission denied"), mock.patch("io.open", side_effect=denied):
+        load_model(tmp_path / "run" / "model.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"not a model")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_model(tmp_path / "model.safetensors")

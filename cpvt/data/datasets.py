@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from cpvt.config import Grid, local_path, pair
 from cpvt.data.decode import ENDINGS, decode_image, reason, regular
-from cpvt.data.shards import Shards
+from cpvt.data.shards import Shards, new_folder
 from cpvt.data.transforms import centre_resize
 from cpvt.errors import DataError, typed
 
@@ -144,6 +144,12 @@ def open_dataset(
     return Shards(path / split) if packed else _read_folder(path, split, path.name)
 
 
+def refuse_among_images(out: str | Path, source: str | Path) -> None:
+    """Raises DataError for a folder below a split of `source`: what is written there would become a class."""
+    if os.path.relpath(os.path.realpath(out), os.path.realpath(source)).split(os.sep)[0] in ("train", "val"):
+        raise DataError(f"{out} lies among the images of {source}: give another folder")
+
+
 def in_words(others: Counter) -> str:
     """For people: "200 .txt, 3 .avif", the most frequent endings first."""
     shown = [f"{n:,} {ascii(ending)[1:-1] or 'without ending'}" for ending, n in others.most_common(8)]
@@ -242,8 +248,7 @@ def _fetched(name: str, root: Path) -> Path:
     folder = root / NAMED[name]
     try:
         if not folder.is_dir():
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=root) as aside:
+            with new_folder(root), tempfile.TemporaryDirectory(prefix=".unpacked-", dir=root) as aside:
                 download_and_extract_archive(TINY_IMAGENET, aside, md5=TINY_IMAGENET_MD5)
                 Path(aside, NAMED[name]).rename(folder)
     except (RuntimeError, OSError, ValueError, EOFError) as error:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cpvt.config import local_path
-from cpvt.data.datasets import ImageDataset, in_words, open_dataset
+from cpvt.data.datasets import ImageDataset, in_words, open_dataset, refuse_among_images
 from cpvt.data.decode import decode_image, open_image, reason
 from cpvt.data.loader import work
 from cpvt.data.shards import KEY_BYTES, Shards, ShardWriter, new_folder, written_aside
@@ -60,6 +60,9 @@ def pack(
     source, out, splits = Path(local_path(source)), Path(local_path(out)), [*dict.fromkeys(splits)]
     if not splits:
         raise DataError("no split to pack: give val, train or both")
+    if not 0 <= workers <= 512:
+        raise DataError(f"workers={workers}; expected 0 to 512")
+    refuse_among_images(out, source)
     for split in splits:
         if (out / split).exists():
             raise DataError(f"{out / split} exists: delete it, or choose another folder")

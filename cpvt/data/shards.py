@@ -181,7 +181,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Makes a folder where there is none; what is made, and empty in the end, is taken away again."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # a file: what is put into it says so
+            path.mkdir(parents=True, exist_ok=True)
         yield path
     finally:
         with suppress(OSError):  # something is in it

@@ -61,7 +61,7 @@ from cpvt.data.decode import Decoder, find_jpeg_decoder, gpu_decoder
 from cpvt.data.loader import make_loader
 from cpvt.data.shards import Shards
 from cpvt.errors import ConfigError, nearest
-from cpvt.lab import experiments
+from cpvt.lab import experiments, results
 from cpvt.lab.experiments import FIVE, KERNEL_27, synthetic_config
 from cpvt.lab.results import Result, append, commit, complete, device_name, fingerprint, results_folder
 from cpvt.lab.timing import Step, deadline, in_rounds, noise, ratios, seconds_of, summary, wait
@@ -489,6 +489,7 @@ class Benchmark:
         for name in self.only:
             if name not in known:
                 raise ConfigError(f"benchmark: no part {name!r}; {nearest(name, known)}")
+        results.check_writable(self.out)
         if self.all:
             return self._one_by_one()
         names = ("bytes",) if self.bytes else self.only or tuple(PARTS)

@@ -152,6 +152,7 @@ def measure_costs(
     """
     size = size or (GPU if "cuda" in device else CPU)
     out, commit, end = results.results_folder(out), results.commit(), timing.deadline(budget_minutes)
+    results.check_writable(out)
     there = results.recorded("costs", out) if out.is_dir() else []
     done = [result.columns for result in there if result.scale == size.scale]
     missing = [row for row in cost_rows() if row not in done]

@@ -25,7 +25,7 @@ from cpvt.config import DataConfig
 from cpvt.data.datasets import ImageDataset, ImageTensors, load_tensors, open_dataset
 from cpvt.data.transforms import area_resize, normalise
 from cpvt.errors import DataError
-from cpvt.lab.results import Result, append, commit, recorded, results_folder
+from cpvt.lab.results import Result, append, check_writable, commit, recorded, results_folder
 
 NAME, CLASSES, SIDE = "tiny-imagenet", 100, 64
 DATASET = "tiny-imagenet, its first 100 classes"
@@ -190,6 +190,7 @@ BASELINES = {
 def measure_baselines(root: str = "", folder=None, report: Callable = lambda result, left: None) -> None:
     """What needs no transformer: chance, the nearest neighbour and softmax regression, on pixels; minutes."""
     root, version = root or DataConfig.root, commit()
+    check_writable(folder)
     path = results_folder(folder) / "baselines.jsonl"
     done = [result.columns for result in recorded("baselines", folder)] if path.exists() else []
     planned = [{"baseline": name, "grid": grid} for grid in (8, 14) for name in BASELINES]

@@ -169,6 +169,14 @@ def results_folder(folder: str | Path | None = None) -> Path:
     return DATA / "results" if folder is None else Path(folder)
 
 
+def check_writable(folder: str | Path | None = None) -> None:
+    """Raises ResultsError for a folder that results could not be written to; before hours of measuring."""
+    path = results_folder(folder)
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ResultsError(f"{path} cannot be written to; give another folder")
+
+
 def append(
     result: Result,
     folder: str | Path | None = None,

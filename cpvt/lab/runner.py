@@ -119,9 +119,8 @@ def run_missing(
     """
     folder, end = results.results_folder(folder), deadline(budget_minutes, clock)
     version = results.commit()  # asked now: files may change while this code trains
+    results.check_writable(folder)
     (folder / RUNNING).mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ResultsError(f"{folder} cannot be written to; give another folder")
     missing, failed, cache = _missing(list(jobs), folder), [], {}
     left = len(missing)
     with suppress(Stopped, KeyboardInterrupt):

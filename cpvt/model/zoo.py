@@ -97,6 +97,9 @@ def load_weights(model: nn.Module, weights: str | Path | dict, resample: bool | 
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         more += "; resample=True resamples a table" if "pos_embed" in wrong[0] else ""
         raise UserError(f"weights do not fit the model, nothing was loaded: {'; '.join(wrong[:3])}{more}")
+    if wild := [key for key in keys if not state[key].float().isfinite().all()]:
+        words = f"{len(wild)} tensors (the first: {wild[0]}) hold numbers that are not finite"
+        raise UserError(f"{words}, nothing was loaded: give weights of an earlier step, or others")
     model.load_state_dict(state, strict=True)
     return model
 

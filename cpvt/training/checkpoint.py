@@ -134,7 +134,8 @@ def load_saved(source: str | Path, weights: str | Path = "") -> Saved:
     path = Path(source)
     if str(source) in MODELS:
         if not weights:
-            raise ConfigError(f"{source} is the name of a model: give a file, --weights")
+            words = "give a model.safetensors or step-*.pt; cpvt evaluate: or --weights FILE"
+            raise ConfigError(f"{source} is the name of a model, without weights: {words}")
         return _named(str(source), weights)
     if weights:
         raise ConfigError(f"weights={str(weights)!r}: {source} has its own; give a model's name with them")
@@ -225,7 +226,8 @@ def _metadata(path: Path) -> dict[str, str]:
     if path.suffix != ".safetensors":
         return {}
     try:
-        with safe_open(path, framework="pt") as file:
+        # safetensors calls what may not be read, missing.
+        with path.open("rb"), safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); give a model of `cpvt train`") from None

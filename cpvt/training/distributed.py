@@ -155,7 +155,11 @@ class World:
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
     """Finds the processes that torchrun started, on `device` ("cpu" or "cuda"); leaves them at the end."""
-    size, rank, local = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    given = {name: os.environ.get(name, "0") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    size, rank, local = (int(text) if text.isdecimal() else -1 for text in given.values())
+    if min(size, rank, local) < 0 or rank >= max(size, 1):
+        words = ", ".join(f"{name}={text!r}" for name, text in given.items())
+        raise ConfigError(f"{words}, not as torchrun sets them: start with torchrun, or unset them")
     _check_slurm()
     with SignalHandler() as signals:
         if size <= 1:
@@ -190,7 +194,11 @@ _runs = count()
 
 @cache
 def _rendezvous() -> dist.Store:
-    return next(iter(dist.rendezvous("env://")))[0]
+    try:
+        return next(iter(dist.rendezvous("env://")))[0]
+    except (ValueError, dist.DistError) as error:
+        words = str(error).splitlines()[0].rpartition("rendezvous: ")[2]
+        raise ConfigError(f"the processes cannot meet ({words}): start them with torchrun") from None
 
 
 def pick_device(name: str) -> str:

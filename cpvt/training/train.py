@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cpvt.config import TrainConfig, from_json, replace, to_json
+from cpvt.data.datasets import refuse_among_images
 from cpvt.data.loader import make_loader
+from cpvt.data.synthetic import CLASSES
 from cpvt.errors import ConfigError, DataError, TrainingError, UserError, typed
 from cpvt.model.vit import VisionTransformer
 from cpvt.rng import uniform
@@ -28,6 +30,8 @@ from cpvt.training.evaluate import accuracy, autocast
 from cpvt.training.logger import Logger, describe
 from cpvt.training.loss import TrainingLoss, load_teacher
 from cpvt.training.optim import EMA, SkipCounter, add_up_biases, freeze, learning_rate, param_groups, resolve
+
+MODEL = "model.safetensors"  # in a run's folder
 
 
 @dataclass
@@ -114,10 +118,13 @@ class Trainer:
         """Takes up the newest whole checkpoint, the same in all processes, if there is one; -> what to say."""
         step, spoiled = self.checkpoints.latest(self._check) if self.world.is_main else (0, [])
         notes = [f"passed over {name}: it is not what was written" for name in spoiled]
-        step = int(self.world.broadcast(str(step)))
+        step, out = int(self.world.broadcast(str(step))), f"run.out={self.config.run.out!r}"
         if not step:
+            made = self.world.is_main and not spoiled and (self.checkpoints.folder.parent / MODEL).exists()
+            if self.world.any(made):
+                raise ConfigError(f"{out} holds a {MODEL} and no checkpoint of its run: give another folder")
             return notes
-        saved, out = self.checkpoints.read(step), f"run.out={self.config.run.out!r}"
+        saved = self.checkpoints.read(step)
         if self.world.any(saved is None):
             raise ConfigError(f"{out}: not every process can read step {step}; use a disk that all share")
         if found := self._differences(saved):
@@ -320,6 +327,8 @@ def train(
     """
     started = time.perf_counter()
     device = pick_device(config.run.device)
+    if config.run.out and config.data.name not in CLASSES:
+        refuse_among_images(config.run.out, config.data.name)
     with join_world(device) as world, only_run(config.run.out if world.is_main else ""):
         trainer = Trainer(config, world, make_loader, report, announce, given)
         model, config, logger = trainer.model, trainer.config, trainer.logger
@@ -349,7 +358,7 @@ def train(
             folder = Path(config.run.out)
             classes = trainer.loader.classes
             try:
-                save_model(folder / "model.safetensors", model, config, classes)
+                save_model(folder / MODEL, model, config, classes)
                 if trainer.ema:
                     with trainer.ema.in_place():
                         save_model(folder / "model_ema.safetensors", model, config, classes)
