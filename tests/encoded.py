@@ -50,39 +50,20 @@ def png(width, height, bits, colour, rows):
 
 RGB = picture()
 SIXTEEN = numpy.array([[0, 255, 256, 1000, 32768, 65535]], dtype=numpy.uint16)
-PLAIN = {
-    "4:4:4": encoded(RGB, subsampling=0),
-    "4:2:2": encoded(RGB, subsampling=1),
-    "4:2:0": encoded(RGB, subsampling=2),
-    "4:0:0": encoded(picture(mode="L")),
-    "turned by EXIF": encoded(RGB, exif=exif(6)),
-}
-ODD = {
-    "progressive": encoded(RGB, progressive=True),
-    "cmyk": encoded(picture(mode="CMYK")),
-    "stored as RGB": encoded(RGB, keep_rgb=True),
-    "PNG named JPEG": encoded(RGB, "PNG"),
-    "palette": encoded(picture(mode="P"), "GIF"),
-    "black and white": encoded(picture(mode="1"), "PNG"),
-    "transparent": encoded(picture(mode="RGBA"), "PNG"),
-    "grey and transparent": encoded(picture(mode="LA"), "PNG"),
-    "webp": encoded(RGB, "WEBP"),
-    "bmp": encoded(RGB, "BMP"),
-    "tiff": encoded(RGB, "TIFF"),
-}
-BROKEN = {
-    "empty": b"",
-    "text": b"<html>404 not found</html>",
-    "a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    "cut in the middle": PLAIN["4:2:0"][: len(PLAIN["4:2:0"]) // 2],
-    "cut in the header": PLAIN["4:2:0"][:100],
-    "two bytes": b"\xff\xd8",
-    "PNG cut off": ODD["PNG named JPEG"][:400],
-    "JPEG bomb": PLAIN["4:4:4"].replace(struct.pack(">HH", 45, 61), struct.pack(">HH", 60000, 60000), 1),
-    "PNG bomb": png(60000, 60000, 8, 2, b""),
-    "32 bits": encoded(picture(mode="I"), "TIFF"),
-    "floating point": encoded(picture(mode="F"), "TIFF"),
-}
+SAMPLINGS = {name: encoded(RGB, subsampling=i) for i, name in enumerate(("4:4:4", "4:2:2", "4:2:0"))}
+PLAIN = SAMPLINGS | {"4:0:0": encoded(picture(mode="L")), "turned by EXIF": encoded(RGB, exif=exif(6))}
+ODD = {"progressive": encoded(RGB, progressive=True), "stored as RGB": encoded(RGB, keep_rgb=True)}
+ODD |= {"PNG named JPEG": encoded(RGB, "PNG"), "cmyk": encoded(picture(mode="CMYK"))}
+ODD |= {"palette": encoded(picture(mode="P"), "GIF"), "black and white": encoded(picture(mode="1"), "PNG")}
+ODD |= {f"{mode}, transparent": encoded(picture(mode=mode), "PNG") for mode in ("RGBA", "LA")}
+ODD |= {kind.lower(): encoded(RGB, kind) for kind in ("WEBP", "BMP", "TIFF")}
+BROKEN = {"empty": b"", "text": b"<html>404 not found</html>", "two bytes": b"\xff\xd8"}
+BROKEN |= {"a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}
+BROKEN |= {f"cut at {place}": PLAIN["4:2:0"][:place] for place in (100, len(PLAIN["4:2:0"]) // 2)}
+BROKEN |= {"PNG cut off": ODD["PNG named JPEG"][:400], "PNG bomb": png(60000, 60000, 8, 2, b"")}
+SIDES = struct.pack(">HH", 45, 61), struct.pack(">HH", 60000, 60000)
+BROKEN |= {"JPEG bomb": PLAIN["4:4:4"].replace(*SIDES, 1)}
+BROKEN |= {mode: encoded(picture(mode=mode), "TIFF") for mode in "IF"}  # of 32 bits a pixel
 
 
 class Folder:

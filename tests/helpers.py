@@ -1,4 +1,4 @@
-"""What test files share: a folder of images, a run with every part of the recipe, a result, waiting."""
+"""What test files share: images, a run with every part of the recipe, the program, a result, waiting."""
 
 import dataclasses
 import time
@@ -7,13 +7,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy
+import pytest
+import torch
 from PIL import Image
 
+from cpvt import cli
 from cpvt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, replace
 from cpvt.data.loader import make_loader
 from cpvt.training.recipes import DEIT_AUGMENT
 
 EVERYTHING = replace(DEIT_AUGMENT, mix_group=4, repeated_aug=2)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def draw_images(root: Path, train: int = 24, val: int = 7, classes: int = 3, sides=(20, 40)) -> Path:
@@ -44,13 +48,26 @@ def small_run(root: Path, out: str = "", store: str = "files", **changes) -> Tra
     body = dict(patch_size=4, width=16, depth=2, heads=2, image_size=(16, 16))
     data = dict(image_size=16, store=store, crop_pct=0.875)
     data |= dict(workers=0) if store == "files" else dict(stored_size=24)
-    return TrainConfig(
-        model=ModelConfig(**body, encoding="peg", drop_path=0.3),
-        data=DataConfig(name=str(root), **data),
-        augment=EVERYTHING,
-        optim=OptimConfig(**optim),
-        run=RunConfig(**run),
-    )
+    model, data = ModelConfig(**body, encoding="peg", drop_path=0.3), DataConfig(name=str(root), **data)
+    return TrainConfig(model, data, EVERYTHING, optim=OptimConfig(**optim), run=RunConfig(**run))
+
+
+def tiny_run(encoding="peg", steps=4, **run) -> TrainConfig:
+    """A few steps of a two-block model on a drawn task; `run`: fields of RunConfig."""
+    model = ModelConfig(patch_size=1, width=16, depth=2, heads=1, encoding=encoding, init_std=0.1)
+    data = DataConfig(name="where", grid=(6, 8), train_size=64, test_size=40)
+    optim = OptimConfig(global_batch_size=8, steps=steps, lr=1e-3, warmup_steps=2)
+    return TrainConfig(model, data, optim=optim, run=RunConfig(**{"device": "cpu", "log_every": 2, **run}))
+
+
+def run_cli(capsys, *arguments) -> tuple[int, str, str]:
+    """`cpvt ...` -> its exit status, what it printed, and its errors."""
+    status = 0
+    try:
+        cli.main([*map(str, arguments)])
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
 
 
 def through(change, kind="train_batches"):
@@ -69,20 +86,15 @@ def make_result(experiment="x", seed=0, metrics=None, **changes):
     """A valid Result, some fields changed."""
     from cpvt.lab.results import Result  # with pandas, which few need
 
-    values = {
-        "columns": {"encoding": "peg", "global_pool": "avg"},
-        "scale": "seconds",
-        "dataset": "where",
-        "dataset_sha256": "0" * 64,
-        "config": dataclasses.asdict(TrainConfig(model=ModelConfig(encoding="peg"))),
-        "metrics": metrics or {"top1@14": 56.25, "top1@14/d3": 25.0, "images_per_s": 812.5},
-        "seconds": 31.5,
-        "device": "cpu",
-        "torch": "2.14.1",
-        "cpvt_commit": "abc",
-        "date": "2026-01-31T12:00:00+00:00",
-    }
-    return Result(experiment=experiment, seed=seed, **{**values, **changes})
+    columns, data = (
+        {"encoding": "peg", "global_pool": "avg"},
+        {"dataset": "where", "dataset_sha256": "0" * 64},
+    )
+    metrics = metrics or {"top1@14": 56.25, "top1@14/d3": 25.0, "images_per_s": 812.5}
+    config = dataclasses.asdict(TrainConfig(model=ModelConfig(encoding="peg")))
+    about = {"scale": "seconds", "seconds": 31.5, "device": "cpu", "torch": "2.14.1", "cpvt_commit": "abc"}
+    about |= {"columns": columns, "config": config, "metrics": metrics, "date": "2026-01-31T12:00:00+00:00"}
+    return Result(experiment=experiment, seed=seed, **{**about, **data, **changes})
 
 
 def wait_until(happened: Callable[[], object], limit: float = 600) -> None:

@@ -10,36 +10,18 @@ from cpvt.errors import UserError
 from cpvt.model.encodings import PEG
 from cpvt.model.vit import VisionTransformer
 
-ENCODINGS = [
-    "none",
-    "learned",
-    "learned(antialias=True)",
-    "sine",
-    "sine(resize='rescale')",
-    "relative(clip=2)",
-    "relative(clip=2, on='keys_values')",
-    "relative(clip=2, on='bias')",
-    "relative(clip=2, wrap=True)",
-    "rotary",
-    "rotary(resize='rescale')",
-    "peg",
-    "peg(positions=(-1,), kernel=27, compute='matrix')",
-    "peg(convolution='separable', init='twins')",
-    "peg(kernel=1, convolution='dense', bias=False)",
-    "peg(padding='none', skip=False)",
-    "peg(padding='replicate')",
-    "peg(padding='circular')",
-    "peg(positions=(-1, 0, 1), repeat=2)",
-    "peg(frozen=True)",
-    "peg(on='queries_keys')",
-    "relative(clip=2) + peg + rotary",
-]
+RELATIVE = [f"relative(clip=2{more})" for more in ("", ", on='keys_values'", ", on='bias'", ", wrap=True")]
+PEGS = ["positions=(-1,), kernel=27, compute='matrix'", "convolution='separable', init='twins'"]
+PEGS += ["kernel=1, convolution='dense', bias=False", "padding='none', skip=False", "padding='replicate'"]
+PEGS += ["padding='circular'", "positions=(-1, 0, 1), repeat=2", "frozen=True", "on='queries_keys'"]
+ENCODINGS = ["none", "learned", "learned(antialias=True)", "sine", "sine(resize='rescale')", *RELATIVE]
+ENCODINGS += ["rotary", "rotary(resize='rescale')", "peg", *(f"peg({options})" for options in PEGS)]
+ENCODINGS += ["relative(clip=2) + peg + rotary"]
 POOLS = {"token": {}, "avg": {"global_pool": "avg"}, "distilled": {"distilled": True}}
 # Each encoding with one of the three; those that treat prefix tokens apart with all.
 PAIRS = [(encoding, list(POOLS)[i % 3]) for i, encoding in enumerate(ENCODINGS)]
-PAIRS += [
-    (e, p) for e in ("learned", "relative(clip=2)", "rotary", "peg") for p in POOLS if (e, p) not in PAIRS
-]
+APART = [(e, p) for e in ("learned", "relative(clip=2)", "rotary", "peg") for p in POOLS]
+PAIRS += [pair for pair in APART if pair not in PAIRS]
 CHANGE, SAME = 1e-10, 1e-12  # relative differences: what is claimed to exceed, what rounding stays below
 
 
@@ -79,10 +61,8 @@ def assert_one_set_of_names(model, other, images):
     """The state's names are those of parameters and buffers, and by them one model computes as another does."""
     names = [name for name, _ in model.named_parameters()]
     assert [name for name in model.state_dict() if name not in dict(model.named_buffers())] == names
-    found = functional_call(
-        model, {**dict(other.named_parameters()), **dict(other.named_buffers())}, (images,)
-    )
-    assert torch.equal(found, other(images))
+    state = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    assert torch.equal(functional_call(model, state, (images,)), other(images))
 
 
 def difference(a, b) -> float:

@@ -35,8 +35,6 @@ from torch.utils import _triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# --------------------------------------------------------------------------- the backward pass
-
 
 def gradients(outputs, inputs: Iterable[Tensor], grad_outputs=None, **_) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad`, node after node: PyTorch's engine asks the driver for streams."""
@@ -48,9 +46,7 @@ def gradients(outputs, inputs: Iterable[Tensor], grad_outputs=None, **_) -> tupl
     def add(node, number: int, grad: Tensor | None) -> None:
         if grad is not None:
             like = node._input_metadata[number]
-            assert grad.device == like.device, (
-                f"{node.name()}: a gradient on {grad.device}, not {like.device}"
-            )
+            assert grad.device == like.device, f"{node.name()}: {grad.device}, not {like.device}"
             grad = grad if grad.shape == like.shape else grad.sum_to_size(like.shape)
             grad = grad.to(like.dtype)
             due[node][number] = due[node][number] + grad if number in due[node] else grad
@@ -72,9 +68,7 @@ def gradients(outputs, inputs: Iterable[Tensor], grad_outputs=None, **_) -> tupl
             found, edges = [None] * len(node.next_functions), node.next_functions
             if edges and due[node]:
                 arguments = [due[node].get(i) for i in range(len(node._input_metadata))]
-                in_python = hasattr(
-                    node, "needs_input_grad"
-                )  # and speaks of arguments that are no tensors, too
+                in_python = hasattr(node, "needs_input_grad")  # and speaks of what is no tensor, too
                 found = node.apply(*arguments) if in_python else node(*arguments)
                 found = found if isinstance(found, tuple) else (found,)
                 if in_python:
@@ -101,9 +95,6 @@ def _backward(loss: Tensor) -> None:
                 leaves[node.variable] = None
     for leaf, grad in zip(leaves, gradients(loss, leaves), strict=True):
         leaf.grad = grad if leaf.grad is None or grad is None else leaf.grad + grad
-
-
-# --------------------------------------------------------------------------- tensors without data
 
 
 @contextmanager
@@ -137,26 +128,15 @@ class Witness(TorchDispatchMode):
     values; a copy to the CPU, whose values then are ones; a copy from memory that is not pinned, or that is not
     told not to wait. Tensors of two devices in one operator raise, as ever."""
 
-    BY_VALUE = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "_unique2",
-        "unique_dim",
-        "equal",
-        "bincount",
-    )
+    BY_VALUE = ("nonzero", "masked_select", "_unique2", "unique_dim", "equal", "bincount")
 
     def __init__(self):
         super().__init__()
         self.waits: Counter[str] = Counter()
 
     def note(self, what: str, *_) -> None:
-        lines = [
-            f
-            for f in traceback.extract_stack()
-            if "/cpvt/" in f.filename and "/site-packages/" not in f.filename
-        ]
+        stack = traceback.extract_stack()
+        lines = [f for f in stack if "/cpvt/" in f.filename and "/site-packages/" not in f.filename]
         where = Path(lines[-1].filename).stem + "." + lines[-1].name if lines else "test"
         self.waits[f"{where}: {what}"] += 1
 
@@ -221,9 +201,6 @@ def watched() -> Iterator[Witness]:
         yield stack.enter_context(witness)
 
 
-# --------------------------------------------------------------------------- code for a GPU
-
-
 class Written(NamedTuple):
     """One graph, as Inductor would run it on a GPU."""
 
@@ -250,20 +227,13 @@ def _pretended() -> Iterator[None]:
 
     target = GPUTarget("cuda", 90, 32)
     driver = SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0)
-    card = {
-        "is_available": True,
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_properties": SimpleNamespace(**H100),
-    }
+    properties = {"get_device_properties": SimpleNamespace(**H100)}
+    card = {"is_available": True, "device_count": 1, "current_device": 0, **properties}
     switched = {"_exchange_device": 0, "_maybe_exchange_device": 0}
     both = {"exchange_device": 0, "maybe_exchange_device": 0}
     switched |= {"get_device_capability": (9, 0), "get_rng_state": torch.zeros(16), "set_rng_state": None}
     parts = [(torch.cuda, card | switched)]
-    parts += [
-        (CudaInterface, card | both),
-        (CudaInterface.Worker, {"get_device_properties": card["get_device_properties"]}),
-    ]
+    parts += [(CudaInterface, card | both), (CudaInterface.Worker, properties)]
     parts += [(scheduler, {"has_triton": True}), (_triton, {"has_triton": True})]
     # Patterns for which examples are tried on the device, and constants that are computed on it.
     parts += [(torch._inductor.fx_passes.joint_graph, {"lazy_init": None})]
@@ -302,18 +272,14 @@ def compiled(function: Callable, *arguments: Any) -> list[Written]:
     found: list[Written] = []
 
     def keep(graph: GraphLowering, code) -> None:
-        found.append(
-            Written(code.value, sum(n.get_read_write_buffers_sizes() for n in graph.scheduler.nodes))
-        )
+        moved = sum(node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes)
+        found.append(Written(code.value, moved))
         raise _Stop
 
     def inner(graph, examples, **options):
         own = copy.deepcopy(graph)  # Inductor changes the other; this one runs, on tensors without data
-        with (
-            _pretended(),
-            mock.patch.object(GraphLowering, "_compile_to_module_lines", keep),
-            suppress(_Stop),
-        ):
+        lines = mock.patch.object(GraphLowering, "_compile_to_module_lines", keep)
+        with _pretended(), lines, suppress(_Stop):
             compile_fx_inner(graph, examples, **options)
         return make_boxed_func(own.forward)
 
@@ -323,9 +289,7 @@ def compiled(function: Callable, *arguments: Any) -> list[Written]:
 
     torch._dynamo.reset()
     try:
-        quiet = mock.patch.object(
-            logging.getLogger("torch.__trace"), "handlers", []
-        )  # pytest would have it all
+        quiet = mock.patch.object(logging.getLogger("torch.__trace"), "handlers", [])  # or pytest has it all
         with quiet, mock.patch.object(F, "scaled_dot_product_attention", _attention):
             out = torch.compile(function, backend=backend, fullgraph=True)(*arguments)
             if out.requires_grad:

@@ -16,15 +16,10 @@ NUMBERS = {1: "n00000003", 2: "n00000001", 3: "n00000002"}
 CLASSES = tuple(sorted(NUMBERS.values()))
 TRUTH = [2, 1, 1, 3]  # numbers of validation images 1 to 4
 
-TRAIN = {
-    (wnid, f"{wnid}_{i}.JPEG"): encoded(picture(30, 40, seed=6 * c + i))
-    for c, wnid in enumerate(CLASSES)
-    for i in range(6)
-}
-VAL = {
-    (NUMBERS[number], f"ILSVRC2012_val_{i:08}.JPEG"): encoded(picture(30, 40, seed=100 + i))
-    for i, number in enumerate(TRUTH, start=1)
-}
+names = [(wnid, f"{wnid}_{i}.JPEG") for wnid in CLASSES for i in range(6)]
+TRAIN = {name: encoded(picture(30, 40, seed=i)) for i, name in enumerate(names)}
+names = [(NUMBERS[number], f"ILSVRC2012_val_{i:08}.JPEG") for i, number in enumerate(TRUTH, start=1)]
+VAL = {name: encoded(picture(30, 40, seed=101 + i)) for i, name in enumerate(names)}
 SPLITS = {"train": TRAIN, "val": VAL}
 
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from contextlib import closing
 from itertools import chain, repeat
+from unittest import mock
 
 import pytest
 import torch
 import tyro
-from helpers import draw_images
+from helpers import draw_images, needs_gpu
 from torch import nn
 
 from cpvt.cli import Experiments, main
@@ -20,8 +21,6 @@ from cpvt.lab.benchmark import AGREE, CPU, ENCODINGS, MODES, MORE, PARTS, Bench,
 from cpvt.lab.results import read, select
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.recipes import deit
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("loading, stepping, rate", [(0.25, 0.0, 40), (0.25, 0.75, 10), (0.0, 0.5, 20)])
@@ -37,16 +36,13 @@ def test_images_a_second_of_a_loader(loading, stepping, rate):
     assert found == pytest.approx(rate)
 
 
-def test_small_batches_are_joined_without_loss():
+def test_small_batches_are_joined_and_a_drawn_jpeg_is_as_large_as_imagenets():
+    """Files of 500 x 400 pixels have about 110 KB: what a decoder reads decides its speed."""
     pieces = [(torch.tensor([[i]]), torch.tensor([i])) for i in range(5)]
     stream = joined(pieces, 2)
     images, targets = zip(*(next(stream) for _ in range(5)), strict=True)
     assert torch.cat(targets).tolist() == [0, 1, 2, 3, 4] * 2  # epochs follow each other
     assert torch.equal(torch.cat(images)[:, 0], torch.cat(targets))
-
-
-def test_a_drawn_jpeg_is_as_large_as_imagenets():
-    """Files of 500 x 400 pixels have about 110 KB: what a decoder reads decides its speed."""
     drawn = [draw_jpeg(i, 400, 500) for i in range(4)]
     assert len(set(drawn)) == 4 and drawn[1] == draw_jpeg(1, 400, 500)
     assert 90_000 < sum(map(len, drawn)) / 4 < 130_000
@@ -57,9 +53,6 @@ def test_which_files(tmp_path, given, count):
     data = str(draw_images(tmp_path / "data", 4, 1)) if given else ""
     files = benchmark.open_files(data, tmp_path, CPU)
     assert len(files) == len(files.labels) == count and files[0][0].shape[0] == 3
-
-
-# --------------------------------------------------------------------------- steps
 
 
 def test_unequal_gradients_give_no_ratio(monkeypatch):
@@ -75,9 +68,7 @@ def test_unequal_gradients_give_no_ratio(monkeypatch):
 def test_compiled_steps_side_by_side(monkeypatch, capsys):
     """Every mode of timm's model that works; ours compared to its fastest; what no longer fits is named."""
 
-    def broken(graph, inputs):
-        raise RuntimeError("no such kernel")
-
+    broken = mock.Mock(side_effect=RuntimeError("no such kernel"))
     backends, compile_with = dict(zip(MODES, ("eager", "eager", broken), strict=True)), nn.Module.compile
     quick = lambda self, mode: compile_with(self, backend=backends[mode])  # noqa: E731
     monkeypatch.setattr(nn.Module, "compile", quick)
@@ -91,9 +82,6 @@ def test_compiled_steps_side_by_side(monkeypatch, capsys):
     assert best == max(speeds, key=speeds.get) and rows["timm", best][0]["ratio/min"] == 1
     assert "no such kernel" in capsys.readouterr().out
     torch.compiler.reset()
-
-
-# --------------------------------------------------------------------------- the whole
 
 
 @pytest.fixture(scope="module")

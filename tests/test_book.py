@@ -75,10 +75,11 @@ def test_title_and_figures_are_there(path):
 # An exercise NAME is a markdown cell with the label exercise-NAME, then a stub, a check and a solution cell
 # tagged exercise:NAME. That the stub fails and the solution passes is what these print, as nbval compares.
 
+TAGS = {path: dict.fromkeys(t for cell in code(path) for t in tags(cell) if ":" in t) for path in NOTEBOOKS}
 EXERCISES = [
     pytest.param(path, tag.removeprefix("exercise:"), id=f"{path.stem}-{tag}")
-    for path in NOTEBOOKS
-    for tag in dict.fromkeys(t for cell in code(path) for t in sorted(tags(cell)) if ":" in t)
+    for path in TAGS
+    for tag in TAGS[path]
 ]
 
 
@@ -130,7 +131,7 @@ def corrected(section: int, *numbers) -> str:
     return text
 
 
-def test_corrections_about_test_sizes():
+def test_corrections_are_computed_from_the_published_figures():
     def rows(*key):
         return [value("resolution", *key, size) for size in ("224", "384", "448", "512")]
 
@@ -143,8 +144,6 @@ def test_corrections_about_test_sizes():
     for row in (table, one, five, margin):
         assert "| " + " | ".join(f"{number:.1f}" for number in row) + " |" in text
 
-
-def test_corrections_about_parameters():
     def weights(**options):
         return sum(p.numel() for p in PEG(192, config=Peg(bias=False, **options)).parameters())
 
@@ -152,9 +151,6 @@ def test_corrections_about_parameters():
     assert separable == 192**2 + 9 * 192 == value("complexity", "CPVT-Ti", "1 PEG separable k=3")
     assert table == value("complexity", "DeiT-tiny", "learned", "class slot")
     corrected(4, 192**2, depthwise, separable, table, separable - table)
-
-
-def test_corrections_about_encodings_padding_and_gain():
     names = ("learned", "2-D sine", "relative 2-D K=8", "1 PEG", "5 PEGs at positions 0-4")
     learned, sine, relative, one, five = (value("encodings", "DeiT-tiny", name) for name in names)
     error = 100 * math.sqrt(learned / 100 * (1 - learned / 100) / 50_000)
@@ -169,8 +165,6 @@ def test_corrections_about_encodings_padding_and_gain():
     second = f"in place of one table ({five}, so {five - learned:.1f} points)"
     corrected(8, first, second, f"on top of that ({pooled}, another {pooled - five:.1f} points)")
 
-
-def test_corrections_about_the_listing():
     class Demo(torch.nn.Module):
         def __init__(self):
             self.proj = torch.nn.Conv2d(3, 8, 16, 16)

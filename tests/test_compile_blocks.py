@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
+from helpers import tiny_run
 
 from cpvt import ModelConfig, proven
-from cpvt.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from cpvt.model.vit import Block, VisionTransformer
 from cpvt.training.train import train
 
@@ -48,47 +48,36 @@ def test_blocks_are_compiled_once_for_all_models_whose_encoding_is_not_in_attent
         assert len(graphs) == 2 or encoding == "relative"  # training and evaluation
 
 
-# --------------------------------------------------------------------------- in a run
-
-
 def run_compiled(monkeypatch, out, compile, backend):
     """A short run; `backend` makes of a graph what is run in its place."""
     compile_with = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_with(self, backend=backend))
     monkeypatch.setattr("cpvt.training.compiled.PIECE", 3)  # of eight images
     proven.verdicts.clear()
-    config = TrainConfig(
-        model=ModelConfig(patch_size=1, width=16, depth=2, heads=1, encoding="peg"),
-        data=DataConfig(name="where", grid=(6, 8), train_size=64, test_size=40),
-        optim=OptimConfig(global_batch_size=8, steps=2, lr=1e-3, warmup_steps=1),
-        run=RunConfig(device="cpu", log_every=1, compile=compile, out=str(out)),
-    )
     torch._dynamo.reset()
-    return train(config)
+    return train(tiny_run(steps=2, compile=compile, out=str(out)))
+
+
+def fails(graph, _):
+    raise RuntimeError("no such kernel")
 
 
 def wrong(graph, _):
+    """A per cent more a block: gradients tell."""
     return lambda *inputs: tuple(out * 1.01 for out in graph(*inputs))
 
 
-@pytest.mark.parametrize(
-    "compile, backend, tried, compiled",
-    [
-        ("model", lambda graph, _: graph.forward, 1, True),
-        ("model", "fails", 2, False),
-        ("blocks", "fails", 1, False),
-        ("blocks", wrong, 1, False),  # a per cent more a block: gradients tell
-    ],
-)
-def test_a_compiler_that_fails_or_computes_otherwise_is_not_used(
-    monkeypatch, tmp_path, compile, backend, tried, compiled
-):
-    def refuse(graph, _):
-        raise RuntimeError("no such kernel")
+TRIED = [("model", lambda graph, _: graph.forward, 1), ("model", fails, 2), ("blocks", fails, 1)]
 
+
+@pytest.mark.parametrize("compile, backend, tried", [*TRIED, ("blocks", wrong, 1)])
+def test_a_compiler_that_fails_or_computes_otherwise_is_not_used(
+    monkeypatch, tmp_path, compile, backend, tried
+):
+    compiled = backend not in (fails, wrong)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        run = run_compiled(monkeypatch, tmp_path, compile, refuse if backend == "fails" else backend)
+        run = run_compiled(monkeypatch, tmp_path, compile, backend)
     told = [str(w.message) for w in told if "not used" in str(w.message)]
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     (noted,) = (entry["proven"] for entry in log if "proven" in entry)

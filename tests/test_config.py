@@ -9,23 +9,19 @@ from models import ENCODINGS, assert_refused
 from cpvt import ModelConfig, config
 from cpvt.config import DataConfig, TrainConfig, from_json, parse_encoding, replace, to_json
 
-OTHERS = [  # with those of the models' tests every option of every kind
-    "none",
-    "learned(resize='refuse')",
-    "sine(temperature=100.0, resize='rescale')",
+# With those of the models' tests every option of every kind.
+OTHERS = ["learned(resize='refuse')", "sine(temperature=100.0, resize='rescale')"]
+OTHERS += [
     "rotary(theta=10000.0, resize='rescale')",
     "relative + peg(positions=(0, 1)) + rotary + learned + sine",
 ]
 
 
-def test_encoding_text_means_the_parts():
+def test_texts_and_parts_mean_each_other():
     assert parse_encoding("none") == parse_encoding(" ") == ()
     assert parse_encoding("learned+peg( kernel = 5 )") == (config.Learned(), config.Peg(kernel=5))
     parts = config.Sine(temperature=10.0), config.Rotary(), config.Relative(clip=2)
     assert parse_encoding("sine(temperature=10) + rotary + relative(clip=2)") == parts
-
-
-def test_every_option_of_every_kind_is_written_as_it_is_read():
     texts = ENCODINGS + OTHERS
     assert [config.format_encoding(parse_encoding(text)) for text in texts] == texts
     parts = [part for text in texts for part in parse_encoding(text)]
@@ -35,15 +31,13 @@ def test_every_option_of_every_kind_is_written_as_it_is_read():
             assert len(values) > 1, f"{kind.__name__}.{field.name} is never changed"
 
 
-CONFIG = TrainConfig(
-    model=ModelConfig(image_size=(160, 320), encoding="learned + peg(positions=(-1, 2))", drop_path=0.1),
-    data=DataConfig(name="arrangement", grid=(10, 12), pixels=2),
-    optim=config.OptimConfig(lr=0.1 + 0.2, steps=7),
-    run=config.RunConfig(seed=3, precision="bf16", compile="model"),
-)
+MODEL = ModelConfig(image_size=(160, 320), encoding="learned + peg(positions=(-1, 2))", drop_path=0.1)
+DATA = DataConfig(name="arrangement", grid=(10, 12), pixels=2)
+RUN = config.RunConfig(seed=3, precision="bf16", compile="model")
+CONFIG = TrainConfig(MODEL, DATA, optim=config.OptimConfig(lr=0.1 + 0.2, steps=7), run=RUN)
 
 
-def test_json_round_trip_is_exact():
+def test_configurations_are_values_and_their_json_is_exact():
     text = to_json(CONFIG)
     assert from_json(TrainConfig, text) == CONFIG
     assert to_json(from_json(TrainConfig, text)) == text and "\n" not in text
@@ -52,9 +46,6 @@ def test_json_round_trip_is_exact():
     assert '"image_size": 32,' in to_json(DataConfig(image_size=[32, 32]))
     wide = DataConfig(image_size=(32, 48))
     assert from_json(DataConfig, to_json(wide)) == wide and wide.shape == (32, 48)
-
-
-def test_configurations_are_values():
     one, other = ModelConfig(encoding="peg(kernel=3)"), ModelConfig(encoding="peg")  # one spelling
     assert one == other and hash(one) == hash(other)
     assert replace(ModelConfig(), width=384, drop_path=0) == ModelConfig(width=384, drop_path=0.0)
@@ -63,106 +54,73 @@ def test_configurations_are_values():
     assert_refused(["width='384'; expected int"], replace, ModelConfig(), width="384")
 
 
-@pytest.mark.parametrize(
-    "values, words",
-    [
-        ({"image_size": (225, 224)}, ["(225, 224)", "multiples of the patch size"]),
+def test_wrong_models_are_refused_in_one_line():
+    encodings = {
+        "learnd": ["'learnd'", "learned"],
+        "peg(kernel=4)": ["kernel=4", "odd"],
+        "peg(positions=(0, 0))": ["positions=(0, 0)"],
+        "peg(padding='none')": ["padding='none'", "skip=False"],
+        "peg(padding='circular', compute='matrix')": ["compute='matrix'"],
+        "peg(on='constant', convolution='dense')": ["on='constant'"],
+        "sine(temperature=0)": ["temperature=0"],
+        "sine(resize=raw)": ["plain values"],
+        "peg +": ["cannot be read"],
+        "peg(kernel=3, kernel=5)": ["NAME(option=value, ...)"],
+        "__import__('os')": ["NAME(option=value, ...)"],
+    }
+    wrong = [({"image_size": (225, 224)}, ["(225, 224)", "multiples of the patch size"])]
+    wrong += [
         ({"image_size": (224, 224, 3)}, ["2 whole numbers"]),
         ({"width": 100}, ["width=100", "heads=3"]),
-        ({"depth": 2.0}, ["depth=2.0", "int"]),
-        ({"distilled": True, "global_pool": "avg"}, ["distilled=True", "global_pool='avg'"]),
-        ({"encoding": "learnd"}, ["'learnd'", "learned"]),
-        ({"encoding": "peg(kernel=4)"}, ["kernel=4", "odd"]),
-        ({"encoding": "peg(positions=(0, 0))"}, ["positions=(0, 0)"]),
-        ({"encoding": "peg(padding='none')"}, ["padding='none'", "skip=False"]),
-        ({"encoding": "peg(padding='circular', compute='matrix')"}, ["compute='matrix'"]),
-        ({"encoding": "peg(on='constant', convolution='dense')"}, ["on='constant'"]),
-        ({"encoding": "sine(temperature=0)"}, ["temperature=0"]),
-        ({"encoding": "sine(resize=raw)"}, ["plain values"]),
-        ({"encoding": "peg +"}, ["cannot be read"]),
-        ({"encoding": "peg(kernel=3, kernel=5)"}, ["NAME(option=value, ...)"]),
-        ({"encoding": "__import__('os')"}, ["NAME(option=value, ...)"]),
-    ],
-)
-def test_wrong_models_are_refused_in_one_line(values, words):
-    assert_refused(words, ModelConfig, **values)
-    assert_refused([], from_json, ModelConfig, json.dumps(values))
+    ]
+    wrong += [({"distilled": True, "global_pool": "avg"}, ["distilled=True", "global_pool='avg'"])]
+    wrong += [({"depth": 2.0}, ["depth=2.0", "int"]), *(({"encoding": e}, w) for e, w in encodings.items())]
+    for values, words in wrong:
+        assert_refused(words, ModelConfig, **values)
+        assert_refused([], from_json, ModelConfig, json.dumps(values))
 
 
 def test_wrong_json_is_refused_in_one_line():
-    for text, words in (
-        ("{", ["TrainConfig", "not JSON"]),
-        ('{"optim": {"rate": 0.1}}', ["TrainConfig: optim", "no option 'rate'"]),
-        ('{"optim": {"steps": 1.5}}', ["optim: steps=1.5", "int"]),
-        ('{"run": {"precision": "fp8"}}', ["precision='fp8'", "'bf16'"]),
-    ):
+    said = {"{": ["TrainConfig", "not JSON"], '{"run": {"precision": "fp8"}}': ["precision='fp8'", "'bf16'"]}
+    said |= {'{"optim": {"rate": 0.1}}': ["TrainConfig: optim", "no option 'rate'"]}
+    for text, words in (said | {'{"optim": {"steps": 1.5}}': ["optim: steps=1.5", "int"]}).items():
         assert_refused(words, from_json, TrainConfig, text)
-
-
-NAN, HUGE = float("nan"), 10**5000
-
-
-@pytest.mark.parametrize(
-    ("build", "values"),
-    [
-        (ModelConfig, {"mlp_ratio": float("inf")}),
-        (ModelConfig, {"mlp_ratio": -1.0}),
-        (ModelConfig, {"mlp_ratio": 0.001}),
-        (ModelConfig, {"init_std": NAN}),
-        (ModelConfig, {"init_std": -1.0}),
-        (ModelConfig, {"drop_path": NAN}),
-        (ModelConfig, {"width": HUGE}),
-        (ModelConfig, {"width": 3 * 10**9}),
-        (ModelConfig, {"depth": 10**9}),
-        (ModelConfig, {"num_classes": 10**12}),
-        (ModelConfig, {"image_size": (16 * 10**9,) * 2}),
-        (ModelConfig, {"patch_size": 2**20, "image_size": (2**20,) * 2}),
-        (ModelConfig, {"encoding": " + ".join(["peg"] * 10_000)}),
-        (ModelConfig, {"encoding": "(" * 500 + "peg" + ")" * 400}),
-        (ModelConfig, {"encoding": "-" * 900 + "peg"}),
-        (ModelConfig, {"encoding": "peg(kernel=" + "-" * 900 + "3)"}),
-        (ModelConfig, {"encoding": f"peg(kernel={'9' * 900})"}),
-        (ModelConfig, {"encoding": "peg(repeat=1000000)"}),
-        (ModelConfig, {"encoding": "peg(positions={(): []}[0])"}),
-        (ModelConfig, {"encoding": "peg\0"}),
-        (DataConfig, {"image_size": (32, 32, 32)}),
-        (DataConfig, {"image_size": 10**9}),
-        (DataConfig, {"image_size": True}),
-        (DataConfig, {"name": 3}),
-        (DataConfig, {"grid": (0, 4)}),
-        (DataConfig, {"store": "files", "workers": -2}),
-        (DataConfig, {"store": "files", "workers": 1000}),
-        (config.AugmentConfig, {"mixup": NAN}),
-        (config.AugmentConfig, {"crop": 1}),
-        (config.OptimConfig, {"stop_loss": NAN}),
-        (config.OptimConfig, {"lr": float("inf")}),
-        (config.OptimConfig, {"lr": HUGE}),
-        (config.OptimConfig, {"steps": "many"}),
-        (config.DistillConfig, {"alpha": NAN, "teacher": "resnet10t"}),
-        (config.RunConfig, {"out": None}),
-        (config.RunConfig, {"freeze": -2}),
-        (config.Peg, {"kernel": 3.0}),
-        (config.Sine, {"temperature": NAN}),
-        (TrainConfig, {"model": "cpvt_tiny"}),
-    ],
-)
-def test_what_makes_no_sense_is_refused_however_it_is_made(build, values):
-    """In Python, by `replace`, and from JSON, where that can say it; in one line that can be read."""
-    assert len(assert_refused([], build, **values)) < 400
-    assert_refused([], replace, build(), **values)
-    if HUGE not in values.values():
-        assert_refused([], from_json, build, json.dumps(values))
-
-
-def test_json_of_a_hostile_hand_is_refused():
-    for text in (
-        "[" * 100_000,
-        '{"optim": {"steps": ' + "9" * 5000 + "}}",
-        '{"optim": {"lr": NaN}}',
-        "[]",
-        "3",
-    ):
+    wrong = '{"optim": {"steps": ' + "9" * 5000 + "}}", '{"optim": {"lr": NaN}}'
+    for text in ("[" * 100_000, *wrong, "[]", "3"):
         assert_refused(["TrainConfig"], from_json, TrainConfig, text)
+
+
+NAN, HUGE, MANY = float("nan"), 10**5000, 10**9
+TEXTS = [" + ".join(["peg"] * 10_000), "(" * 500 + "peg" + ")" * 400, "-" * 900 + "peg", "peg\0"]
+TEXTS += [f"peg({option})" for option in (f"kernel={'-' * 900}3", f"kernel={'9' * 900}", "repeat=1000000")]
+TEXTS += ["peg(positions={(): []}[0])"]
+WRONG = {
+    ModelConfig: {"mlp_ratio": [float("inf"), -1.0, 0.001], "init_std": [NAN, -1.0], "drop_path": [NAN]}
+    | {"width": [HUGE, 3 * MANY], "depth": [MANY], "num_classes": [MANY], "image_size": [(16 * MANY,) * 2]}
+    | {"patch_size": [2**20], "encoding": TEXTS},
+    DataConfig: {"image_size": [(32, 32, 32), MANY, True], "name": [3], "grid": [(0, 4)]}
+    | {"workers": [-2, 1000]},
+    config.AugmentConfig: {"mixup": [NAN], "crop": [1]},
+    config.OptimConfig: {"stop_loss": [NAN], "lr": [float("inf"), HUGE], "steps": ["many"]},
+    config.DistillConfig: {"alpha": [NAN]},
+    config.RunConfig: {"out": [None], "freeze": [-2]},
+    config.Peg: {"kernel": [3.0]},
+    config.Sine: {"temperature": [NAN]},
+    TrainConfig: {"model": ["cpvt_tiny"]},
+}
+BESIDE = {"patch_size": {"image_size": (2**20,) * 2}, "alpha": {"teacher": "resnet10t"}}
+BESIDE |= {"workers": {"store": "files"}}
+
+
+@pytest.mark.parametrize("build", WRONG)
+def test_what_makes_no_sense_is_refused_however_it_is_made(build):
+    """In Python, by `replace`, and from JSON, where that can say it; in one line that can be read."""
+    for name, value in ((name, value) for name, values in WRONG[build].items() for value in values):
+        values = {name: value, **BESIDE.get(name, {})}
+        assert len(assert_refused([], build, **values)) < 400
+        assert_refused([], replace, build(), **values)
+        if value != HUGE:
+            assert_refused([], from_json, build, json.dumps(values))
 
 
 @pytest.mark.parametrize(

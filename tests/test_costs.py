@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
+from helpers import needs_gpu, run_cli
 from torch import nn
 
-from cpvt.cli import main
 from cpvt.config import ModelConfig
 from cpvt.lab import costs
 from cpvt.lab.costs import AGAIN, BASE, CLAIMED, cost_config, cost_rows, measure_costs, multiply_adds
@@ -28,34 +27,19 @@ def of(encoding: str, **changes) -> ModelConfig:
     return replace(SMALL, encoding=encoding, **changes)
 
 
-# --------------------------------------------------------------------------- counts
-
-
-def test_a_body_is_products_of_matrices():
+def test_counts_are_those_of_formulas_and_of_a_real_model():
     body = N * 3 * 64 * D + L * (12 * T * D * D + 2 * T * T * D) + D * 5
     assert multiply_adds(SMALL) == body
     assert multiply_adds(of("none", heads=1)) == body  # pairs cost the same however many heads share them
-
-
-@pytest.mark.parametrize(
-    "encoding, more",
-    [
-        ("sine", 0),
-        ("rotary", 0),
-        ("relative(on='bias')", 0),
-        ("relative(wrap=True)", L * D * (N * (H + W) + T)),
-        ("relative(on='keys_values')", L * D * (2 * N * (H + W) + T)),
-        ("peg(kernel=9)", 81 * N * D),
-        ("peg(kernel=9, compute='matrix')", N * N * D),  # 9 = 2 * 5 - 1: it covers the grid
-        ("peg(kernel=7, compute='matrix')", 49 * N * D),  # it does not
-        ("learned + peg", 9 * N * D),
-    ],
-)
-def test_what_an_encoding_adds(encoding, more):
-    assert multiply_adds(of(encoding)) - multiply_adds(SMALL) == more
-
-
-def test_parameters_are_those_of_a_real_model():
+    for encoding, more in {
+        "sine + rotary + relative(on='bias')": 0,
+        "relative(wrap=True)": L * D * (N * (H + W) + T),
+        "relative(on='keys_values')": L * D * (2 * N * (H + W) + T),
+        "learned + peg(kernel=9)": 81 * N * D,
+        "peg(kernel=9, compute='matrix')": N * N * D,  # 9 = 2 * 5 - 1: it covers the grid
+        "peg(kernel=7, compute='matrix')": 49 * N * D,  # it does not
+    }.items():
+        assert multiply_adds(of(encoding)) - multiply_adds(SMALL) == more, encoding
     for encoding in ("learned", "relative", "peg(frozen=True)", "none"):
         real = sum(p.numel() for p in VisionTransformer(of(encoding)).parameters())
         assert costs.parameters(of(encoding)) == real
@@ -87,26 +71,17 @@ def test_bytes_of_a_step_are_those_of_timms_block():
     assert costs.step_bytes(config) == 3 * 2 * (sum(moved) + attention + residuals)
 
 
-# --------------------------------------------------------------------------- rows
-
-
-def test_every_model_of_every_table_has_a_cost():
+def test_every_model_of_every_table_has_a_cost_and_is_listed(capsys):
     found = cost_rows()
     assert found[:4] == [BASE, AGAIN, *CLAIMED] and cost_config(AGAIN) == cost_config(BASE)
     assert min(costs.CPU.group, costs.GPU.group) >= 4  # a control vouches for no other rounds than its own
     models = [cost_config(row) for row in found]
     assert len(set(map(describe, found))) == len(found) == len(set(models)) + 1  # the copy
     for row in sum(TABLES.values(), []):
-        own = {
-            name: row[name] for name in ("encoding", "stem", "global_pool", "mlp_only_blocks") if name in row
-        }
+        own = {k: row[k] for k in ("encoding", "stem", "global_pool", "mlp_only_blocks") if k in row}
         assert row == BAG or row.get("distilled") or cost_config(own) in models, row
     assert cost_config(BASE, "small", image_size=384).width == 384
-
-
-def test_the_command_lists_what_it_would_measure(capsys):
-    main(["experiments", "costs", "--list"])
-    lines = capsys.readouterr().out.splitlines()
+    lines = run_cli(capsys, "experiments", "costs", "--list")[1].splitlines()
     assert [line.split("\t")[0] for line in lines] == [describe(row) for row in cost_rows()]
 
 
@@ -144,7 +119,7 @@ def test_a_machine_that_slows_down_slows_both(monkeypatch):
         assert {result.metrics[f"{kind}_ratio{end}"] for end in ends} == {1.25}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_a_gpu_gives_speed_and_memory():
     size = replace(costs.GPU, batch_size=64, rounds=6, steps_a_round=2)
     for result in costs.time_group([BASE, CLAIMED[0]], size, "cuda", "commit"):

@@ -64,9 +64,7 @@ def test_which_files_of_a_class_count(folder, tmp_path):
         put(here / name)
     put(tmp_path / "elsewhere" / "linked.jpg")
     (here / "part2").symlink_to(tmp_path / "elsewhere")
-    for number, up in enumerate(
-        (here, folder / "train", folder)
-    ):  # loops; the last two pass by other classes
+    for number, up in enumerate((here, folder / "train", folder)):  # loops; two of them pass by other classes
         (here / f"up{number}").symlink_to(up)
     for name in ("again", "zagain"):  # a folder that two names lead to counts once, under the first of them
         (here / name).symlink_to(here / "images")
@@ -176,7 +174,7 @@ def test_tiny_imagenet_is_read_as_published_and_with_folders(folder, tmp_path):
     assert "val_0.JPEG or its class" in refusal(open_dataset, "tiny-imagenet", "val", root=tmp_path)
 
 
-def test_missing_data_name_the_folder_to_fill(tmp_path, monkeypatch):
+def test_missing_data_name_the_folder_to_fill_and_a_download_is_moved_in_whole(tmp_path, monkeypatch, folder):
     fail = mock.Mock(side_effect=OSError("no route to host"))
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
     monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", fail)
@@ -184,8 +182,6 @@ def test_missing_data_name_the_folder_to_fill(tmp_path, monkeypatch):
         assert str(tmp_path / "new" / folder) in refusal(open_dataset, name, root=tmp_path / "new")
     assert not [*tmp_path.iterdir()]
 
-
-def test_a_download_is_moved_in_whole(tmp_path, monkeypatch, folder):
     def bring(url, aside, md5):
         assert (url, len(md5)) == (datasets.TINY_IMAGENET, 32)
         folder.rename(Path(aside) / "tiny-imagenet-200")

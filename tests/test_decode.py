@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from encoded import BROKEN, ODD, PLAIN, SIXTEEN, Folder, encoded, photos, picture, png, reference, refusal
+from helpers import needs_gpu
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -22,7 +23,6 @@ from cpvt.data import decode as module
 from cpvt.data.decode import DecodeError, Decoder, decode_image
 
 Request = namedtuple("Request", "indices, positions", defaults=[None])
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def decoded(source, *indices, **options):
@@ -69,13 +69,10 @@ def test_the_header_sends_plain_jpegs_alone_to_a_gpu():
         assert decode_jpeg(data).shape == (3, 61, 45) and decode_jpeg(hidden).shape == (3, 45, 61)
 
 
-def test_pixels_are_the_references():
+def test_pixels_are_the_references_and_sixteen_bits_lose_the_lower_byte():
     sizes = [encoded(picture(*size), subsampling=2) for size in ((1, 1), (7, 9), (17, 33), (200, 151))]
     for data in (*PLAIN.values(), *ODD.values(), *sizes):
         assert torch.equal(decode_image(data), reference(data)) and decode_image(data).dtype == torch.uint8
-
-
-def test_sixteen_bits_lose_the_lower_byte():
     grey = encoded(Image.fromarray(SIXTEEN), "PNG")
     assert decode_image(grey)[0].tolist() == [[0, 0, 1, 3, 128, 255]]
     assert reference(grey)[0].tolist() == [[0, 255, 255, 255, 255, 255]], "Pillow cuts off at 255"
@@ -287,7 +284,7 @@ def on_gpu(images):
     return Decoder(Folder(*images), "cuda", decode_jpegs=module.find_jpeg_decoder("cuda") or stand_in)
 
 
-@gpu
+@needs_gpu
 @pytest.mark.parametrize("kind", PLAIN)
 def test_gpu_and_cpu_differ_by_rounding_and_chroma(kind):
     """The bound: 4 grey levels in the mean over an image, and 1 where no chroma is resampled."""
@@ -303,7 +300,7 @@ def test_gpu_and_cpu_differ_by_rounding_and_chroma(kind):
     assert (mean <= 1 and worst <= 4) if kind in ("4:4:4", "4:0:0") else mean <= 4, (worst, mean)
 
 
-@gpu
+@needs_gpu
 @pytest.mark.parametrize("repeat", range(20))
 def test_decoding_ahead_spares_what_queued_kernels_still_read(repeat):
     """Blocks freed while kernels that read them wait in the queue are not written by the next decode."""

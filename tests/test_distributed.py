@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed_run import trained
-from helpers import small_run, wait_until
+from helpers import descendants, small_run, wait_until
 
 from cpvt.config import to_json
 from cpvt.errors import ConfigError, DataError
@@ -43,18 +44,14 @@ def two(image_folder, tmp_path_factory) -> list[dict]:
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_training_in_float64_ends_at_the_same_weights(image_folder, two):
-    """The evaluation set has 21 images, which no two processes can share evenly."""
+def test_training_in_float64_ends_at_the_same_weights_and_sends_once_a_step(image_folder, two):
+    """The evaluation set has 21 images, which no two processes can share evenly. Gradients go once a step."""
     alone = trained(image_folder)
     for found in two:
         assert (found["weights"] - alone["weights"]).abs().max() < 1e-10
         assert torch.equal(found["losses"], alone["losses"])
         assert found["images"] == 21 and found["top1"] == alone["top1"]
     assert torch.equal(*(found["weights"] for found in two))
-
-
-def test_what_is_sent(two):
-    """Gradients once a step and not once a micro-batch; sums and agreements."""
     for found in two:
         assert found["exchanges"] == 5
         assert found["sum"].tolist() == [3]
@@ -101,38 +98,31 @@ def test_the_others_wait_as_long_as_the_main_process_works():
     assert main.broadcast("again") == other.world.broadcast() == "again"
 
 
-@pytest.mark.parametrize("error", [DataError("no images"), RuntimeError("a bug")])
-def test_where_the_main_process_fails_the_others_end_too(error):
-    def fails():
-        raise error
-
-    store = Store()
-    other = Other(store, lambda: pytest.fail("went on alone"))
-    with pytest.raises(type(error)):
-        World(0, 2, store=store).main_first(fails)
-    other.join()
-    assert isinstance(other.ended, ConfigError) and str(error) in str(other.ended)
-
-
-def test_where_the_main_process_dies_the_others_end_too():
+def test_where_the_main_process_fails_or_dies_the_others_end_too():
     """torchrun sends them a signal; without it, the store is gone with the process that kept it."""
+    alone = lambda: pytest.fail("went on alone")  # noqa: E731
+    for error in (DataError("no images"), RuntimeError("a bug")):
+        store = Store()
+        other = Other(store, alone)
+        with pytest.raises(type(error)):
+            World(0, 2, store=store).main_first(mock.Mock(side_effect=error))
+        other.join()
+        assert isinstance(other.ended, ConfigError) and str(error) in str(other.ended)
     words = Store()
-    other = Other(words, lambda: pytest.fail("went on alone"))
+    other = Other(words, alone)
     wait_until(lambda: words.asked)
     other.world.signals.name = "SIGTERM"
     other.join()
     assert isinstance(other.ended, Stopped)
     store = dist.TCPStore("localhost", 0, is_master=True)
-    other = Other(dist.TCPStore("localhost", store.port), lambda: pytest.fail("went on alone"))
+    other = Other(dist.TCPStore("localhost", store.port), alone)
     del store
     other.join()
     assert isinstance(other.ended, dist.DistNetworkError)
 
 
 def workers(process: subprocess.Popen) -> list[int]:
-    tasks = Path(f"/proc/{process.pid}/task")
-    children = [int(c) for task in tasks.iterdir() for c in (task / "children").read_text().split()]
-    return [c for c in children if "slowly" in Path(f"/proc/{c}/cmdline").read_text()]
+    return [c for c in descendants(process.pid) if "slowly" in Path(f"/proc/{c}/cmdline").read_text()]
 
 
 def test_all_processes_stop_at_the_same_step_and_one_process_goes_on(image_folder, tmp_path):

@@ -15,16 +15,8 @@ from cpvt.lab.photographs import TRAINED_ON
 from cpvt.lab.results import COLUMNS, read, recorded
 from cpvt.model.vit import VisionTransformer
 
-COUNTS = {
-    "synthetic": 252,
-    "padding": 18,
-    "pooling": 26,
-    "pictures": 6,
-    "pipelines": 6,
-    "pilot": 30,
-    "photographs": 158,
-    "precision": 1,
-}
+COUNTS = {"synthetic": 252, "padding": 18, "pooling": 26, "pictures": 6, "pipelines": 6, "pilot": 30}
+COUNTS |= {"photographs": 158, "precision": 1}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -51,12 +43,8 @@ def test_first_seeds_of_the_core_come_first_then_row_by_row():
     assert seeds == sorted(seeds)
     first = jobs("photographs")[: 5 * len(lab.TABLES["core"])]
     assert [job.config.run.seed for job in first] == sorted(5 * [*range(5)] + 3 * [*range(5)])
-    core = [
-        job.columns["encoding"]
-        for job in first
-        if job.config.run.seed == 4 and not job.columns["mlp_only_blocks"]
-    ]
-    assert core == list(lab.CORE)
+    last = [job.columns for job in first if job.config.run.seed == 4]
+    assert [row["encoding"] for row in last if not row["mlp_only_blocks"]] == list(lab.CORE)
     padding = [job.config.run.seed for job in jobs("photographs", only="padding")]
     assert padding == 4 * [0, 1, 2]  # row by row
 
@@ -73,23 +61,19 @@ def test_rows_differ_in_their_columns_alone():
         assert (job.config.data, augment, job.config.optim) == (base.data, base.augment, base.optim)
     other = photograph_config(encoding="none", grid=14)
     assert (base.model.grid, other.model.grid, other.optim) == ((8, 8), (14, 14), base.optim)
-
-
-def test_squares_lie_in_the_middle_unless_shifts_are_asked_for():
-    sides, still, moved = (
+    sides, configs = (
         torch.full((256,), 64),
-        *(photograph_config(encoding="none", shifted=s) for s in (False, True)),
+        (photograph_config(encoding="none", shifted=s) for s in (False, True)),
     )
-    boxes = [crop_boxes(c.augment, 0, 0, torch.arange(256), sides, sides) for c in (still, moved)]
+    boxes = [crop_boxes(c.augment, 0, 0, torch.arange(256), sides, sides) for c in configs]
     assert torch.equal(boxes[0][:, 2:], boxes[1][:, 2:]) and (boxes[0][:, 2] == boxes[0][:, 3]).all()
     assert boxes[0][:, 2].min() == 48 and boxes[0][:, 2].max() == 64
     assert torch.equal(boxes[0][:, :2], (64 - boxes[0][:, 2:]) // 2)
-    assert set(boxes[1][:, 0].tolist()) == set(range(16)) | {16} and not torch.equal(
-        boxes[1][:, 0], boxes[1][:, 1]
-    )
+    top, left = boxes[1][:, :2].T
+    assert set(top.tolist()) == set(range(17)) and not torch.equal(top, left)
 
 
-def test_every_padding_differs_from_zero_padding_in_the_encoding_alone():
+def test_paddings_and_the_row_in_float32_differ_in_that_alone():
     zero = synthetic_config("where", "peg")
     for job in jobs("padding"):
         model = replace(job.config.model, encoding="peg")
@@ -97,6 +81,10 @@ def test_every_padding_differs_from_zero_padding_in_the_encoding_alone():
     assert {job.columns["encoding"] for job in jobs("padding")} == set(lab.PADDINGS)
     cells = {tuple(job.columns.values()) for job in jobs("synthetic")}
     assert cells == set(product(lab.GRIDS, lab.ENCODINGS, lab.POOLS))
+    (job,) = jobs("precision")
+    assert job.columns["precision"] == job.config.run.precision == "fp32"
+    same = replace(job.config, run=replace(job.config.run, precision="bf16"))
+    assert same in [other.config for other in jobs("photographs", only="core")]
 
 
 def test_pooling_asks_again_on_fresh_seeds_and_pipelines_change_the_loader_alone():
@@ -111,13 +99,6 @@ def test_pooling_asks_again_on_fresh_seeds_and_pipelines_change_the_loader_alone
     for ours, theirs in zip(planned[::2], planned[1::2], strict=True):
         assert ours.config == theirs.config and ours.make_loader != theirs.make_loader
         assert (ours.columns["pipeline"], theirs.columns["pipeline"]) == ("cpvt", "timm")
-
-
-def test_the_row_in_float32_differs_in_that_alone():
-    (job,) = jobs("precision")
-    assert job.columns["precision"] == job.config.run.precision == "fp32"
-    same = replace(job.config, run=replace(job.config.run, precision="bf16"))
-    assert same in [other.config for other in jobs("photographs", only="core")]
 
 
 def test_learning_rates_are_tuned_alike_and_without_a_look_at_the_validation_images():
@@ -135,12 +116,15 @@ def test_a_table_alone_a_root_and_what_an_experiment_has_not():
     assert len(alone) == 12 and len(jobs("photographs", grid=14)) == 158
     for name in TRAINED_ON:
         assert jobs(name, root="/images")[0].config.data.root == "/images"
-    for name, options, message in (
+    wrong = [
         ("photographs", {"only": "pading"}, "'pading'.*padding"),
+        ("synthetic", {"root": "/i"}, "no root"),
+    ]
+    wrong += [
         ("photographs", {"grid": 9}, "grid=9.*8 or of 14"),
-        ("synthetic", {"root": "/images"}, "no root"),
         ("photografs", {}, "'photografs'.*photographs"),
-    ):
+    ]
+    for name, options, message in wrong:
         with pytest.raises(ConfigError, match=message):
             jobs(name, **options)
     with pytest.raises(ConfigError, match="'when'"):

@@ -7,12 +7,12 @@ import numpy
 import pytest
 import torch
 from encoded import put
-from helpers import draw_images, small_run
+from helpers import draw_images, run_cli, small_run
 from models import assert_refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cpvt import attach_peg, cli, create_model
+from cpvt import attach_peg, create_model
 from cpvt.config import DataConfig, Peg, TrainConfig, parse_encoding, replace, to_json
 from cpvt.data.datasets import open_dataset
 from cpvt.data.loader import make_loader
@@ -54,16 +54,6 @@ def others(image_folder, tmp_path_factory) -> dict[int, Path]:
     return {2: root / "two", 3: root / "three"}
 
 
-def started(root: Path, file: Path, **changes) -> tuple[Trainer, str]:
-    """A run before its first step, and what it says."""
-    said = []
-    config = configured(root, init=str(file), **changes)
-    trainer = Trainer(
-        replace(config, augment=replace(config.augment, repeated_aug=1)), World(), announce=said.append
-    )
-    return trainer, said[0]
-
-
 def test_other_classes_get_a_new_head_and_the_body_stays(trained, others, image_folder, tmp_path):
     file = trained / "model.safetensors"
     kept = load_file(file)
@@ -77,8 +67,11 @@ def test_other_classes_get_a_new_head_and_the_body_stays(trained, others, image_
         (others[3], nameless, "the names of its classes are not known", False),
         (image_folder, tmp_path / "headless.pth", "a new head is drawn (0 classes there, 3 here)", True),
     ):
-        trainer, said = started(root, source)
-        assert words in said and (" head " in said) == bool(words), said
+        said = []
+        config = configured(root, init=str(source))
+        config = replace(config, augment=replace(config.augment, repeated_aug=1))
+        trainer = Trainer(config, World(), announce=said.append)
+        assert words in said[0] and (" head " in said[0]) == bool(words), said
         state = trainer.model.state_dict()
         for name, value in kept.items():
             same = state[name].shape == value.shape and torch.equal(state[name], value)
@@ -88,23 +81,19 @@ def test_other_classes_get_a_new_head_and_the_body_stays(trained, others, image_
     assert_refused(["do not fit", "pos_embed has 1x17x16, expected 1x17x24"], train, body)
 
 
-@pytest.mark.parametrize(
-    ("blocks", "trains"),
-    [
-        (0, {"pos_embed", "cls_token", "patch_embed", "encoding.peg.-1", "encoding.peg.0", "blocks.0"}),
-        (1, {"blocks.1", "norm", "head"}),
-        (-1, {"head"}),
-    ],
-)
-def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(
-    trained, image_folder, tmp_path, blocks, trains
-):
+TRAINS = {
+    0: "pos_embed cls_token patch_embed encoding.peg.-1 encoding.peg.0 blocks.0",
+    1: "blocks.1 norm head",
+}
+TRAINS |= {-1: "head"}
+
+
+@pytest.mark.parametrize("blocks", TRAINS)
+def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(trained, image_folder, tmp_path, blocks):
     """Weights and average; and a run that is cut and goes on ends as one that is not."""
-    kept, options = (
-        load_file(trained / "model.safetensors"),
-        {"freeze": blocks, "lr": 1e-2, "warmup_steps": 0},
-    )
-    options |= {"init": str(trained / "model.safetensors"), "steps": 4, "save_every": 2}
+    kept, trains = load_file(trained / "model.safetensors"), TRAINS[blocks].split()
+    options = {"freeze": blocks, "lr": 1e-2, "warmup_steps": 0, "steps": 4, "save_every": 2}
+    options |= {"init": str(trained / "model.safetensors")}
     runs = [configured(image_folder, tmp_path / name, **options) for name in ("whole", "cut")]
     run = train(runs[0])
     changed = {name for name, value in run.model.state_dict().items() if not torch.equal(value, kept[name])}
@@ -132,9 +121,7 @@ def test_images_that_are_no_squares(image_folder, tmp_path, store):
     config = replace(config, data=replace(config.data, image_size=(16, 24)))
     run = train(config)
     assert run.model.config.image_size == (16, 24) and run.metrics["images"] == 21
-    assert '"image_size": [16, 24], "store"' in to_json(config) and '"image_size": 16,' in to_json(
-        replace(config, data=replace(config.data, image_size=(16, 16)))
-    )
+    assert '"image_size": [16, 24], "store"' in to_json(config)
     loader = make_loader(config.data, seed=0, global_batch_size=8, augment=config.augment)
     assert loader.batch(0)[0].shape == (8, 3, 16, 24)
     file = tmp_path / "model.safetensors"
@@ -145,75 +132,52 @@ def test_images_that_are_no_squares(image_folder, tmp_path, store):
     assert model.pos_embed.shape[1] == 25 and not torch.equal(model.pos_embed, run.model.pos_embed)
 
 
-def call(*arguments, capsys) -> tuple[int, str, str]:
-    status = 0
-    try:
-        cli.main([*map(str, arguments)])
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
 def test_evaluation_of_whatever_holds_a_model(trained, others, image_folder, tmp_path, capsys):
-    """A model, its average, a checkpoint in mid-run, a file without names and preprocessing."""
+    """A model, its average, a checkpoint in mid-run, a file without names, a name with weights."""
     kept = load_file(trained / "model.safetensors")
     _, config, *_ = load_saved(trained / "model.safetensors")
     save_file(kept, old := tmp_path / "old.safetensors", metadata={"config": to_json(config)})
-    scores = {}
-    for name, file in {
-        "model": trained / "model.safetensors",
-        "average": trained / "model_ema.safetensors",
-        "checkpoint": trained / "checkpoints" / "step-000000002.pt",
-        "old": old,
-    }.items():
-        status, out, err = call("evaluate", file, "--sizes", 16, "16x24", "--device", "cpu", capsys=capsys)
+    model, average = (trained / f"{name}.safetensors" for name in ("model", "model_ema"))
+    checkpoint, scores = trained / "checkpoints" / "step-000000002.pt", {}
+    for file in (model, average, checkpoint, old):
+        status, out, err = run_cli(capsys, "evaluate", file, "--sizes", 16, "16x24", "--device", "cpu")
         assert not status and [line.split()[1] for line in out.splitlines()[-2:]] == ["16x16", "16x24"], err
-        scores[name] = out.splitlines()[-2:]
-        assert ("the average of the weights after step 2" in out) == (name == "checkpoint")
-    assert scores["model"] == scores["old"] and scores["average"] == scores["checkpoint"]
-    given = load_saved(trained / "checkpoints" / "step-000000002.pt")
-    torch.testing.assert_close(
-        given.model.state_dict(), load_file(trained / "model_ema.safetensors"), rtol=0, atol=0
-    )
-    assert given.classes == load_saved(trained / "model.safetensors").classes == NAMES
+        scores[file] = out.splitlines()[-2:]
+        assert ("the average of the weights after step 2" in out) == (file == checkpoint)
+    assert scores[model] == scores[old] and scores[average] == scores[checkpoint]
+    given = load_saved(checkpoint)
+    torch.testing.assert_close(given.model.state_dict(), load_file(average), rtol=0, atol=0)
+    assert given.classes == load_saved(model).classes == NAMES
     refused = [
-        (
-            trained / "model.safetensors",
-            ["--data", others[3]],
-            "class 1 is 'n00000001' there, 'n00000001b' here",
-        ),
-        (trained / "model.safetensors", ["--data", others[2]], "has 2 classes, the model 3"),
-        (trained / "model.safetensors", ["--data", "where"], "trained on"),
-        (trained / "model.safetensors", ["--sizes", "16y24"], "'16y24'"),
-        (trained / "model.safetensors", ["--sizes", "17"], "multiples of 4"),
-        (trained / "model.safetensors", ["--weights", old], "has its own"),
-        (trained / "model.safetensors", ["--root", tmp_path], "data.root="),
+        (model, ["--data", others[3]], "class 1 is 'n00000001' there, 'n00000001b' here"),
+        (model, ["--data", others[2]], "has 2 classes, the model 3"),
+        (model, ["--data", "where"], "trained on"),
+        (model, ["--sizes", "16y24"], "'16y24'"),
+        (model, ["--sizes", "17"], "multiples of 4"),
+        (model, ["--weights", old], "has its own"),
+        (model, ["--root", tmp_path], "data.root="),
         (trained / "log.jsonl", [], "model.safetensors or a step-*.pt"),
         ("deit_tny", [], "did you mean deit_tiny"),
         ("deit_tiny", ["--data", image_folder], "--weights"),
         ("deit_tiny", ["--weights", old], "give --data"),
     ]
     for source, options, words in refused:
-        status, out, err = call("evaluate", source, *options, "--device", "cpu", capsys=capsys)
+        status, out, err = run_cli(capsys, "evaluate", source, *options, "--device", "cpu")
         assert status == 2 and words in err and err.count("\n") == 1, (words, err)
-
-
-def test_evaluation_of_a_name_with_weights(image_folder, tmp_path, capsys):
-    """At the size that the table of positions is for, unless another is given."""
+    # At the size that the table of positions is for, unless another is given.
     state = create_model("deit_tiny", num_classes=3, image_size=64).state_dict()
     torch.save({"model": state}, tmp_path / "w.pth")
     named = ("deit_tiny", "--weights", tmp_path / "w.pth", "--data", image_folder, "--device", "cpu")
-    status, out, err = call("evaluate", *named, capsys=capsys)
-    assert not status and "folder 64x64  top1" in out and "images 21" in out, err
-    status, out, err = call("evaluate", *named, "--sizes", "32x48", capsys=capsys)
-    assert not status and "folder 32x48  top1" in out, err
+    for sizes, words in ((), "folder 64x64  top1"), (("--sizes", "32x48"), "folder 32x48  top1"):
+        status, out, err = run_cli(capsys, "evaluate", *named, *sizes)
+        assert not status and words in out and "images 21" in out, err
 
 
 def test_prediction_by_name_and_what_was_looked_at(trained, image_folder, tmp_path, capsys):
     file, images = trained / "model.safetensors", sorted(image_folder.rglob("val/*1/*.jpg"))[:2]
     put(tmp_path / "broken.png", b"no image")
     options = ("--model", file, "--attention", tmp_path / "seen.png", "--device", "cpu")
-    status, out, err = call("predict", images[0], tmp_path / "broken.png", images[1], *options, capsys=capsys)
+    status, out, err = run_cli(capsys, "predict", images[0], tmp_path / "broken.png", images[1], *options)
     assert status == 2 and err.count("\n") == 1 and "broken.png cannot be read" in err
     lines, saved = out.splitlines(), load_saved(file)
     loader = make_loader(saved.config.data, seed=0, train=False)
@@ -226,27 +190,23 @@ def test_prediction_by_name_and_what_was_looked_at(trained, image_folder, tmp_pa
         pixels = as_evaluated(saved, path)
         torch.testing.assert_close(normalise(pixels[None].float() / 255)[0], shown[images.index(path)])
         assert float(predict(saved, pixels)[1].sum()) < 1  # the class token reads from itself, too
-    assert Image.open(tmp_path / "seen.png").size == (32, 32)
-    assert (
-        numpy.array(Image.open(tmp_path / "seen.png"))[:16, :16].tolist()
-        == as_evaluated(saved, images[0]).permute(1, 2, 0).tolist()
-    )
+    seen = numpy.array(Image.open(tmp_path / "seen.png"))
+    assert seen.shape[:2] == (32, 32)
+    assert seen[:16, :16].tolist() == as_evaluated(saved, images[0]).permute(1, 2, 0).tolist()
     odd = shutil.copy(images[0], tmp_path / "one\ntwo.jpg")
-    status, out, err = call("predict", odd, "--model", file, "--device", "cpu", capsys=capsys)
+    status, out, err = run_cli(capsys, "predict", odd, "--model", file, "--device", "cpu")
     assert not status and "one\\ntwo.jpg  n0" in out and out.count("\n") == 1
-    for wrong, words in (
-        ((*images, "--model", image_folder), "cannot be read"),
-        ((*images, "--model", "deit_tiny"), "is the name of a model"),
-        ((*images, "--model", file, "--top", 0), "--top 0; expected 1"),
-        ((*images, "--model", file, "--attention", "seen"), "seen; expected NAME.png"),
-        (
-            (*images, "--model", file, "--attention", tmp_path / "no" / "seen.png"),
-            "in a folder that is there",
-        ),
-        (("--model", file), "one image"),
-        (("a\nb\x1b[2J", "--model", file), "a\\nb\\x1b[2J cannot"),
-    ):
-        status, out, err = call("predict", *wrong, "--device", "cpu", capsys=capsys)
+    missing, seen = tmp_path / "no" / "seen.png", (*images, "--model", file, "--attention")
+    for words, arguments in {
+        "cannot be read": (*images, "--model", image_folder),
+        "is the name of a model": (*images, "--model", "deit_tiny"),
+        "--top 0; expected 1": (*images, "--model", file, "--top", 0),
+        "seen; expected NAME.png": (*seen, "seen"),
+        "in a folder that is there": (*seen, missing),
+        "one image": ("--model", file),
+        "a\\nb\\x1b[2J cannot": ("a\nb\x1b[2J", "--model", file),
+    }.items():
+        status, out, err = run_cli(capsys, "predict", *arguments, "--device", "cpu")
         assert status == 2 and words in err and not out, (words, err)
 
 

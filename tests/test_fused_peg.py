@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import needs_gpu
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,7 +28,6 @@ from cpvt.model.encodings import PEG
 from cpvt.model.fused_peg import largest_error
 
 needs_triton = pytest.mark.skipif(fused_peg.triton is None, reason="needs Triton")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def by_definition(x, weight, bias, grid):
@@ -67,12 +67,7 @@ def test_zeros_that_should_be_are_no_error_and_a_nan_always_is():
 
 
 # B, P, grid, D, k: widths that fill no block, one and more; images of less and more than a block of tokens.
-CASES = [
-    (2, 1, (5, 6), 48, 3),
-    (3, 2, (4, 3), 70, 3),
-    (1, 0, (7, 1), 64, 5),
-    (2, 1, (3, 3), 16, 1),
-]
+CASES = [(2, 1, (5, 6), 48, 3), (3, 2, (4, 3), 70, 3), (1, 0, (7, 1), 64, 5), (2, 1, (3, 3), 16, 1)]
 
 
 def run_the_kernels():
@@ -115,9 +110,8 @@ def test_kernels_that_do_not_prove_right_are_not_used(monkeypatch, fault):
         monkeypatch.setattr(fused_peg, "_spills", {"backward": 24})
     monkeypatch.setattr(proven, "verdicts", {})
     fused_peg.proven.cache_clear()
-    with pytest.warns(
-        UserWarning, match="not used: Triton PEG of kernel 3, width 16, torch.float32 on cpu"
-    ) as told:
+    words = "not used: Triton PEG of kernel 3, width 16, torch.float32 on cpu"
+    with pytest.warns(UserWarning, match=words) as told:
         assert not any(fused_peg.proven(torch.device("cpu"), torch.float32, 16, 3) for _ in range(3))
     assert len(told) == 1 and list(proven.verdicts.values()) != [proven.PROVEN]
     fused_peg.proven.cache_clear()

@@ -3,6 +3,7 @@
 Rehearsed on tensors without data (`rehearsal.py`): whole runs, transforms, probes and scores.
 """
 
+import itertools
 import re
 from collections import namedtuple
 from dataclasses import replace
@@ -31,10 +32,6 @@ ALLOWED = {
 }
 
 
-def unexpected(waits):
-    return {what: n for what, n in waits.items() if not any(re.fullmatch(known, what) for known in ALLOWED)}
-
-
 def small_run(encoding, pool, precision, steps=4):
     body = dict(patch_size=1, width=16, depth=4, heads=2, drop_path=0.1, **POOLS[pool])
     return TrainConfig(
@@ -45,10 +42,8 @@ def small_run(encoding, pool, precision, steps=4):
     )
 
 
-PRECISIONS = ("bf16", "fp32", "fp64")
-RUNS = [(*pair, PRECISIONS[i % 3]) for i, pair in enumerate(PAIRS)]
-ALL = [(e, pool, precision) for e in ENCODINGS for pool in POOLS for precision in PRECISIONS]
-QUICK = RUNS[1::4]  # three seconds each
+ALL = [*itertools.product(ENCODINGS, POOLS, PRECISIONS := ("bf16", "fp32", "fp64"))]
+QUICK = [(*pair, PRECISIONS[i % 3]) for i, pair in enumerate(PAIRS)][1::4]  # three seconds each
 slow = [pytest.param(*run, marks=pytest.mark.slow) for run in ALL if run not in QUICK]
 
 
@@ -60,7 +55,7 @@ def test_training_and_evaluation(encoding, pool, precision):
         assert all(p.is_cuda for p in trainer.model.parameters())
         witness.waits.clear()
         assert take_steps(trainer)["images"] and trainer.step == 4
-    assert not unexpected(witness.waits)
+    assert not [what for what in witness.waits if not any(re.fullmatch(known, what) for known in ALLOWED)]
     assert witness.waits["train.take_steps: number"] <= 3, "none but those of the one entry"
 
 
@@ -102,30 +97,22 @@ def test_decoding():
     assert witness.waits == {"decode.__call__: stream": 1}
 
 
-SCORES = {
-    "reach": lambda model, images, held: probes.reach(model, range(2), (8, 8)),
-    "order_reach": lambda model, images, held: probes.order_reach(model, range(1, 3), (8, 8)),
-    "permutation_error": lambda model, images, held: probes.permutation_error(model, images),
-    "attention_maps": lambda model, images, held: probes.attention_maps(model, images),
-    "score_position": lambda model, images, held: metrics.score_position(model, images),
-    "score_map_errors": lambda model, images, held: metrics.score_map_errors(
-        model, images, images.repeat(1, 1, 1, 2)[..., :9]
-    ),
-    "score_attention": lambda model, images, held: metrics.score_attention(model, images),
-    "score_shifts": lambda model, images, held: metrics.score_shifts(model, held, torch.arange(4), "bf16"),
-}
-
-
-@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("encoding", ["learned(antialias=True)", "peg", "relative(clip=2) + peg + rotary"])
-def test_probes_and_scores(encoding, score):
+def test_probes_and_scores(encoding):
     """Of a model on a GPU they need no more than to be given it; they may wait."""
     model = small_model(encoding, (8, 8), num_classes=7)
     with watched():
         moved(model).eval()
         images = torch.empty(4, 3, 8, 8, device="cuda")
         pixels, labels = images_of((64, 64)), torch.zeros(4, dtype=torch.int64, device="cuda")
-        SCORES[score](model, images, ImageTensors(torch.stack(pixels * 4), labels, ("a",) * 7))
+        probes.reach(model, range(2), (8, 8))
+        probes.order_reach(model, range(1, 3), (8, 8))
+        for score in (probes.permutation_error, probes.attention_maps, metrics.score_position):
+            score(model, images)
+        metrics.score_attention(model, images)
+        metrics.score_map_errors(model, images, images.repeat(1, 1, 1, 2)[..., :9])
+        held = ImageTensors(torch.stack(pixels * 4), labels, ("a",) * 7)
+        metrics.score_shifts(model, held, torch.arange(4), "bf16")
 
 
 def test_the_witness_sees_what_waits():

@@ -13,6 +13,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import needs_gpu
 from models import ENCODINGS, PAIRS, POOLS, set_fused, small_model
 
 from cpvt.training.optim import add_up_biases
@@ -27,18 +28,13 @@ SUMS = [  # all kinds
     "peg(padding='replicate') + peg(padding='reflect') + peg(padding='circular') + peg(convolution='separable')"
     " + peg(kernel=11, compute='matrix') + peg(padding='none', skip=False)",
 ]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def build(encoding: str, device="cpu", width=32, grid=(5, 6), batch=32, depth=3, **options):
     """A model and a batch. Weights large enough to matter; a block behind the last PEG, so that all are read."""
-    sizes = {
-        "width": width,
-        "depth": max(6, depth) if encoding == FIVE else depth,
-        "heads": width // 16,
-        "init_std": 0.1,
-    }
-    model = small_model(encoding, grid, num_classes=10, **sizes, **options)
+    depth = max(6, depth) if encoding == FIVE else depth
+    sizes = {"width": width, "depth": depth, "heads": width // 16, "num_classes": 10}
+    model = small_model(encoding, grid, init_std=0.1, **sizes, **options)
     images, labels = torch.randn(batch, 3, *grid), torch.randint(10, (batch,))
     return model.to(device), images.to(device), labels.to(device)
 

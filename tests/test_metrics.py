@@ -48,31 +48,19 @@ def images(count: int = 4) -> torch.Tensor:
     return normalise(image)
 
 
-# --------------------------------------------------------------------------- whole rows
+ROWS = [dict(encoding="learned", distilled=True, teacher="resnet10t"), dict(encoding="rotary", grid=14)]
+ROWS += [dict(encoding="sine", stem="conv", shifted=True), dict(encoding="peg(padding='none', skip=False)")]
+ROWS += [dict(encoding=FIVE, global_pool="avg", mlp_only_blocks=1)]
 
 
-@pytest.mark.parametrize(
-    "columns",
-    [
-        {"encoding": "learned", "distilled": True, "teacher": "resnet10t"},
-        {"encoding": "sine", "stem": "conv", "shifted": True},
-        {"encoding": "rotary", "grid": 14},
-        {"encoding": FIVE, "global_pool": "avg", "mlp_only_blocks": 1},
-        {"encoding": "peg(padding='none', skip=False)"},
-    ],
-    ids=lambda columns: columns["encoding"],
-)
+@pytest.mark.parametrize("columns", ROWS, ids=lambda columns: columns["encoding"])
 def test_rows_of_photographs_are_trained_and_scored(columns, few):
     config = short(photograph_config(**columns), few, depth=6 if columns["encoding"] == FIVE else 2)
     run = train(with_teacher(config, None, photograph_loader)[0], make_loader=photograph_loader)
     found, dataset, digest = metrics.score_photographs(run, images=8)
     assert dataset == photographs.DATASET and len(digest) == 64 and all(map(math.isfinite, found.values()))
     t, sizes = columns.get("grid", 8), (10, 14, 24, 28, 32) if "grid" in columns else (6, 8, 12, 14, 16)
-    wanted = {f"top1@{tokens}" for tokens in sizes} | {
-        f"top1@{sizes[3]}x{t}",
-        f"top1@{t}x{sizes[3]}",
-        f"top1@{t}/window",
-    }
+    wanted = {f"top1@{size}" for size in (*sizes, f"{sizes[3]}x{t}", f"{t}x{sizes[3]}", f"{t}/window")}
     assert wanted | {"kept/window4", "moved/circular8", "position_r2/noise/interior"} <= found.keys()
     assert found[f"top1@{t}"] == run.metrics["top1"]
     others = {key.partition("/")[2] for key in found if key.startswith("top1@") and "/" in key}
@@ -85,7 +73,8 @@ def test_rows_of_photographs_are_trained_and_scored(columns, few):
     assert len(seen) == (1 if shrinks else run.model.config.depth - columns.get("mlp_only_blocks", 0))
 
 
-def test_what_is_kept_of_a_row(few):
+def test_arrays_of_a_row_and_larger_tests_in_detail(few):
+    """Originals of 64 pixels are shown at 64 as they are; at 32 a pixel is the mean of four."""
     run = train(short(photograph_config(encoding="learned + peg"), few), make_loader=photograph_loader)
     arrays = metrics.arrays_of(run)
     assert arrays["peg0"].shape == (16, 1, 3, 3) and arrays["table"].shape == (65, 16)
@@ -97,9 +86,15 @@ def test_what_is_kept_of_a_row(few):
     weights = attention_maps(run.model, everything)[1][:, :, middle].mean((0, 1))
     assert torch.allclose(arrays["attention"][1].flatten().float(), weights[1:], atol=1e-4)
     assert arrays["attention"].shape == (2, 8, 8)
+    held = photographs.open_photographs(photograph_config(encoding="none", root=str(few)).data, "val")
+    whole = torch.cat([x for x, _ in metrics.photographs_at(held, (64, 64))])
+    assert torch.equal(whole, normalise(held.images.float() / 255))
+    half = torch.cat([x for x, _ in metrics.photographs_at(held, (32, 32))])
+    means = F.avg_pool2d(held.images.float(), 2)
+    assert (half - normalise(means / 255)).abs().max() <= 0.5 / 255 / 0.22  # rounded to a level
 
 
-def test_a_pilot_row_never_sees_the_validation_images(few):
+def test_rows_of_the_pilot_never_see_the_validation_images_and_synthetic_ones_score_their_parts(few):
     job = next(job for job in jobs("pilot", root=str(few)) if job.columns["encoding"] == "peg")
     run = train(short(job.config, few), make_loader=photograph_loader)
     found, data, _ = metrics.score_pilot(run)
@@ -107,9 +102,6 @@ def test_a_pilot_row_never_sees_the_validation_images(few):
     held, rest = (photographs.open_photographs(run.config.data, split).images for split in ("val", "train"))
     whole = photographs.open_photographs(replace(run.config.data, hold_out=0), "train").images
     assert torch.equal(held, whole[::10]) and len(rest) == len(whole) - len(held)
-
-
-def test_synthetic_scores():
     expected = {"where": {f"/d{d}" for d in range(5)}, "what": {"/trained", "/unseen", "/diagonals"}}
     for task, parts in expected.items():
         config = synthetic_config(task, "peg")
@@ -119,20 +111,7 @@ def test_synthetic_scores():
         assert metrics.score_synthetic(run, images=16)[2] == digest  # of the images, which the seed decides
 
 
-def test_larger_tests_show_detail(few):
-    """Originals of 64 pixels are shown at 64 as they are; at 32 a pixel is the mean of four."""
-    held = photographs.open_photographs(photograph_config(encoding="none", root=str(few)).data, "val")
-    whole = torch.cat([x for x, _ in metrics.photographs_at(held, (64, 64))])
-    assert torch.equal(whole, normalise(held.images.float() / 255))
-    half = torch.cat([x for x, _ in metrics.photographs_at(held, (32, 32))])
-    means = F.avg_pool2d(held.images.float(), 2)
-    assert (half - normalise(means / 255)).abs().max() <= 0.5 / 255 / 0.22  # rounded to a level
-
-
-# --------------------------------------------------------------------------- their parts
-
-
-def test_attention_maps_are_what_attention_multiplies_the_values_with():
+def test_attention_maps_are_what_multiplies_the_values_and_distances_those_of_who_reads_evenly():
     for encoding in ("none", "relative(on='keys_values')", "relative(on='bias')", "rotary"):
         model, seen = untrained(encoding), []
         maps, attn = attention_maps(model, images(2)), model.blocks[0].attn
@@ -148,9 +127,6 @@ def test_attention_maps_are_what_attention_multiplies_the_values_with():
         assert torch.allclose(seen[1], expected, atol=1e-5), encoding
         assert torch.allclose(maps[0].sum(-1), torch.ones(()), atol=1e-5)
     assert set(attention_maps(untrained("none", mlp_only_blocks=1), images(2))) == {1}
-
-
-def test_attention_distance_of_who_reads_evenly():
     model = untrained("none")
     with torch.no_grad():
         for block in model.blocks:
@@ -170,18 +146,13 @@ def test_shifts_are_those_of_the_image_both_ways():
             return torch.stack([right - left, left - right], -1)
 
     # A line of light, brighter from image to image: of 40 pixels at 25 to 27.5, so of a window from 8 on at 17.
-    pixels, light = (
-        torch.zeros(8, 3, 64, 64, dtype=torch.uint8),
-        100 + 10 * torch.arange(8).byte()[:, None, None, None],
-    )
-    pixels[..., 40:44] = light
+    pixels = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
+    pixels[..., 40:44] = 100 + 10 * torch.arange(8).byte()[:, None, None, None]
     held = ImageTensors(pixels, torch.ones(8, dtype=torch.long), ("a", "b"))
     found = metrics.score_shifts(LeftHalf(), held, torch.arange(8))
     assert found["top1@8/window"] == 0 and found["kept/window8"] == 100 and found["moved/window8"] < 1e-3
-    pixels[..., 40:44], pixels[..., 30:34] = (
-        0,
-        200,
-    )  # at 18.75 to 21.25: left of the middle for windows from 6 on
+    pixels[..., 40:44] = 0
+    pixels[..., 30:34] = 200  # at 18.75 to 21.25: left of the middle for windows from 6 on
     found = metrics.score_shifts(LeftHalf(), held, torch.arange(8))
     assert found["kept/window1"] == 100 and found["kept/window8"] == 50  # across; down nothing changes
     assert found["moved/window8"] > 1

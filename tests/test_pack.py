@@ -11,11 +11,10 @@ import numpy
 import pytest
 import torch
 from encoded import BROKEN, ODD, PLAIN, SIXTEEN, encoded, picture, put, refusal
-from helpers import alive, descendants, wait_until
+from helpers import alive, descendants, run_cli, wait_until
 from PIL import Image
 from small_imagenet import CLASSES, LAYOUTS, SPLITS, archives, folders, run
 
-from cpvt.cli import main
 from cpvt.data import pack as module
 from cpvt.data.datasets import load_tensors, open_dataset
 from cpvt.data.decode import BatchReader, Decoder, decode_image
@@ -47,11 +46,23 @@ def test_each_layout_gives_every_image_its_class(layout, tmp_path, monkeypatch):
     assert {*first} == {0, 1, 2}, "mixed; class by class they would all be of class 0"
 
 
-def test_packing_again_by_more_processes_gives_the_same_bytes(folder, tmp_path):
+def test_packing_again_gives_the_same_bytes_and_the_command_overwrites_nothing(folder, tmp_path, capsys):
     for out, workers in (("a", 1), ("b", 2)):
         run(folder, tmp_path / out, "train", workers=workers)
     first, again = ({p.name: p.read_bytes() for p in (tmp_path / out / "train").iterdir()} for out in "ab")
     assert first == again
+    run(folder, tmp_path / "out", "val")
+    before = (tmp_path / "out" / "val" / "index.json").stat()
+    status, _, said = run_cli(capsys, "pack", folder, tmp_path / "out", "--workers", 1)
+    assert status == 2 and said.count("\n") == 1 and "exists" in said
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["val"]
+    assert (tmp_path / "out" / "val" / "index.json").stat() == before
+    assert "packed already" in refusal(run, tmp_path / "out", tmp_path / "again", "val")
+    assert "no split" in refusal(module.pack, folder, tmp_path / "again", [])
+    assert "workers=-1" in refusal(module.pack, folder, tmp_path / "again", workers=-1)
+    assert "among the images" in refusal(module.pack, folder, folder / "train" / "again")
+    out = tmp_path / os.fsdecode(b"b\xff")  # as a shell hands on what is not text
+    assert "b\\udcff/train: 18 images of 3 classes" in run_cli(capsys, "pack", folder, out, "--workers", 1)[1]
 
 
 def test_what_is_missing_is_named_and_no_tar_but_a_published_one_is_opened(tmp_path, monkeypatch):
@@ -69,16 +80,13 @@ def test_what_is_missing_is_named_and_no_tar_but_a_published_one_is_opened(tmp_p
         assert name in refusal(run, tmp_path / "source", tmp_path / "out")
         put(file, whole + b"\0")
         opened.clear()
-        assert (
-            "cannot be unpacked" in refusal(run, tmp_path / "source", tmp_path / "out") and name not in opened
-        )
+        said = refusal(run, tmp_path / "source", tmp_path / "out")
+        assert "cannot be unpacked" in said and name not in opened
         put(file, whole)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     run(tmp_path / "source", tmp_path / "out")
     assert {*ARCHIVES.values(), DEVKIT} <= {*opened}
-
-
-def test_layouts_of_others_are_refused_with_what_to_do(tmp_path):
+    tmp_path = tmp_path / "as others have it"
     put(tmp_path / "LOC_val_solution.csv", b"ImageId,PredictionString\n")
     assert "move each image of val/ into a folder" in refusal(run, tmp_path, tmp_path / "out")
     for address in ("https://host/x.tar", Path("https://host/x.tar")):
@@ -166,22 +174,3 @@ def test_a_thousand_classes_must_be_the_whole_of_imagenet(folder, tmp_path, monk
         path.write_bytes(b"")
     message = refusal(run, folder, tmp_path / "c", "train", partial=True)
     assert "1 have no image" in message and CLASSES[1] in message and not (tmp_path / "c").exists()
-
-
-def test_the_command_overwrites_nothing(folder, tmp_path, capsys):
-    run(folder, tmp_path / "out", "val")
-    before = (tmp_path / "out" / "val" / "index.json").stat()
-    with pytest.raises(SystemExit) as stop:
-        main(["pack", str(folder), str(tmp_path / "out"), "--workers", "1"])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and "exists" in said
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["val"]
-    assert (tmp_path / "out" / "val" / "index.json").stat() == before
-    assert "packed already" in refusal(run, tmp_path / "out", tmp_path / "again", "val")
-    assert "no split" in refusal(module.pack, folder, tmp_path / "again", [])
-    assert "workers=-1" in refusal(module.pack, folder, tmp_path / "again", workers=-1)
-    assert "among the images" in refusal(module.pack, folder, folder / "train" / "again")
-    out = str(tmp_path / os.fsdecode(b"b\xff"))  # as a shell hands on what is not text
-    main(["pack", str(folder), out, "--workers", "1"])
-    said = capsys.readouterr().out
-    assert "b\\udcff/train: 18 images of 3 classes" in said

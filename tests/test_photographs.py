@@ -1,6 +1,7 @@
 """Photographs: prepared once, by area averaging; models and batches that pairs of rows share; baselines."""
 
 from itertools import combinations
+from unittest import mock
 
 import pytest
 import torch
@@ -12,13 +13,7 @@ from cpvt.config import DataConfig, replace
 from cpvt.data.transforms import area_resize
 from cpvt.lab import photographs
 from cpvt.lab.experiments import jobs, photograph_config, photograph_loader
-from cpvt.lab.photographs import (
-    check_images,
-    nearest_neighbour,
-    open_photographs,
-    softmax_regression,
-    whole_split,
-)
+from cpvt.lab.photographs import check_images, nearest_neighbour, open_photographs, softmax_regression
 from cpvt.lab.results import append, complete
 from cpvt.model.vit import VisionTransformer
 
@@ -29,9 +24,6 @@ def few(tmp_path, monkeypatch):
     monkeypatch.setattr(photographs, "COUNTS", {"train": 8, "val": 4})
     draw_images(tmp_path / "tiny-imagenet-200", train=8, val=4, classes=2, sides=(64, 65))
     return tmp_path
-
-
-# --------------------------------------------------------------------------- pixels
 
 
 def test_a_new_pixel_is_the_mean_of_what_it_covers():
@@ -53,9 +45,6 @@ def test_a_new_pixel_is_the_mean_of_what_it_covers():
     found = area_resize(ramp, box, (56, 32)).double()
     assert found.shape == (1, 3, 56, 32) and abs(found.mean().item() - (64 * 28 / 56 - 0.5)) < 0.5
     assert (found.diff(dim=3) >= 0).all() and (found.diff(dim=2).abs() <= 1).all()
-
-
-# --------------------------------------------------------------------------- preparing
 
 
 def test_prepared_once_and_the_same_from_the_published_archive(few, tmp_path_factory):
@@ -89,16 +78,13 @@ def test_half_an_archive_other_images_and_none_are_refused_by_name(few, tmp_path
     assert missing.parent.name in words and "7 images; expected 8" in words
     missing.write_bytes(kept)
     photographs.CLASSES = 3  # put back by the fixture
-    assert "2 classes; expected the 3 or 200" in refusal(whole_split, few, "val")
+    assert "2 classes; expected the 3 or 200" in refusal(photographs.whole_split, few, "val")
     photographs.CLASSES = 2
     assert not list(few.glob("*.safetensors")), "nothing half-written"
     row = make_result("photographs", columns=complete("photographs", {"encoding": "peg"}))
     append(row, tmp_path / "rows")
     check_images(few, tmp_path / "none")  # no rows: any images will do
     assert "other images" in refusal(check_images, few, tmp_path / "rows")
-
-
-# --------------------------------------------------------------------------- pairs
 
 
 def test_rows_share_the_weights_that_they_share_by_name():
@@ -129,9 +115,8 @@ def test_rows_share_the_weights_that_they_share_by_name():
 
 def test_a_draw_leaves_the_distribution_of_each_layer():
     """The same deviations as PyTorch's and DeiT's first weights, in a model of every kind of layer."""
-    config = photograph_config(
-        encoding="learned + relative + peg + peg(positions=(1,), init='twins')", stem="conv"
-    ).model
+    kinds = "learned + relative + peg + peg(positions=(1,), init='twins')"
+    config = photograph_config(encoding=kinds, stem="conv").model
     torch.manual_seed(0)
     fresh, drawn = VisionTransformer(config), VisionTransformer(config)
     state = torch.random.get_rng_state()
@@ -149,12 +134,7 @@ def test_rows_see_the_same_images_squares_and_mirrors_at_equal_seed(few):
     for job in jobs("photographs", root=str(few)):
         row = (*job.columns.items(),)
         if job.config.run.seed == 0 and row not in batches:
-            options = {
-                "seed": 0,
-                "global_batch_size": 4,
-                "augment": job.config.augment,
-                "label_smoothing": 0.1,
-            }
+            options = dict(seed=0, global_batch_size=4, augment=job.config.augment, label_smoothing=0.1)
             batches[row] = photograph_loader(job.config.data, **options).batch(5), job.columns["shifted"]
     plain = [batch for batch, shifted in batches.values() if not shifted]
     moved = [batch for batch, shifted in batches.values() if shifted]
@@ -162,9 +142,6 @@ def test_rows_see_the_same_images_squares_and_mirrors_at_equal_seed(few):
     for group in (plain, moved):
         assert all(torch.equal(a, b) for one in group for a, b in zip(one, group[0], strict=True))
     assert torch.equal(plain[0][1], moved[0][1]) and not torch.equal(plain[0][0], moved[0][0])
-
-
-# --------------------------------------------------------------------------- baselines
 
 
 def test_baselines_find_what_they_can():
@@ -183,16 +160,11 @@ def test_baselines_find_what_they_can():
 
 
 def test_baselines_that_are_measured_are_not_measured_again(few, tmp_path, monkeypatch):
-    def never(*_):
-        raise AssertionError("measured again")
-
+    never = mock.Mock(side_effect=AssertionError("measured again"))
     seen, rows = [], tmp_path / "rows"
     monkeypatch.setattr(photographs, "LINEAR_GRID", [(1e-3, 0.1)])
     monkeypatch.setattr(photographs, "softmax_regression", lambda x, y, test, *_: y[:1].expand(len(test)))
     photographs.measure_baselines(str(few), rows, lambda result, left: seen.append((result.columns, left)))
-    assert [left for _, left in seen] == [5, 4, 3, 2, 1, 0] and seen[0][0] == {
-        "baseline": "chance",
-        "grid": 8,
-    }
+    assert [left for _, left in seen] == [5, 4, 3, 2, 1, 0] and seen[0][0] == dict(baseline="chance", grid=8)
     monkeypatch.setattr(photographs, "BASELINES", dict.fromkeys(photographs.BASELINES, never))
     photographs.measure_baselines(str(few), rows)

@@ -1,6 +1,5 @@
 """The probes against what theory says, and against themselves where they must find nothing."""
 
-import copy
 import math
 from functools import cache, partial
 
@@ -48,25 +47,22 @@ def test_two_objects_show_their_order_up_to_2k_and_no_farther(k):
     assert seen.tolist() == [s <= 2 * k for s in range(1, 10)]
 
 
-@pytest.mark.parametrize(
-    "encoding",
-    # In relative, borders leak through the softmax; wrapped it has none.
-    ["learned", "sine", "rotary", "relative", "relative(wrap=True)", "peg(positions=(-1,), kernel=27)"],
-)
+# In relative, borders leak through the softmax; wrapped it has none.
+WIDE = ["learned", "sine", "rotary", "relative", "relative(wrap=True)", "peg(positions=(-1,), kernel=27)"]
+
+
+@pytest.mark.parametrize("encoding", WIDE)
 def test_tables_see_everywhere_and_wrapped_offsets_see_no_position(encoding):
     assert (probes.reach(model(encoding)) > ROUNDING).tolist() == ["wrap" not in encoding] * 6
     assert (probes.order_reach(model(encoding, grid=(14, 30)), range(1, 9)) > ROUNDING).all()
 
 
-def test_reach_leaves_the_model_as_it_was():
+def test_reach_and_theory_answer_what_can_be_asked_and_leave_the_model():
     one = model("peg").train()
     before = {name: value.clone() for name, value in one.state_dict().items()}
     probes.reach(one, [0])
     assert one.training and all(value.dtype == torch.float32 for value in one.state_dict().values())
     assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
-
-
-def test_theory_on_sums_and_kernels_and_impossible_questions():
     assert probes.theory("learned + peg") is None
     assert probes.theory("peg(positions=(-1,), kernel=27)") == (25, 26)
     assert probes.theory("peg(kernel=1)") == (-1, 0)
@@ -76,10 +72,7 @@ def test_theory_on_sums_and_kernels_and_impossible_questions():
         probes.order_reach(model("none"), [30])
 
 
-# --------------------------------------------------------------------------- shuffles and shifts
-
-
-def test_shuffling_moves_whole_patches():
+def test_only_without_an_encoding_may_patches_be_shuffled():
     images = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
     order = torch.tensor([5, 4, 3, 2, 1, 0])
     mixed = probes.shuffle_patches(images, 2, order)
@@ -87,9 +80,6 @@ def test_shuffling_moves_whole_patches():
     assert torch.equal(probes.shuffle_patches(mixed, 2, order), images)
     other = probes.shuffle_patches(images, (2, 3), torch.tensor([[0, 1, 2, 3], [1, 0, 2, 3]]))
     assert torch.equal(other[0], images[0]) and torch.equal(other[1, :, :2, :3], images[1, :, :2, 3:])
-
-
-def test_only_without_an_encoding_may_patches_be_shuffled():
     images = torch.rand(2, 3, 14, 14, generator=torch.Generator().manual_seed(1))
     for global_pool in ("token", "avg"):
         error = probes.permutation_error(model("none", global_pool), images)
@@ -116,11 +106,11 @@ def peg_map(padding: str, pegs: int = 1):
 X = torch.randn(2, 8, 18, 15, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    ("kind", "shift", "pegs"),
-    [("circular", (0, 1), 1), ("circular", (-4, 2), 2), ("zero", (2, -3), 1), ("zero", (-1, 0), 2)]
-    + [("window", (-4, 2), 1), ("window", (2, -3), 2)],
-)
+SHIFTS = [("circular", (0, 1), 1), ("circular", (-4, 2), 2), ("zero", (2, -3), 1), ("zero", (-1, 0), 2)]
+SHIFTS += [("window", (-4, 2), 1), ("window", (2, -3), 2)]
+
+
+@pytest.mark.parametrize("kind, shift, pegs", SHIFTS)
 def test_away_from_borders_a_peg_commutes_with_a_shift(kind, shift, pegs):
     error = probes.equivariance_error(peg_map("zero", pegs), X, shift, kind, border=pegs)
     assert error.interior < ROUNDING and error.border > 1e-3
@@ -128,43 +118,21 @@ def test_away_from_borders_a_peg_commutes_with_a_shift(kind, shift, pegs):
     assert too_thin.interior > 1e-3
 
 
-def test_a_wrapped_peg_commutes_with_wrapped_shifts_everywhere_and_a_table_nowhere():
+def test_a_wrapped_peg_commutes_with_wrapped_shifts_which_are_counted_in_tokens():
     error = probes.equivariance_error(peg_map("circular"), X, (2, -3), "circular", border=1)
     assert error.interior < ROUNDING and error.border < ROUNDING
     table = torch.randn(8, 18, 15, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     error = probes.equivariance_error(lambda x: x + table, X, (1, 1), "circular")
     assert error.interior > 0.1 and error.border > 0.1
     assert probes.equivariance_error(torch.zeros_like, X, (1, 1), "circular", border=1) == (0, 0)
-
-
-def test_shifts_are_counted_in_tokens():
     pool = partial(F.avg_pool2d, kernel_size=3)
     error = probes.equivariance_error(pool, X, (1, -1), "window", border=0, stride=3)
     assert error.interior < ROUNDING and math.isnan(error.border)
-    for words, fn, shift, kind in (
-        ("stride=1", pool, (1, -1), "circular"),
-        ("kind='diagonal'", pool, (1, -1), "diagonal"),
-        (r"shift=\(18, 0\)", peg_map("zero"), (18, 0), "zero"),
-    ):
+    whole = peg_map("zero"), (18, 0), "zero"
+    wrong = {"stride=1": (pool, (1, -1), "circular"), "kind='diagonal'": (pool, (1, -1), "diagonal")}
+    for words, (fn, shift, kind) in (wrong | {r"shift=\(18, 0\)": whole}).items():
         with pytest.raises(probes.ProbeError, match=words):
             probes.equivariance_error(fn, X, shift, kind)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_probes_follow_a_model_to_its_gpu():
-    here, there = model("peg"), copy.deepcopy(model("peg")).cuda()
-    images = torch.rand(4, 3, 14, 14, generator=torch.Generator().manual_seed(1))
-    for probe in (probes.reach, probes.order_reach):
-        assert torch.allclose(probe(there, range(1, 4)), probe(here, range(1, 4)), atol=1e-12)
-    on_gpu, on_cpu = (probes.patch_tokens(one, images) for one in (there, here))
-    assert torch.allclose(on_gpu.cpu(), on_cpu, atol=1e-4)
-    assert probes.permutation_error(there, images).tokens > 1e-9
-    assert probes.attention_maps(there, images)[0].is_cuda
-    maps = lambda x: probes.patch_tokens(there, x).transpose(1, 2).unflatten(2, (14, 14))  # noqa: E731
-    assert probes.equivariance_error(maps, images, (0, 2), "zero").interior < 1
-
-
-# --------------------------------------------------------------------------- reading the position off tokens
 
 
 @pytest.mark.parametrize(("pegs", "known"), [(1, 0.37), (2, 0.64), (5, 0.98)])
@@ -193,7 +161,7 @@ def test_no_transformer_beats_the_ceiling_on_constant_images(encoding, known):
         assert abs(probe.column - probes.probe_ceiling(14, known)) < 1e-4
 
 
-def test_the_probe_finds_a_planted_position_and_tells_row_from_column():
+def test_the_probe_finds_what_is_planted_and_is_split_by_image():
     grid, noise = (5, 9), torch.randn(40, 45, 6, generator=torch.Generator().manual_seed(4))
     features = noise.clone()
     features[..., 2] = torch.arange(45) // 9 * 3.0 + 1
@@ -201,17 +169,10 @@ def test_the_probe_finds_a_planted_position_and_tells_row_from_column():
     assert probe.row > 0.999 and probe.row_interior > 0.999 and abs(probe.column) < 0.05
     chance = probes.position_probe(noise, grid)
     assert max(abs(chance.row), abs(chance.column)) < 0.05
-
-
-def test_the_probe_is_split_by_image():
-    """Each image has a code of its own for position: who fits all of them learns nothing about another one."""
     features = torch.randn(8, 36, 36, generator=torch.Generator().manual_seed(5))
     assert probes.position_probe(features, (6, 6)).row < 0.1
     mixed = torch.cat([features[:1]] * 8)  # the same images on both sides are known by heart
     assert probes.position_probe(mixed, (6, 6)).row > 0.99
-
-
-def test_wrong_features_are_refused():
     wrong = {"197 tokens": torch.zeros(4, 197, 8), "1 image": torch.zeros(1, 196, 8)}
     for words, features in (wrong | {"NaN": torch.full((2, 196, 8), torch.nan)}).items():
         with pytest.raises(probes.ProbeError, match=words):

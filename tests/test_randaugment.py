@@ -6,12 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from encoded import refusal
+from helpers import needs_gpu
 from PIL import Image
 from timm.data import auto_augment
 
 from cpvt.data import randaugment
 from cpvt.data.randaugment import FILL, NAMES, OPERATIONS, Policy, draw_policy, parse, rand_augment, run_layer
-from cpvt.errors import ConfigError
 
 TEXT = "rand-m9-mstd0.5-inc1"
 TIMM = dict(img_mean=FILL, interpolation=Image.Resampling.BICUBIC)  # as DeiT's --train-interpolation bicubic
@@ -60,25 +61,20 @@ def apart(monkeypatch, images: torch.Tensor, name: str, level: float, sign: floa
 def test_an_operation_is_timms(monkeypatch, name):
     """Over all magnitudes and both signs: bit for bit, but for the moves, one grey level in few places.
 
-    The places are those where the interpolated value is all but whole, since PIL cuts off the fraction. Round
-    levels move by fifths of a pixel, and then one value in 125 is whole, up to the rounding of either: there
-    only the grey level is tested.
+    Where the interpolated value is all but whole, since PIL cuts off the fraction. At round levels, which move by
+    fifths of a pixel, that is one value in 125: there only the grey level is tested.
     """
     differ, pixels = 0, 0
     for level in (0.0, 0.7, 3.3, 5.0, 8.2, 8.9, 9.6, 10.0):
         for sign in (-1, 1):
-            if name == "PosterizeIncreasing" and level == 10:
+            if name == "PosterizeIncreasing" and level == 10:  # keeps no bit: black, or refused by newer PILs
+                assert not ours(pictures(), name, level, sign).any()
                 continue
             difference = apart(monkeypatch, pictures(), name, level, sign)
             assert difference.max() <= (name in MOVES)
             if level not in (5.0, 10.0):
                 differ, pixels = differ + int((difference > 0).sum()), pixels + difference.numel()
     assert differ <= 1e-4 * pixels
-
-
-def test_no_bits_kept_is_black():
-    """Magnitude 10, to which a policy in fifty clips, keeps 0 bits: older PILs give black, newer refuse."""
-    assert not ours(pictures(), "PosterizeIncreasing", 10.0, 1).any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (3, 3), (17, 4)])
@@ -92,23 +88,13 @@ def test_tiny_images(monkeypatch, size):
             assert apart(monkeypatch, images, name, 9.0, 1).max() <= (name in MOVES), name
 
 
-# --------------------------------------------------------------------------- the policy
-
-
-def test_timms_notation():
+def test_timms_notation_is_read_and_others_are_refused_in_one_line():
     assert parse(TEXT) == (9, 2, 0.5, 0.5)
     assert parse("rand-n3-p0.25-inc1-m7") == (7, 3, 0.0, 0.25)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ",augmix-m3,rand,rand-m9,rand-m9-inc0,rand-m9-inc1-mmax12,rand-m9-tweights-inc1,rand-m11-inc1,"
-    "rand-m9.5-inc1,rand-m9-n0-inc1,rand-m9-p1.5-inc1,rand-m9-m8-inc1,rand-inc1-".split(","),
-)
-def test_other_notations_are_refused_in_one_line(text):
-    with pytest.raises(ConfigError) as refused:
-        parse(text)
-    assert repr(text) in str(refused.value) and "\n" not in str(refused.value)
+    others = ",augmix-m3,rand,rand-m9,rand-m9-inc0,rand-m9-inc1-mmax12,rand-m9-tweights-inc1,rand-m11-inc1,"
+    others += "rand-m9.5-inc1,rand-m9-n0-inc1,rand-m9-p1.5-inc1,rand-m9-m8-inc1,rand-inc1-"
+    for text in others.split(","):
+        assert repr(text) in refusal(parse, text)
 
 
 def counted(policies) -> np.ndarray:
@@ -171,23 +157,10 @@ def test_a_policy_belongs_to_its_position():
         assert not torch.equal(whole.operation, draw_policy(parse(TEXT), seed, epoch, positions).operation)
 
 
-# --------------------------------------------------------------------------- whole batches
-
-
-def augmented(images: torch.Tensor, text: str = TEXT, seed: int = 4, first: int = 0) -> torch.Tensor:
+def augmented(images: torch.Tensor, text: str = TEXT) -> torch.Tensor:
     images = images.clone()
-    rand_augment(images, draw_policy(parse(text), seed, 1, first + torch.arange(len(images))))
+    rand_augment(images, draw_policy(parse(text), 4, 1, torch.arange(len(images))))
     return images
-
-
-def test_a_batch_is_its_slices():
-    images = pictures().repeat(4, 1, 1, 1)
-    whole = augmented(images)
-    parts = [augmented(part, first=5 * i) for i, part in enumerate(images.split(5))]
-    assert torch.equal(whole, torch.cat(parts))
-    changed = (whole != images).flatten(1).any(1)
-    assert 0.5 < changed.double().mean() < 1  # a quarter of the policies are empty
-    assert torch.equal(augmented(images, "rand-m9-p0-inc1"), images)
 
 
 def test_a_drawn_policy_replayed_through_pil(monkeypatch):
@@ -205,7 +178,7 @@ def test_a_drawn_policy_replayed_through_pil(monkeypatch):
             assert torch.equal(image, out)
             still += 1
         assert (image != out).double().mean() < 2e-3
-    assert still > 10
+    assert still > 10 and torch.equal(augmented(images, "rand-m9-p0-inc1"), images)
 
 
 def test_a_compiler_takes_every_operation_whole(monkeypatch):
@@ -221,7 +194,7 @@ def test_a_compiler_takes_every_operation_whole(monkeypatch):
                 assert torch.equal(traced(*how), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("stance", ["force_eager", "default"])
 def test_on_a_gpu_the_pixels_are_the_same(stance):
     images = pictures().repeat(16, 1, 1, 1)

@@ -24,7 +24,7 @@ SIZES = {"image_size": (8, 8), "patch_size": 4, "width": 16, "depth": 3, "heads"
 SMALL = ModelConfig(**SIZES, encoding="peg")
 
 
-def test_the_learning_rate_is_a_function_of_the_step():
+def test_the_learning_rate_is_a_function_of_the_step_and_recipes_are_what_the_facts_say():
     optim = resolve(RECIPES["deit"]("cpvt_tiny"), epoch_steps=625).optim
     assert optim.lr == 5e-4 * 2048 / 512 and optim.steps == 300 * 625 and optim.warmup_steps == 5 * 625
     assert learning_rate(0, optim) == pytest.approx(1e-6, rel=0.7)
@@ -36,23 +36,21 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert rates[-1] == pytest.approx(1e-5)
     fine_tuning = resolve(RECIPES["deit-384"]("deit_tiny"), 2500).optim
     assert {learning_rate(step, fine_tuning) for step in range(0, fine_tuning.steps, 999)} == {5e-6}
+    deit = RECIPES["deit"]("cpvt_tiny_5peg")
+    assert deit.model.encoding == "peg(positions=(0, 1, 2, 3, 4))" and deit.model.drop_path == 0.1
+    assert RECIPES["deit-distilled"]("deit_tiny_distilled").distill.teacher == "regnety_160.deit_in1k"
+    assert RECIPES["deit-384"]("deit_tiny").optim.weight_decay == 1e-8
+    for name, build in RECIPES.items():
+        assert build.__doc__.strip() and isinstance(build("deit_small_distilled"), TrainConfig), name
 
 
-KEYS = {"keys_rows", "keys_columns", "keys_prefix"}
-VALUES = {"values_rows", "values_columns", "values_prefix"}
+KEYS, VALUES = ({f"{on}_{part}" for part in ("rows", "columns", "prefix")} for on in ("keys", "values"))
+SPARED = [("relative(on='keys_values')", KEYS | VALUES, 0), ("relative(on='bias')", KEYS, 0)]
+SPARED += [("sine + rotary + peg(frozen=True)", set(), 0), ("peg(convolution='separable')", set(), 2)]
+SPARED += [("learned + relative + peg(positions=(-1, 0, 1))", KEYS | {"pos_embed"}, 3)]
 
 
-@pytest.mark.parametrize(
-    ("encoding", "spared", "kernels"),
-    [
-        ("sine + rotary", set(), 0),
-        ("relative(on='keys_values')", KEYS | VALUES, 0),
-        ("relative(on='bias')", KEYS, 0),
-        ("peg(frozen=True)", set(), 0),
-        ("peg(convolution='separable')", set(), 2),
-        ("learned + relative + peg(positions=(-1, 0, 1))", KEYS | {"pos_embed"}, 3),
-    ],
-)
+@pytest.mark.parametrize("encoding, spared, kernels", SPARED)
 def test_what_is_decayed(encoding, spared, kernels):
     """Matrices and kernels; not vectors, tokens and tables; PEGs unless they are left out as in Twins."""
     model = VisionTransformer(replace(SMALL, encoding=encoding, distilled=True))
@@ -100,7 +98,7 @@ def spoiling(steps):
     return through(spoiled)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(image_folder, tmp_path):
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(image_folder, tmp_path):
     """Neither weights nor average nor moments nor Adam's own count of steps."""
     states = []
     for steps, bad in ((3, ()), (5, (3, 4))):
@@ -113,16 +111,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(image_folder, 
     moments = (state["optimizer"]["state"] for state in states)
     torch.testing.assert_close(*moments, rtol=0, atol=0)
     assert run.history[-1]["skipped"] == 2 and run.history[-1]["loss"] is None
-
-
-def test_a_gradient_that_is_not_finite_is_skipped_too():
     skips, one, infinite = SkipCounter("cpu"), torch.tensor(1.0), torch.tensor(math.inf)
     pairs = (one, infinite), (infinite, one), (one, one), (one, infinite)
     assert [float(skips.see(*pair)) for pair in pairs] == [0, 0, 1, 0]
     assert skips.counts.tolist() == [3, 1]
-
-
-def test_too_many_skipped_steps_are_noticed_long_before_a_log_entry(image_folder):
     config = small_run(image_folder, steps=1000, log_every=1000, skip_limit=5)
     with pytest.raises(TrainingError, match="step 15: no finite loss or gradient in the last 8 steps"):
         train(config, make_loader=spoiling(range(7, 1000)))
@@ -147,22 +139,20 @@ def test_a_run_with_a_teacher_from_a_file(image_folder, tmp_path):
     torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), weights)
     config = small_run(image_folder, steps=2)
     model, data = replace(config.model, distilled=True), replace(config.data, image_size=32)
-    distill = DistillConfig(teacher="resnet10t", weights=str(weights))
-    config = replace(config, model=model, data=data, distill=distill)
-    config = replace(config, run=replace(config.run, out=str(tmp_path / "run")))
+    distill, where = DistillConfig(teacher="resnet10t", weights=str(weights)), str(tmp_path / "run")
+    config = replace(config, model=model, data=data, distill=distill, run=replace(config.run, out=where))
     run = train(config)
     assert math.isfinite(run.history[-1]["loss"])
     assert not load_teacher(distill, run.config.model, "cpu").training
-    other = timm.create_model("resnet10t", num_classes=3).state_dict()
-    torch.save(other, weights)  # under the same name
-    with pytest.raises(ConfigError, match="other weights of the teacher"):
-        train(config)
-    torch.save(timm.create_model("resnet10t", num_classes=4).state_dict(), weights)
-    with pytest.raises(ConfigError, match="knows 4 classes, the data has 3"):
-        train(config)
+    for classes, words in (3, "other weights of the teacher"), (4, "knows 4 classes, the data has 3"):
+        torch.save(
+            timm.create_model("resnet10t", num_classes=classes).state_dict(), weights
+        )  # of the same name
+        with pytest.raises(ConfigError, match=words):
+            train(config)
 
 
-def test_a_teacher_sees_images_as_it_is_used_to(tmp_path):
+def test_a_teacher_sees_images_as_it_is_used_to_or_is_refused(tmp_path):
     """Normalised by its own mean and deviation, in the one size that it reads."""
     torch.manual_seed(0)
     own = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=1).eval()
@@ -177,15 +167,9 @@ def test_a_teacher_sees_images_as_it_is_used_to(tmp_path):
     with pytest.raises(ConfigError, match="reads 224x224 pixels alone"):
         load_teacher(distill, replace(SMALL, distilled=True), "cpu")
     load_teacher(distill, replace(SMALL, distilled=True, patch_size=16, image_size=(224, 224)), "cpu")
-
-
-@pytest.mark.parametrize(
-    ("name", "weights", "words"),
-    [("regnety_160", "", "no distillation token"), ("resnet10t", "nowhere.pth", "nowhere.pth")],
-)
-def test_teachers_that_cannot_be_had(name, weights, words):
-    with pytest.raises(ConfigError, match=words):
-        load_teacher(DistillConfig(name, weights), replace(SMALL, distilled=bool(weights)), "cpu")
+    for weights, words in ("", "no distillation token"), ("nowhere.pth", "nowhere.pth"):
+        with pytest.raises(ConfigError, match=words):
+            load_teacher(DistillConfig("resnet10t", weights), replace(SMALL, distilled=bool(weights)), "cpu")
 
 
 def test_drop_path_is_drawn_for_the_sample_and_not_for_the_batch():
@@ -251,25 +235,3 @@ def test_bad_images_are_named_counted_and_never_fatal(tmp_path):
     said = (tmp_path / "out" / "faults.jsonl").read_text()
     assert all(f"n00000000/000{i}.jpg" in said for i in range(2)) and said.count("/val/") == 21
     assert run.metrics["images"] == 21 and run.metrics["top1"] == 0  # what cannot be read counts as wrong
-
-
-def test_a_full_disk_costs_the_log_and_not_the_run(image_folder, tmp_path, capsys):
-    whole = train(small_run(image_folder))
-
-    def fill(entry):
-        if entry["step"] == 4:  # from here on, as good as a full disk: no line can be written
-            (tmp_path / "log.jsonl").unlink()
-            (tmp_path / "log.jsonl").mkdir()
-
-    run = train(small_run(image_folder, str(tmp_path)), report=fill)
-    assert run.metrics == whole.metrics and run.history == whole.history
-    assert capsys.readouterr().err.count("the run goes on") == 1
-
-
-def test_the_recipes_are_what_the_facts_say():
-    deit = RECIPES["deit"]("cpvt_tiny_5peg")
-    assert deit.model.encoding == "peg(positions=(0, 1, 2, 3, 4))" and deit.model.drop_path == 0.1
-    assert RECIPES["deit-distilled"]("deit_tiny_distilled").distill.teacher == "regnety_160.deit_in1k"
-    assert RECIPES["deit-384"]("deit_tiny").optim.weight_decay == 1e-8
-    for name, build in RECIPES.items():
-        assert build.__doc__.strip() and isinstance(build("deit_small_distilled"), TrainConfig), name

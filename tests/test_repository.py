@@ -1,13 +1,11 @@
-"""The repository as a thing: commands, map, pins, import contract, published figures, nothing of one machine."""
+"""The repository as a thing: commands, map, pins, published figures, nothing of one machine."""
 
 import csv
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
@@ -36,23 +34,17 @@ def test_ci_runs_the_two_commands_and_nothing_repeats_them():
         assert path == ROOT / "README.md" or "pip install -r" not in path.read_text(encoding="utf-8"), path
 
 
-def test_links_of_the_readme_lead_somewhere():
+def test_the_readme_leads_to_every_file_and_name():
+    """Its links exist, its map names the package's files and no other; each `name` in `file` is defined there."""
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if not target.startswith("http")]
     assert len(targets) > 15
     assert not [target for target in targets if not (ROOT / target).exists()]
-
-
-def test_map_names_every_file_of_the_package_and_no_other():
     named, folder = set(), ""
     for line in section("The map").split("\ncpvt/")[1].split("\ndata/")[0].splitlines()[1:]:
         if not line.startswith("    "):
             folder = line.split()[0] if "/" in line.split()[0] else ""
         named |= {Path("cpvt", folder, file) for file in re.findall(r"\w+\.py", line)}
     assert named == {p.relative_to(ROOT) for p in tracked("cpvt/*.py") if not p.name.startswith("__")}
-
-
-def test_where_a_newcomer_looks():
-    """`name` in `file`: the name is defined there."""
     found = re.findall(r"`([\w.]+)` in \[`(\S+?\.py)`\]", section("Where to look"))
     assert len(found) >= 10
     for name, file in found:
@@ -73,14 +65,6 @@ def test_pins_are_exact_and_within_the_ranges():
         [pin] = exact[wanted.name]
         assert pin.operator == "==", f"{wanted.name}{pin}"
         assert wanted.specifier.contains(pin.version, prereleases=True), f"{wanted} has no {pin}"
-
-
-def test_imports_go_one_way():
-    lint = Path(sys.executable).with_name("lint-imports")
-    if not lint.exists():
-        pytest.skip("lint-imports is not installed")
-    run = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_files_name_no_folder_of_one_machine_and_stay_small():

@@ -16,7 +16,7 @@ from cpvt.lab import results
 from cpvt.lab.results import append, complete, fingerprint, published, read, read_arrays, recorded, select
 
 
-def test_what_is_appended_is_read_back(tmp_path):
+def test_what_is_appended_is_read_back_and_a_duplicate_refused_unless_it_supersedes(tmp_path):
     written = [make_result(seed=seed, metrics={"top1@14": 0.1 + seed}) for seed in range(3)]
     for one in written:
         append(one, tmp_path)
@@ -27,27 +27,7 @@ def test_what_is_appended_is_read_back(tmp_path):
     assert rows["config"][0]["model"]["encoding"] == "peg"
     lines = (tmp_path / "x.jsonl").read_text().splitlines()
     assert [list(json.loads(line)) for line in lines] == [list(results.FIELDS)] * 3
-
-
-def test_what_cannot_be_is_refused_in_one_line():
-    for changes, message in (
-        ({"metrics": {"top1@14/d3": 100.5}}, "top1@14/d3.*0 to 100"),
-        ({"metrics": {"top1@14": math.nan}}, "finite"),
-        ({"metrics": {"top1": 56.0}}, "'top1'"),
-        ({"columns": {}}, "columns={}"),
-        ({"columns": {"seed": 1}}, "columns"),
-        ({"experiment": "padding"}, "columns.*task"),
-        ({"seed": -1}, "seed=-1"),
-        ({"seconds": math.nan}, "seconds"),
-        ({"dataset_sha256": "abc"}, "64 hex digits"),
-        ({"config": {"a": math.nan}}, "config"),
-    ):
-        with pytest.raises(ResultsError, match=message) as caught:
-            make_result(**changes)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_duplicate_is_refused_unless_it_supersedes(tmp_path):
+    tmp_path = tmp_path / "twice"
     append(make_result(), tmp_path)
     before = (tmp_path / "x.jsonl").read_bytes()
     with pytest.raises(results.AlreadyMeasured, match="encoding=peg"):
@@ -59,6 +39,24 @@ def test_a_duplicate_is_refused_unless_it_supersedes(tmp_path):
     for change in (*others, {"experiment": "y"}):
         append(make_result(**change), tmp_path)
     assert len(read("x", tmp_path)) == 4 and len(read(folder=tmp_path)) == 5
+
+
+def test_what_cannot_be_is_refused_in_one_line():
+    wrong = {
+        "top1@14/d3.*0 to 100": {"metrics": {"top1@14/d3": 100.5}},
+        "'top1'": {"metrics": {"top1": 56.0}},
+    }
+    wrong |= {
+        "finite": {"metrics": {"top1@14": math.nan}},
+        "columns={}": {"columns": {}},
+        "seed=-1": {"seed": -1},
+    }
+    wrong |= {"columns": {"columns": {"seed": 1}}, "columns.*task": {"experiment": "padding"}}
+    wrong |= {"seconds": {"seconds": math.nan}, "config": {"config": {"a": math.nan}}}
+    for message, changes in (wrong | {"64 hex digits": {"dataset_sha256": "abc"}}).items():
+        with pytest.raises(ResultsError, match=message) as caught:
+            make_result(**changes)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_bad_line_is_named_and_a_torn_end_left_alone(tmp_path):
@@ -111,9 +109,8 @@ def test_an_experiment_without_rows_is_an_empty_frame_and_an_unknown_one_an_erro
 
 def test_selecting_takes_the_usual_values_of_what_is_not_named(tmp_path):
     for row in ({}, {"global_pool": "avg"}, {"shifted": True}, {"encoding": "sine"}):
-        append(
-            make_result("photographs", columns=complete("photographs", {"encoding": "peg"} | row)), tmp_path
-        )
+        row = complete("photographs", {"encoding": "peg"} | row)
+        append(make_result("photographs", columns=row), tmp_path)
     rows = read("photographs", tmp_path)
     assert select(rows, encoding="peg").index.tolist() == [0]
     assert select(rows, encoding="peg(positions=(0,))", global_pool="avg").index.tolist() == [1]
@@ -142,12 +139,6 @@ def test_commit_turns_dirty_with_the_package_only(tmp_path, monkeypatch):
     assert results.commit() == "abc"
 
 
-def test_fingerprint_tells_values_shapes_and_types_apart():
-    x = torch.arange(6)
-    assert fingerprint(x[::2]) == fingerprint(x[::2].contiguous())
-    assert len({fingerprint(other) for other in (x, x + 1, x.view(2, 3), x.int(), x.flip(0))}) == 5
-
-
 def test_arrays_are_found_by_the_columns_of_their_row(tmp_path):
     for seed in (1, 0):
         row = make_result("photographs", seed, columns=complete("photographs", {"encoding": "peg"}))
@@ -156,15 +147,11 @@ def test_arrays_are_found_by_the_columns_of_their_row(tmp_path):
     assert list(found) == [0, 1] and found[1].tolist() == [1, 1]
     assert read_arrays("photographs", "peg0", tmp_path, encoding="peg", global_pool="avg") == {}
     assert read_arrays("padding", "peg0", tmp_path) == {}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "photographs.jsonl",
-        "photographs.safetensors",
-    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"photographs.jsonl", "photographs.safetensors"}
     for result in results.recorded("photographs"):  # every recorded row has its arrays
         hits = results.unpack(read_arrays("photographs", "correct", **result.columns)[result.seed], 5000)
         top1 = result.metrics[f"top1@{result.columns['grid']}"]
-        # Where the right class shares the largest logit, as in bfloat16 it may, rows of earlier code count an
-        # image here and not there; `test_answers_by_image_add_up_to_the_accuracy` has what later ones do.
+        # Rows of earlier code count an image whose right class shares the largest logit here and not there.
         assert 100 * hits.double().mean().item() == pytest.approx(top1, abs=0.5), result.label
     (tmp_path / "photographs.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ResultsError, match="photographs.safetensors is damaged"):
@@ -180,10 +167,13 @@ def test_arrays_are_found_by_the_columns_of_their_row(tmp_path):
         results.unpack(packed, 100)  # bits of another number of images
 
 
-def test_published_figures():
+def test_published_figures_and_fingerprints_of_values_shapes_and_types():
     rows, placement = published(), published("placement")
     assert rows["value"].dtype == float and rows["value"].notna().all()
     assert set(placement["table"]) == {"placement"} and 0 < len(placement) < len(rows)
     assert "none" in set(placement["encoding"])  # and not what pandas takes for a missing value
     with pytest.raises(ResultsError, match="'place'.*placement"):
         published("place")
+    x = torch.arange(6)
+    assert fingerprint(x[::2]) == fingerprint(x[::2].contiguous())
+    assert len({fingerprint(other) for other in (x, x + 1, x.view(2, 3), x.int(), x.flip(0))}) == 5

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import small_run
+from helpers import needs_gpu, small_run
 
 from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError
@@ -28,7 +28,6 @@ CLEAN.set_forkserver_preload(["cpvt.training.train", "timm.optim", "torchvision.
 
 
 ON_GPU = {"device": "cuda", "deterministic": True, "store": "memory"}
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +75,11 @@ def in_a_process(work, *arguments, after: float | None = None) -> int | None:
     return process.exitcode
 
 
-@pytest.mark.parametrize(
-    ("number", "options"),
-    [
-        (signal.SIGUSR1, {"store": "memory"}),
-        (signal.SIGINT, {"store": "files"}),
-        pytest.param(signal.SIGTERM, ON_GPU | {"precision": "fp32"}, marks=needs_gpu),
-        pytest.param(signal.SIGTERM, ON_GPU | {"precision": "bf16"}, marks=needs_gpu),
-    ],
-)
+CUT = [(signal.SIGUSR1, {"store": "memory"}), (signal.SIGINT, {"store": "files"})]
+GPU = [(signal.SIGTERM, ON_GPU | {"precision": precision}) for precision in ("fp32", "bf16")]
+
+
+@pytest.mark.parametrize("number, options", CUT + [pytest.param(*case, marks=needs_gpu) for case in GPU])
 def test_a_signal_ends_the_step_saves_and_the_same_call_goes_on(image_folder, tmp_path, number, options):
     """On a GPU with deterministic kernels, cuBLAS workspaces of fixed size and no autotuning."""
     config = small_run(image_folder, str(tmp_path / "out"), **options)
@@ -140,16 +135,10 @@ def test_a_folder_belongs_to_one_run_until_its_call_ends(image_folder, tmp_path)
         raise RuntimeError("a step failed")
     assert in_a_process(train, config) == 0 and kept.value.__traceback__ and reader.is_alive()
     reader.kill()
-
-
-@pytest.mark.parametrize(
-    ("number", "words"), [(errno.EACCES, "another run"), (errno.ENOLCK, "No locks available")]
-)
-def test_a_lock_that_fails_says_why(tmp_path, monkeypatch, number, words):
-    failing = mock.Mock(side_effect=OSError(number, os.strerror(number)))
-    monkeypatch.setattr(fcntl, "lockf", failing)
-    with pytest.raises(ConfigError, match=words), only_run(tmp_path):
-        pass
+    for number, words in (errno.EACCES, "another run"), (errno.ENOLCK, "No locks available"):
+        failing = mock.patch.object(fcntl, "lockf", side_effect=OSError(number, os.strerror(number)))
+        with failing, pytest.raises(ConfigError, match=words), only_run(tmp_path):
+            pass
 
 
 def dying(config, at: str = "") -> None:
@@ -203,9 +192,9 @@ def test_killed_at_random_moments(image_folder, whole, tmp_path, kills):
     assert_same(tmp_path, whole.config.run.out)
 
 
-def test_a_spoiled_checkpoint_is_passed_over_and_named(image_folder, whole, tmp_path):
+def test_the_last_whole_checkpoints_are_kept_and_a_spoiled_one_is_named(image_folder, whole, tmp_path):
     config = small_run(image_folder, str(tmp_path), save_every=1)
-    train(config)
+    shutil.copytree(whole.config.run.out, tmp_path, dirs_exist_ok=True)
     newest, *_ = sorted((tmp_path / "checkpoints").iterdir(), reverse=True)
     data = bytearray(newest.read_bytes())
     data[data.index(whole.model.head.weight.detach().numpy().tobytes())] ^= 1  # one bit of a weight
@@ -213,13 +202,11 @@ def test_a_spoiled_checkpoint_is_passed_over_and_named(image_folder, whole, tmp_
     assert Checkpoints(tmp_path / "checkpoints").read(12) is None
     assert train(config).metrics == whole.metrics
     assert newest.name in (tmp_path / "log.jsonl").read_text()
-
-
-def test_the_last_whole_ones_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    folder = tmp_path / "by hand"
+    checkpoints = Checkpoints(folder, keep=2)
     for step in (1, 2, 3):
         checkpoints.save(step, {"step": step})
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 2
     checkpoints.save(6, {"step": 6}).write_bytes(b"spoiled")
     assert checkpoints.read(checkpoints.latest()[0])["step"] == 3
     checkpoints.save(4, {"step": 4})  # not pushed out by the spoiled one, which counts for more steps

@@ -23,10 +23,7 @@ def table(values: dict[str, list[float]], experiment="x", **columns) -> pandas.D
     return pandas.DataFrame(rows, columns=["encoding", "seed", T]).assign(**same)
 
 
-# --------------------------------------------------------------------------- over seeds
-
-
-def test_spread_of_known_values():
+def test_spread_of_known_values_and_a_line_for_each_row():
     found = stats.spread([70.0, 72.0, 74.0])
     assert (found.mean, found.min, found.max, found.n) == (72.0, 70.0, 74.0, 3)
     half = 4.302652729911275 * 2 / math.sqrt(3)  # the printed tables have 4.3027 for two degrees of freedom
@@ -35,24 +32,27 @@ def test_spread_of_known_values():
     assert stats.spread([70.0, 72.0]).low is None and str(stats.spread([70.0])) == "70.0 (one seed)"
     with pytest.raises(ResultsError):
         stats.spread([])
-
-
-def test_the_interval_holds_the_truth_95_times_in_100():
-    draws = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    spreads = [stats.spread(values) for values in draws.tolist()]
-    for level, inside in ((0.05, 0.95), (0.5, 0.5)):
-        share = sum(stats.p_value(one) > level for one in spreads) / len(draws)
-        assert abs(share - inside) < 3 * math.sqrt(inside * (1 - inside) / len(draws))
-    assert all((one.low <= 0 <= one.high) == (stats.p_value(one) > 0.05) for one in spreads)
-
-
-def test_a_line_for_each_row_over_its_seeds():
     rows = table({"none": [50, 60, 70], "sine": [1, 2], "peg": [math.nan, 5]})
     found = stats.over_seeds(rows, T, ["encoding"])
     assert found.loc["none"].tolist() == [60, 50, 70] and found.loc["peg"].tolist() == [5, 5, 5]
     assert list(stats.over_seeds(rows, "top1@99", ["encoding"])) == list(found)
     with pytest.raises(ResultsError, match="more than one row a seed"):
         stats.over_seeds(pandas.concat([rows, rows]), T, ["encoding"])
+
+
+def test_p_values_and_intervals_say_the_same_and_hold_the_truth_95_times_in_100():
+    draws = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spreads = [stats.spread(values) for values in draws.tolist()]
+    for level, inside in ((0.05, 0.95), (0.5, 0.5)):
+        share = sum(stats.p_value(one) > level for one in spreads) / len(draws)
+        assert abs(share - inside) < 3 * math.sqrt(inside * (1 - inside) / len(draws))
+    assert all((one.low <= 0 <= one.high) == (stats.p_value(one) > 0.05) for one in spreads)
+    found = stats.spread([1.0, 2.0, 3.0, 4.0])
+    half = found.high - found.mean
+    at_the_edge = stats.spread([value - found.mean + half for value in (1.0, 2.0, 3.0, 4.0)])
+    assert stats.p_value(at_the_edge) == pytest.approx(0.05, abs=1e-9)
+    assert stats.p_value(found) < 0.05 < stats.p_value(stats.spread([-1.0, 2.0, 0.5]))
+    assert stats.p_value(stats.spread([5.0, 5.1])) == 1.0
 
 
 def test_differences_and_combinations_pair_by_seed():
@@ -66,16 +66,13 @@ def test_differences_and_combinations_pair_by_seed():
     assert stats.paired_difference(rows, A, B, "top1@28") is None
 
 
-@pytest.mark.parametrize("column", ["experiment", "scale", "dataset", "dataset_sha256"])
-def test_rows_of_different_origin_are_not_compared(column):
-    rows = table({"none": [5.0, 6.0], "learned": [1.0, 2.0]})
-    rows.loc[0, column] = "another"
-    with pytest.raises(ResultsError, match=f"seed 0: .*{column}"):
-        stats.paired_difference(rows, A, B, T)
-
-
-def test_rows_of_two_experiments_are_not_joined_silently():
-    """The recorded ones: three runs of `synthetic` stand in `pooling` again, with the same seeds."""
+def test_rows_of_different_origin_are_not_compared_or_joined():
+    """Of the recorded ones, three runs of `synthetic` stand in `pooling` again, with the same seeds."""
+    for column in ("experiment", "scale", "dataset", "dataset_sha256"):
+        rows = table({"none": [5.0, 6.0], "learned": [1.0, 2.0]})
+        rows.loc[0, column] = "another"
+        with pytest.raises(ResultsError, match=f"seed 0: .*{column}"):
+            stats.paired_difference(rows, A, B, T)
     both = pandas.concat([read("synthetic"), read("pooling")])
     five = {"task": "where", "encoding": "peg(positions=(0, 1, 2, 3, 4))"}
     with pytest.raises(ResultsError, match="more than one row a seed, of pooling, synthetic"):
@@ -100,19 +97,7 @@ def test_pairing_by_image_cancels_what_is_hard_for_both(tmp_path):
     assert stats.gap_by_image("x", A, C, 800, tmp_path) is None
 
 
-# --------------------------------------------------------------------------- stats.verdicts and claims
-
-
-def test_a_p_value_is_005_where_the_interval_ends_at_zero():
-    found = stats.spread([1.0, 2.0, 3.0, 4.0])
-    half = found.high - found.mean
-    at_the_edge = stats.spread([value - found.mean + half for value in (1.0, 2.0, 3.0, 4.0)])
-    assert stats.p_value(at_the_edge) == pytest.approx(0.05, abs=1e-9)
-    assert stats.p_value(found) < 0.05 < stats.p_value(stats.spread([-1.0, 2.0, 0.5]))
-    assert stats.p_value(stats.spread([5.0, 5.1])) == 1.0
-
-
-def test_holm_stops_at_the_first_that_fails_and_what_is_not_measured_has_no_verdict():
+def test_verdicts_stop_at_the_first_that_fails_and_claims_are_judged_together():
     assert stats.holm([0.01, 0.04, 0.03]) == [True, False, False]
     assert stats.holm([0.01, 0.04, 0.02]) == [True, True, True] and stats.holm([]) == []
     clear, against = stats.spread([1.0, 1.1, 0.9]), stats.spread([-2.0, -2.1, -1.9, -2.0])
@@ -122,6 +107,16 @@ def test_holm_stops_at_the_first_that_fails_and_what_is_not_measured_has_no_verd
     weak = stats.spread([1.0, 1.3, 0.8])  # below 0.05 alone, above 0.05 / 4 among four
     assert stats.verdicts([weak]) == ["supported"]
     assert stats.verdicts([weak, None, None, None])[0] == "not resolved"
+    values = {"none": [50.0 + seed for seed in range(5)]}
+    values |= {"learned": [52.0 + seed + 0.01 * (seed % 2) for seed in range(5)]}
+    values |= {"sine": [50.0 + seed + (-1) ** seed for seed in range(5)]}
+    pairs = {"learned": (B, A), "none": (A, B), "sine": (C, A), "peg": ({"encoding": "peg"}, A)}
+    reasons = zip(pairs.items(), "abcd", strict=True)
+    claims = {name: stats.Claim(stats.ahead(*pair, T), reason) for (name, pair), reason in reasons}
+    judged = stats.judge(table(values), claims)
+    assert judged["verdict"].tolist() == ["supported", "contradicted", "not resolved", NOT_YET]
+    assert judged.loc["learned", "difference"].mean == pytest.approx(2.004)
+    assert judged["reason"].tolist() == [*"abcd"]
 
 
 def test_every_claim_is_about_core_rows():
@@ -136,43 +131,16 @@ def test_every_claim_is_about_core_rows():
             assert len(planned[(*complete("photographs", columns).items(),)]) == 5 and metric in metrics
 
 
-def test_claims_are_judged_together():
-    """Leads of 2 and of 1 in every seed, and one that only two seeds of five share."""
-    values = {"none": [50.0 + seed for seed in range(5)]}
-    values |= {"learned": [52.0 + seed + 0.01 * (seed % 2) for seed in range(5)]}
-    values |= {"sine": [50.0 + seed + (-1) ** seed for seed in range(5)]}
-    claims = {
-        "learned": stats.Claim(stats.ahead(B, A, T), "a"),
-        "none": stats.Claim(stats.ahead(A, B, T), "b"),
-        "sine": stats.Claim(stats.ahead(C, A, T), "c"),
-        "peg": stats.Claim(stats.ahead({"encoding": "peg"}, A, T), "d"),
-    }
-    judged = stats.judge(table(values), claims)
-    assert judged["verdict"].tolist() == ["supported", "contradicted", "not resolved", NOT_YET]
-    assert judged.loc["learned", "difference"].mean == pytest.approx(2.004) and judged["reason"].tolist() == [
-        *"abcd"
-    ]
-
-
-# --------------------------------------------------------------------------- predictions
-
-
-def test_order_is_known_up_to_two_spreads():
+def test_predictions_follow_the_theory_and_are_judged_by_all_seeds():
     assert stats.arrangement_ceiling(0, 2) == 50  # nothing spreads: a coin
     assert [stats.arrangement_ceiling(1, d) for d in (2, 3, 9)] == [100, 50, 50]
     # The borders help, though the order itself is out of reach.
     assert 50 < stats.arrangement_ceiling(2, 5) < 100
-
-
-def test_a_prediction_is_judged_by_all_seeds():
     prediction = stats.Prediction("solves", 95.0, 100.0)
     found = [prediction.verdict(values) for values in ([95, 100], [94.9, 50], [94.9, 95])]
     assert found == ["supported", "contradicted", "not resolved"]
     tops = [stats.predicted("where", f"peg(positions={tuple(range(k))})").high for k in (1, 2, 3)]
     assert tops == sorted(tops) and tops[0] < tops[2] == 100
-
-
-def test_every_recorded_row_is_judged():
     judged = stats.judge_predictions(read("synthetic"))
     assert len(judged) == len(GRIDS) * len(ENCODINGS) * len(POOLS)
     assert set(judged["verdict"]) == {"supported", "contradicted", "not resolved"}

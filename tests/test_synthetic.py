@@ -5,6 +5,7 @@ import hashlib
 import pytest
 import torch
 from encoded import refusal
+from helpers import needs_gpu
 
 from cpvt.data import synthetic
 from cpvt.data.synthetic import draw
@@ -97,7 +98,7 @@ def test_what_is_read_back_from_the_pixels(grid, split):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_bag_of_tokens_knows_nothing_and_labels_are_balanced(task):
+def test_a_bag_of_tokens_knows_nothing_and_a_sample_is_the_same_in_any_batch(task):
     """Every sample holds the same multiset of tokens, whatever its label."""
     d = draw(task, range(64), grid=(20, 20), size=2, pixels=3)
     patches = d.images.unfold(2, 3, 3).unfold(3, 3, 3)
@@ -109,6 +110,21 @@ def test_a_bag_of_tokens_knows_nothing_and_labels_are_balanced(task):
     classes, labels = len(synthetic.CLASSES[task]), draw(task, range(8, 1208)).labels
     assert (labels.reshape(-1, classes).sort(dim=1).values == torch.arange(classes)).all()
     assert len(set(labels[::classes].tolist())) == classes
+    whole = draw(task, range(100), seed=3)
+    shuffled = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    for index in (range(40, 60), [7], shuffled, torch.arange(0, 100, 7, dtype=torch.int32)):
+        part = draw(task, index, seed=3)
+        for name in ("images", "labels", "distance", "border", "rows", "columns"):
+            assert getattr(part, name).equal(getattr(whole, name)[[*map(int, index)]]), name
+    small, large = draw(task, range(50)), draw(task, range(50), pixels=2)
+    assert large.images.equal(small.images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+    filled = {}
+    for scale in synthetic.SCALES:
+        for side in (14, 28):
+            d = draw(task, range(20), grid=(side, side), scale=scale)
+            (filled[scale, side],) = set((tokens(d) > 0).sum(dim=(1, 2)).tolist())
+    assert filled["tokens", 28] == filled["tokens", 14] == filled["share", 14]
+    assert filled["share", 28] == 4 * filled["share", 14]
 
 
 @pytest.mark.parametrize("task, split", CASES)
@@ -136,16 +152,6 @@ def test_distances_are_covered_evenly_and_can_be_fixed(task, allowed):
         assert share == pytest.approx(1 / len(allowed), abs=0.06)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_sample_is_the_same_in_any_batch(task):
-    whole = draw(task, range(100), seed=3)
-    shuffled = torch.randperm(100, generator=torch.Generator().manual_seed(0))
-    for index in (range(40, 60), [7], shuffled, torch.arange(0, 100, 7, dtype=torch.int32)):
-        part = draw(task, index, seed=3)
-        for name in ("images", "labels", "distance", "border", "rows", "columns"):
-            assert getattr(part, name).equal(getattr(whole, name)[[*map(int, index)]]), name
-
-
 def test_the_hash_is_splitmix64_and_samples_do_not_change_with_the_version():
     found = [value % 2**64 for value in mix(torch.tensor([1, 2, 3])).tolist()]
     assert found == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F], "as published, from seed 0"
@@ -156,7 +162,7 @@ def test_the_hash_is_splitmix64_and_samples_do_not_change_with_the_version():
     assert digest.hexdigest() == "e392eaa4cab810b74fb8c87e372046129f40dfb6969c90d2aa5e71f941cf99a4"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("task", TASKS)
 def test_a_gpu_draws_the_same(task):
     here, there = draw(task, torch.arange(500)), draw(task, torch.arange(500, device="cuda"))
@@ -164,29 +170,15 @@ def test_a_gpu_draws_the_same(task):
     assert here.images.equal(there.images.cpu()) and here.labels.equal(there.labels.cpu())
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_larger_image_shows_the_same_tokens_or_the_same_share(task):
-    small, large = draw(task, range(50)), draw(task, range(50), pixels=2)
-    assert large.images.equal(small.images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
-    filled = {}
-    for scale in synthetic.SCALES:
-        for side in (14, 28):
-            d = draw(task, range(20), grid=(side, side), scale=scale)
-            (filled[scale, side],) = set((tokens(d) > 0).sum(dim=(1, 2)).tolist())
-    assert filled["tokens", 28] == filled["tokens", 14] == filled["share", 14]
-    assert filled["share", 28] == 4 * filled["share", 14]
-
-
 def test_wrong_arguments_are_refused_in_one_line():
-    for arguments, message in (
-        (dict(task="were"), "'were'"),
-        (dict(split="validation"), "'validation'"),
-        (dict(task="what", pair="bar"), "'bar'"),
-        (dict(pair="bars"), "pair='bars'"),
-        (dict(pixels=0), "pixels=0"),
-        (dict(distances=(0, 7)), "0 to 6"),
-        (dict(task="what", distances=(3,)), "distances=(3,)"),
-    ):
+    wrong = {
+        "'were'": dict(task="were"),
+        "'validation'": dict(split="validation"),
+        "pixels=0": dict(pixels=0),
+    }
+    wrong |= {"'bar'": dict(task="what", pair="bar"), "pair='bars'": dict(pair="bars")}
+    wrong |= {"0 to 6": dict(distances=(0, 7)), "distances=(3,)": dict(task="what", distances=(3,))}
+    for message, arguments in wrong.items():
         assert message in refusal(draw, **{"task": "where", "index": range(4), **arguments})
     for task, size, height, width in (("where", 4, 8, 8), ("arrangement", 1, 5, 7), ("what", 1, 7, 10)):
         assert len(draw(task, range(20), grid=(height, width), size=size).images) == 20

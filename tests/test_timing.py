@@ -11,16 +11,13 @@ from cpvt.lab.timm_baseline import timm_model
 from cpvt.model.vit import VisionTransformer
 
 
-def test_each_is_timed_once_a_round_in_an_order_drawn_anew():
+def test_each_is_timed_once_a_round_in_any_order_and_ratios_are_taken_round_by_round():
+    """Bounds of 20 values: the sixth from either end (96 %), from 6 on the extremes, below that nothing."""
     order = []
     found = in_rounds({name: lambda name=name: order.append(name) or 1.0 for name in "ABC"}, 4)
     rounds = [tuple(order[i : i + 3]) for i in range(0, 12, 3)]
     assert all(set(names) == set("ABC") for names in rounds) and len(set(rounds)) > 1
     assert found == {name: [1.0] * 4 for name in "ABC"}
-
-
-def test_ratios_are_taken_round_by_round_and_summed_up_by_ranks():
-    """For 20 values the sixth from either end (96 %), from 6 on the extremes, below that nothing."""
     assert ratios([30.0, 15.0], [20.0, 10.0]) == [1.5, 1.5]
     assert summary("x", [3, 1, 2]) == {"x": 2, "x/min": 1, "x/max": 3}
     assert summary("x", [3, 1, 2, 6, 5, 4]) == {"x": 3.5, "x/min": 1, "x/max": 6, "x/low": 1, "x/high": 6}

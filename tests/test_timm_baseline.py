@@ -35,7 +35,7 @@ def taken(batches, count, start=0):
     return list(islice(batches.train_batches(start), count))
 
 
-def test_an_epoch_holds_every_image_once(opened):
+def test_an_epoch_holds_every_image_once_and_the_seed_decides(opened):
     """No image is mixed here, so the labels tell: each class comes as often as it has images."""
     batches = opened(augment=AugmentConfig(crop=True))
     steps = batches.sampler.steps_per_epoch
@@ -46,6 +46,9 @@ def test_an_epoch_holds_every_image_once(opened):
         assert labels.bincount().tolist() == [EACH] * CLASSES
         assert {batch.request.epoch for batch in epoch} == {number}
     assert not torch.equal(epochs[0][0].images, epochs[1][0].images)
+    one, again, other = (next(opened(seed=seed).train_batches(0)) for seed in (0, 0, 1))
+    assert torch.equal(one.images, again.images) and torch.equal(one.targets, again.targets)
+    assert not torch.equal(one.images, other.images)
 
 
 def test_steps_and_places_are_those_of_our_own_batches(opened):
@@ -57,24 +60,19 @@ def test_steps_and_places_are_those_of_our_own_batches(opened):
         assert own.request.positions.equal(other.request.positions)
 
 
-def test_images_and_targets_are_distributed_as_ours(opened):
-    """Pixels and labels of 90 batches: their means agree within five standard errors of means over batches."""
+def test_images_and_targets_are_distributed_as_ours_and_a_batch_shares_one_draw(opened):
+    """Pixels and labels of 90 batches: means within five standard errors; pairs are mirrored in their labels."""
     ours, theirs = (taken(opened(kind), 90) for kind in (first_classes, timm_batches))
-    measures = {
-        "brightness": lambda batch: batch.images.mean(),
-        "contrast": lambda batch: batch.images.var(),
-        "own share": lambda batch: batch.targets.amax(1).mean(),
-        "classes of a target": lambda batch: (batch.targets > 0.1).sum(1).float().mean(),
-    }
-    for name, measured in measures.items():
-        a, b = (torch.stack([measured(batch) for batch in side]) for side in (ours, theirs))
-        error = ((a.var() + b.var()) / len(a)).sqrt()
-        assert (a.mean() - b.mean()).abs() < 5 * error, name
-        assert error < 0.1 * a.mean().abs().clamp(min=0.5), f"{name}: this test would notice nothing"
 
+    def measures(batch):
+        """Brightness, contrast, share of the own class, classes of a target."""
+        shares = batch.targets.amax(1).mean(), (batch.targets > 0.1).sum(1).float().mean()
+        return torch.stack([batch.images.mean(), batch.images.var(), *shares])
 
-def test_a_batch_shares_one_draw(opened):
-    """Both images of a mixed pair have the same two labels, in shares that are each other's mirror."""
+    a, b = (torch.stack([measures(batch) for batch in side]) for side in (ours, theirs))
+    error = ((a.var(0) + b.var(0)) / len(a)).sqrt()
+    assert ((a.mean(0) - b.mean(0)).abs() < 5 * error).all()
+    assert (error < 0.1 * a.mean(0).abs().clamp(min=0.5)).all(), "this test would notice nothing"
     for batch in taken(opened(), 10):
         assert torch.allclose(batch.targets.sum(1), torch.ones(8))
         own = batch.targets.amax(1)
@@ -82,24 +80,13 @@ def test_a_batch_shares_one_draw(opened):
         assert torch.equal(mixed, mixed.flip(0))
 
 
-def test_the_seed_decides(opened):
-    first, again, other = (taken(opened(seed=seed), 3) for seed in (0, 0, 1))
-    for a, b, c in zip(first, again, other, strict=True):
-        assert torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets)
-        assert not torch.equal(a.images, c.images)
-
-
-def test_repeats_follow_each_other_and_leave_no_process_group(image_folder):
+def test_repeats_follow_each_other_and_magnitude_ten_is_not_an_error(image_folder):
     source = open_dataset(image_folder, "train")
     augment = replace(EVERYTHING, repeated_aug=3)
     loader = timm_loader(source, 8, 16, augment, "cpu", 0)
     order = list(loader.sampler)
     assert not distributed.is_initialized()
     assert order[0::3] == order[1::3] == order[2::3] and len(set(order)) == len(order) // 3
-
-
-def test_magnitude_ten_is_not_an_error(image_folder):
-    """Ten keeps no bit: black. Pillow 13 refuses it, and one image in a hundred would end an epoch."""
     source = open_dataset(image_folder, "train")
     image = Image.open(source.path(0))
     assert not any(_posterize(image, 0).convert("L").tobytes())

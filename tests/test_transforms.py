@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EVERYTHING
+from helpers import needs_gpu
 from PIL import Image
 from scipy.stats import ks_2samp
 from timm.data import mixup as timm_mixup
@@ -17,28 +17,13 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as torchvision
 
 from cpvt.config import AugmentConfig
-from cpvt.data.transforms import (
-    MEAN,
-    STD,
-    TrainTransform,
-    _mix,
-    beta,
-    centre_resize,
-    crop_boxes,
-    draw_mix,
-    erase,
-    erase_boxes,
-    mix_images,
-    mix_labels,
-    normalise,
-    resize,
-)
+from cpvt.data import transforms as own
+from cpvt.data.transforms import MEAN, STD, TrainTransform, beta, centre_resize, crop_boxes, normalise, resize
 from cpvt.errors import ConfigError
 from cpvt.rng import bits, uniform
 
-DEIT = dict(
-    crop=True, hflip=0.5, randaugment="rand-m9-mstd0.5-inc1", random_erasing=0.25, mixup=0.8, cutmix=1.0
-)
+DEIT = dict(crop=True, hflip=0.5, randaugment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
+DEIT |= dict(mixup=0.8, cutmix=1.0)
 
 
 def alike(one, other) -> bool:
@@ -49,9 +34,6 @@ def alike(one, other) -> bool:
 def noise(count: int, height: int = 40, width: int = 40, seed: int = 0) -> torch.Tensor:
     dice = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, height, width), generator=dice).to(torch.uint8)
-
-
-# --------------------------------------------------------------------------- resize, crop
 
 
 def apart(image: torch.Tensor, other: Image.Image) -> tuple[int, float]:
@@ -91,7 +73,7 @@ def test_training_crops_first_and_then_resizes():
         assert worst <= 2 and mean < 0.05
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("size", [(48, 48), (100, 200)])
 def test_a_gpu_resizes_as_the_cpu_does_in_floats(size):
     images = noise(8, 90, 120)
@@ -102,11 +84,12 @@ def test_a_gpu_resizes_as_the_cpu_does_in_floats(size):
 
 def same_boxes(one: torch.Tensor, other: torch.Tensor, height: int, width: int) -> bool:
     """Area, ratio and place are distributed alike in two lists of boxes (n, 4)."""
-    measures = []
-    for top, left, high, wide in (one.T.double(), other.T.double()):
+
+    def measures(top, left, high, wide):
         places = top / (height - high).clamp(min=1), left / (width - wide).clamp(min=1)
-        measures.append((high * wide, wide / high.clamp(min=1), *places))
-    return all(alike(*pair) for pair in zip(*measures, strict=True))
+        return high * wide, wide / high.clamp(min=1), *places
+
+    return all(map(alike, measures(*one.T.double()), measures(*other.T.double())))
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (200, 520)])
@@ -142,27 +125,12 @@ def test_ribbons_single_pixels_and_impossible_ratios_go_through():
     assert torch.equal(whole[:2], run(config, images[:2], size=32)[0])
 
 
-def test_flips():
-    config = AugmentConfig(hflip=0.3)
-    images, count = noise(400, 8, 8), 400
-    seen, _ = run(config, images)
-    plain, _ = run(AugmentConfig(), images)
-    mirrored = (seen == plain.flip(3)).flatten(1).all(1)
-    assert (mirrored | (seen == plain).flatten(1).all(1)).all()
-    assert abs(mirrored.double().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
-    cropped, mirrored = (run(AugmentConfig(crop=True, hflip=p), images[:20], size=6)[0] for p in (0.0, 1.0))
-    assert torch.equal(cropped.flip(3), mirrored)
-
-
-# --------------------------------------------------------------------------- erase
-
-
-def test_erased_boxes_are_timms():
+def test_erased_boxes_are_timms_and_hold_noise():
     count, size = 6000, (32, 48)
-    boxes = erase_boxes(0.25, 5, 0, torch.arange(count), size)
+    boxes = own.erase_boxes(0.25, 5, 0, torch.arange(count), size)
     erased = boxes[:, 2] > 0
     assert abs(erased.double().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / count)
-    boxes = erase_boxes(1.0, 5, 0, torch.arange(count), size)
+    boxes = own.erase_boxes(1.0, 5, 0, torch.arange(count), size)
     assert (boxes[:, 2:] < torch.tensor(size)).all()  # never the whole of a side
     state = random.getstate()
     random.seed(0)
@@ -174,12 +142,9 @@ def test_erased_boxes_are_timms():
             expected.append(torch.cat([low, where.amax(0) - low + 1 if len(where) else torch.zeros(2)]))
     random.setstate(state)
     assert same_boxes(boxes, torch.stack(expected), *size)
-
-
-def test_erased_pixels_are_noise_and_no_others():
     images = torch.full((64, 3, 40, 40), 9.0)
-    boxes = erase_boxes(0.8, 1, 0, torch.arange(64), (40, 40))
-    erase(images, boxes, bits("erase/noise", 1, 0, torch.arange(64)))
+    boxes = own.erase_boxes(0.8, 1, 0, torch.arange(64), (40, 40))
+    own.erase(images, boxes, bits("erase/noise", 1, 0, torch.arange(64)))
     values = []
     for image, (top, left, high, wide) in zip(images, boxes.tolist(), strict=True):
         values.append(image[:, top : top + high, left : left + wide].clone())
@@ -194,9 +159,6 @@ def test_erased_pixels_are_noise_and_no_others():
     pairs += [(a[0, :90], b[0, :90]) for a, b in zip(flat, flat[1:], strict=False)]
     products = torch.cat([a * b for a, b in pairs])
     assert abs(products.mean()) < 4 / math.sqrt(len(products))
-
-
-# --------------------------------------------------------------------------- mix
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0])
@@ -214,9 +176,9 @@ def test_mixing_is_timms(monkeypatch, config):
     dice = torch.Generator().manual_seed(0)
     images = torch.randn(count * group, 3, *size, generator=dice)
     labels = torch.randint(classes, (count * group,), generator=dice)
-    mix = draw_mix(config, 7, 2, numbers, size)
-    made = mix_images(images.clone(), mix), mix_labels(labels, classes, 0.1, mix.share)
-    assert torch.equal(_mix(images, *mix), made[0])  # as a GPU does it
+    mix = own.draw_mix(config, 7, 2, numbers, size)
+    made = own.mix_images(images.clone(), mix), own.mix_labels(labels, classes, 0.1, mix.share)
+    assert torch.equal(own._mix(images, *mix), made[0])  # as a GPU does it
     assert set(mix.cut.tolist()) == {bool(config.cutmix), not config.mixup}
     numpys = timm_mixup.np.random
     for i, number in enumerate(numbers.tolist()):
@@ -236,29 +198,14 @@ def test_mixing_is_timms(monkeypatch, config):
     monkeypatch.undo()
 
 
-def test_which_and_how_much_is_mixed():
+def test_which_and_how_much_is_mixed_and_the_numbers_stay_what_they_are():
     """CutMix in the asked share of groups; what it pastes is even in area, but for what the borders clip."""
     config, count = AugmentConfig(mixup=0.8, cutmix=1.0, mixup_switch_prob=0.3), 20_000
-    mix = draw_mix(config, 0, 0, torch.arange(count), (224, 224))
+    mix = own.draw_mix(config, 0, 0, torch.arange(count), (224, 224))
     assert abs(mix.cut.double().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
     top, bottom, left, right = mix.box[mix.cut].T
     assert torch.equal(mix.share[mix.cut], 1 - ((bottom - top) * (right - left)).double() / 224**2)
     assert (mix.box >= 0).all() and (mix.box <= 224).all()
-
-
-# --------------------------------------------------------------------------- the whole
-
-
-def run(config, images, labels=None, positions=None, groups=None, *, seed=1, epoch=0, size=None):
-    count = len(images)
-    transform = TrainTransform(config, size or images[0].shape[1], 10, 0.1, seed)
-    labels = torch.arange(count) % 10 if labels is None else labels
-    positions = torch.arange(count) if positions is None else positions
-    groups = torch.arange(count // config.mix_group) if groups is None else groups
-    return transform(images, labels, epoch, positions, groups)
-
-
-def test_the_numbers_stay_what_they_are():
     dice, count = torch.Generator().manual_seed(0), 16
     sides = [(30 + 2 * i, 60 - i) for i in range(count)]
     images = [torch.randint(0, 256, (3, *side), generator=dice).to(torch.uint8) for side in sides]
@@ -270,6 +217,17 @@ def test_the_numbers_stay_what_they_are():
     assert targets[5, 4:8].tolist() == pytest.approx([0.01, 0.2472, 0.6728, 0.01], abs=1e-4)
 
 
+def run(config, images, labels=None, positions=None, groups=None, *, seed=1, epoch=0, size=None):
+    transform, places = (
+        TrainTransform(config, size or images[0].shape[1], 10, 0.1, seed),
+        torch.arange(len(images)),
+    )
+    labels = places % 10 if labels is None else labels
+    positions = places if positions is None else positions
+    groups = places[: len(images) // config.mix_group] if groups is None else groups
+    return transform(images, labels, epoch, positions, groups)
+
+
 def test_a_worker_makes_a_batch_in_the_memory_that_it_shares(monkeypatch):
     """Or it would be copied there, on its way to the main process."""
     config = AugmentConfig(**DEIT, mix_group=4)
@@ -279,7 +237,7 @@ def test_a_worker_makes_a_batch_in_the_memory_that_it_shares(monkeypatch):
 
 
 def test_a_batch_is_its_micro_batches():
-    """Cut, in another order of groups, again: the same images, bit for bit."""
+    """Cut, in another order of groups, again: the same images, bit for bit, and of any shape."""
     config = AugmentConfig(**DEIT, mix_group=4)
     images = [noise(1, 20 + 3 * i, 60 - 2 * i, seed=i)[0] for i in range(16)]
     labels = torch.randint(10, (16,), generator=torch.Generator().manual_seed(3))
@@ -288,9 +246,10 @@ def test_a_batch_is_its_micro_batches():
     def part(*index, **how):
         chosen = torch.arange(16).view(4, 4)[list(index)].flatten()
         mine = [images[i] for i in chosen]
-        return run(config, mine, labels[chosen], positions[chosen], groups[list(index)], size=32, **how)
+        return run(config, mine, labels[chosen], positions[chosen], groups[list(index)], size=(28, 36), **how)
 
     whole = part(0, 1, 2, 3)
+    assert whole[0].shape == (16, 3, 28, 36) and whole[1].shape == (16, 10) and whole[0].isfinite().all()
     for which in (0, 1):
         pieces = [part(0, 1)[which], part(2)[which], part(3)[which]]
         assert torch.equal(torch.cat(pieces), whole[which])
@@ -298,9 +257,11 @@ def test_a_batch_is_its_micro_batches():
         assert torch.equal(part(2, 0, 3, 1)[which].unflatten(0, (4, 4)), groupwise[[2, 0, 3, 1]])
     for other in (dict(seed=2), dict(epoch=1)):
         assert (part(0, 1, 2, 3, **other)[0] != whole[0]).flatten(1).any(1).all()
+    with pytest.raises(ConfigError, match="6 images.*mix_group=4"):
+        run(config, images[:6], groups=groups[:1])
 
 
-def test_no_augmentation_is_the_centre_normalised():
+def test_no_augmentation_is_the_centre_and_flips_mirror_it():
     images, labels = noise(6, 32, 32), torch.tensor([3, 1, 4, 1, 5, 9])
     before = images.clone()
     seen, targets = run(AugmentConfig(), images, labels)
@@ -310,6 +271,15 @@ def test_no_augmentation_is_the_centre_normalised():
     assert seen.dtype == torch.float32 and targets.dtype == torch.int64
     wide, _ = run(AugmentConfig(), [F.pad(image, (7, 7)) for image in images], labels, size=32)
     assert torch.equal(wide, seen)
+    config = AugmentConfig(hflip=0.3)
+    images, count = noise(400, 8, 8), 400
+    seen, _ = run(config, images)
+    plain, _ = run(AugmentConfig(), images)
+    mirrored = (seen == plain.flip(3)).flatten(1).all(1)
+    assert (mirrored | (seen == plain).flatten(1).all(1)).all()
+    assert abs(mirrored.double().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
+    cropped, mirrored = (run(AugmentConfig(crop=True, hflip=p), images[:20], size=6)[0] for p in (0.0, 1.0))
+    assert torch.equal(cropped.flip(3), mirrored)
 
 
 @pytest.mark.parametrize("height, width, level", [(1, 1, 200), (50, 2, 255)])
@@ -324,12 +294,7 @@ def test_odd_images_go_through(height, width, level):
     assert torch.equal(still, normalise(torch.full((32, 3, 24, 24), level / 255)))
 
 
-def test_a_group_cut_in_two_is_refused():
-    with pytest.raises(ConfigError, match="12 images.*mix_group=8"):
-        run(AugmentConfig(mixup=0.8, mix_group=8), noise(12), groups=torch.arange(1))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("stance", ["force_eager", "default"])
 def test_on_a_gpu_the_batch_is_the_same(stance):
     """The same draws, of smooth images: apart by one grey level of crop or move, in few places more."""
@@ -357,14 +322,3 @@ def test_a_turned_image_at_a_turned_size_is_resized_to_the_same(shape, crop_pct)
         assert (here.int() - turned.int()).abs().max() <= 1  # one axis is rounded before the other
     double = shape[0] * 2, shape[1] * 2
     assert torch.equal(centre_resize(image, double), resize(image, double))
-
-
-def test_every_step_works_on_images_that_are_no_squares():
-    """A mixed, erased and distorted batch has the shape asked for, and each image is one with its own draw."""
-    transform = TrainTransform(EVERYTHING, (16, 28), 3, 0.1)
-    images = [torch.randint(256, (3, 30 + i, 50 - i), dtype=torch.uint8) for i in range(8)]
-    positions, groups = torch.arange(8), torch.arange(2)
-    pixels, targets = transform(images, torch.arange(8) % 3, 0, positions, groups)
-    assert pixels.shape == (8, 3, 16, 28) and targets.shape == (8, 3) and pixels.isfinite().all()
-    half, _ = transform(images[4:], torch.arange(4, 8) % 3, 0, positions[4:], groups[1:])
-    torch.testing.assert_close(half, pixels[4:])
