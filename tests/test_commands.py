@@ -71,6 +71,10 @@ def test_photographs_without_their_images_are_refused_by_name(tmp_path, capsys):
             cli.main([*asked, *more])
         assert end.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "rows").exists()
+    fetched = "torchvision.datasets.utils.download_and_extract_archive"
+    with mock.patch(fetched, side_effect=OSError("no route")), pytest.raises(SystemExit):
+        cli.main(["experiments", "photographs", "--root", str(tmp_path / "new"), "--out", str(tmp_path)])
+    assert "fill" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_a_stopped_run_asks_to_be_called_again(monkeypatch, capsys):

@@ -169,12 +169,14 @@ def test_every_call_ends_its_processes_and_closes_its_files(image_folder, tmp_pa
     def failing(*_):
         raise KeyError("a step failed")
 
+    broken = torch.nn.Linear(1, 1)
+    broken.forward = failing
     calls = [
         lambda: next(opened().train_batches()),
         lambda: list(opened().eval_batches()),
         lambda: train(config),
         lambda: train(replace(config, run=replace(config.run, out="")), report=failing),
-        lambda: accuracy(failing, opened().eval_batches()),
+        lambda: accuracy(broken, opened().eval_batches()),
         lambda: train(replace(config, optim=replace(config.optim, lr=2.0))),  # another run is in its folder
     ]
     for _ in range(2):
@@ -382,6 +384,7 @@ def test_what_is_refused_leaves_nothing_behind(image_folder, tmp_path, before):
         ["benchmark", "--size", "cpu", "--out", str(precious)],
         ["experiments", "costs", "--out", str(precious / "new2")],
         ["experiments", "baselines", "--out", str(precious), "--root", str(tmp_path)],
+        ["experiments", "photographs", "--out", str(precious), "--root", str(tmp_path / "new3")],
         ["train", "--data", "where", "--optim.steps", "0", "--run.out", str(tmp_path / "new2")],
     ):
         with pytest.raises(SystemExit) as end:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cpvt.config import DataConfig
 from cpvt.data.datasets import ImageDataset, ImageTensors, load_tensors, open_dataset
+from cpvt.data.shards import new_folder
 from cpvt.data.transforms import area_resize, normalise
 from cpvt.errors import DataError
 from cpvt.lab.results import Result, append, check_writable, commit, recorded, results_folder
@@ -60,8 +61,7 @@ def prepare(root: str | Path) -> Path:
     path = root / FILE
     if path.exists():
         return path
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / f".{FILE}.lock", "w") as lock:
+    with new_folder(root), open(root / f".{FILE}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             digest, parts, classes = hashlib.sha256(), {}, ()
@@ -108,6 +108,7 @@ def open_photographs(data: DataConfig, split: str, device="cpu", cache: dict | N
 
 def check_images(root: str | Path, folder: str | Path | None = None) -> None:
     """Raises DataError where the images are not those that recorded rows were trained on."""
+    check_writable(folder)
     found, names = sha256_of_files(root or DataConfig.root), TRAINED_ON
     paths = [results_folder(folder) / f"{name}.jsonl" for name in names]
     for result in (result for path in paths if path.exists() for result in recorded(path.stem, folder)):

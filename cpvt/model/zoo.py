@@ -98,8 +98,9 @@ def load_weights(model: nn.Module, weights: str | Path | dict, resample: bool | 
         more += "; resample=True resamples a table" if "pos_embed" in wrong[0] else ""
         raise UserError(f"weights do not fit the model, nothing was loaded: {'; '.join(wrong[:3])}{more}")
     if wild := [key for key in keys if not state[key].float().isfinite().all()]:
-        words = f"{len(wild)} tensors (the first: {wild[0]}) hold numbers that are not finite"
-        raise UserError(f"{words}, nothing was loaded: give weights of an earlier step, or others")
+        raise UserError(
+            f"weights are not finite, nothing was loaded: {', '.join(wild[:3])}; give other weights"
+        )
     model.load_state_dict(state, strict=True)
     return model
 
