@@ -31,7 +31,10 @@ class _RegisterWithTimm(importlib.abc.MetaPathFinder):
         if name != "timm":
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("timm")
+        try:
+            spec = importlib.util.find_spec("timm")
+        finally:  # it may be asked for again: many look whether timm is there before they import it
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 

@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import json
 import math
+import numbers
 import os
 import re
 from collections.abc import Iterable
@@ -31,7 +32,7 @@ MOST_WEIGHTS = 10**10  # of a model; the largest vision transformers have twice 
 
 def pair(size: int | Grid) -> Grid:
     """The side of a square, or (H, W) -> (H, W)."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, numbers.Integral) else tuple(size)
 
 
 class Checked:
@@ -82,10 +83,18 @@ def _build(cls: type, values: Any, where: str) -> Any:
     return cls(**{name: _check(value, hints[name], f"{where}: {name}") for name, value in values.items()})
 
 
+def _plain(value: Any) -> Any:
+    """A path, or a number of numpy's -> Python's text, or number."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
+
+
 def _check(value: Any, hint: Any, where: str) -> Any:
+    value = [*map(_plain, value)] if isinstance(value, list | tuple | range) else _plain(value)
     if isinstance(hint, UnionType):  # a number, or a tuple of them
         one, several = get_args(hint)
-        return _check(value, several if isinstance(value, list | tuple) else one, where)
+        return _check(value, several if isinstance(value, list) else one, where)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, where)
     options = get_args(hint)
@@ -96,7 +105,7 @@ def _check(value: Any, hint: Any, where: str) -> Any:
     if options:  # a tuple of numbers, of any length (..., last) or of just this one
         length = None if options[-1] is Ellipsis else len(options)
         kinds, words = ((int, float), "numbers") if options[0] is float else ((int,), "whole numbers")
-        fine = isinstance(value, list | tuple | range) and all(type(v) in kinds for v in value)
+        fine = isinstance(value, list) and all(type(v) in kinds for v in value)
         if not fine or length not in (None, len(value)):
             raise ConfigError(f"{where}={_short(value)}; expected {length or 'a list of'} {words}")
         return tuple(_check(v, options[0], where) for v in value)

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import numpy
 import pytest
+import torch
 from models import ENCODINGS, assert_refused
 
-from cpvt import ModelConfig, config
+from cpvt import ModelConfig, config, create_model
 from cpvt.config import DataConfig, TrainConfig, from_json, parse_encoding, replace, to_json
 
+SIZES = numpy.int64(32), torch.Size((32, 32)), (numpy.int32(32), 32)
 # With those of the models' tests every option of every kind.
 OTHERS = ["learned(resize='refuse')", "sine(temperature=100.0, resize='rescale')"]
 OTHERS += [
@@ -49,6 +53,17 @@ def test_configurations_are_values_and_their_json_is_exact():
     one, other = ModelConfig(encoding="peg(kernel=3)"), ModelConfig(encoding="peg")  # one spelling
     assert one == other and hash(one) == hash(other)
     assert replace(ModelConfig(), width=384, drop_path=0) == ModelConfig(width=384, drop_path=0.0)
+
+
+def test_numbers_of_numpy_and_paths_are_pythons():
+    run = config.RunConfig(seed=numpy.int64(3), out=Path("runs", "one"))
+    assert run == config.RunConfig(seed=3, out="runs/one") and type(run.seed) is int
+    sizes = [create_model("cpvt_tiny", depth=1, image_size=s).config.image_size for s in SIZES]
+    assert sizes == [(32, 32)] * 3 and config.pair(numpy.int64(4)) == (4, 4)
+    assert config.OptimConfig(lr=numpy.float64(0.5), steps=numpy.uint8(7)) == config.OptimConfig(
+        lr=0.5, steps=7
+    )
+    assert_refused(["seed=0.5", "int"], config.RunConfig, seed=numpy.float32(0.5))
     assert replace(CONFIG, model=ModelConfig()).model == ModelConfig()
     assert_refused(["no option 'widht'; did you mean width"], replace, ModelConfig(), widht=384)
     assert_refused(["width='384'; expected int"], replace, ModelConfig(), width="384")

@@ -1,7 +1,9 @@
 """What each encoding computes; how far it reaches and what it commutes with, see `test_probes.py`."""
 
+import copy
 import itertools
 import math
+from unittest import mock
 
 import models
 import pytest
@@ -258,3 +260,19 @@ def test_what_cannot_be_taken():
         (fixed, (1, 3, 16, 14), ["grid (8, 7)", "(4, 6)", "resize='refuse'"]),
     ):
         assert_refused(words, model, torch.zeros(shape, dtype=torch.float64), error=DataError)
+
+
+@pytest.mark.parametrize("encoding", models.ENCODINGS)
+@torch.no_grad()
+def test_a_model_in_half_precision_takes_every_size(encoding):
+    model = random_model(encoding, (5, 6), std=0.05)
+    for grid in ((5, 6), (7, 4)):
+        images, half = random_images(2, grid), copy.deepcopy(model).bfloat16()
+        found = half(images.bfloat16())
+        assert found.dtype == torch.bfloat16 and models.difference(found.double(), model(images)) < 0.1
+
+
+def test_drawing_a_model_seeds_no_gpu():
+    with mock.patch("torch.cuda.manual_seed_all") as seeding:
+        random_model("peg", (5, 6)).draw(0)
+    assert seeding.call_count == 1  # by random_model

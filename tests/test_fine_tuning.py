@@ -21,7 +21,7 @@ from cpvt.data.transforms import normalise
 from cpvt.errors import UserError
 from cpvt.model.encodings import PEG
 from cpvt.model.zoo import load_weights
-from cpvt.training.checkpoint import Checkpoints, load_model, load_saved, save_model
+from cpvt.training.checkpoint import Checkpoints, first_difference, load_model, load_saved, save_model
 from cpvt.training.distributed import World
 from cpvt.training.evaluate import accuracy
 from cpvt.training.predict import as_evaluated, predict
@@ -173,6 +173,13 @@ def test_evaluation_of_whatever_holds_a_model(trained, others, image_folder, tmp
         assert not status and words in out and "images 21" in out, err
 
 
+def test_a_class_is_the_same_however_its_accents_are_spelt():
+    assert (
+        first_difference(("caf\u00e9", "th\u00e9"), ("cafe\u0301", "the"))
+        == "class 1 is 'th\u00e9' there, 'the' here"
+    )
+
+
 def test_prediction_by_name_and_what_was_looked_at(trained, image_folder, tmp_path, capsys):
     file, images = trained / "model.safetensors", sorted(image_folder.rglob("val/*1/*.jpg"))[:2]
     put(tmp_path / "broken.png", b"no image")
@@ -189,6 +196,10 @@ def test_prediction_by_name_and_what_was_looked_at(trained, image_folder, tmp_pa
         assert line == f"{path}  " + ", ".join(f"{NAMES[i]} {probabilities[i]:.1%}" for i in order)
         pixels = as_evaluated(saved, path)
         torch.testing.assert_close(normalise(pixels[None].float() / 255)[0], shown[images.index(path)])
+        guesses = predict(saved, pixels)[0]
+        saved.model.train()
+        assert predict(saved, pixels)[0] == guesses and saved.model.train()
+        assert_refused(["float32", "uint8"], predict, saved, pixels / 255)
         assert float(predict(saved, pixels)[1].sum()) < 1  # the class token reads from itself, too
     seen = numpy.array(Image.open(tmp_path / "seen.png"))
     assert seen.shape[:2] == (32, 32)

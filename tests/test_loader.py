@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from contextlib import closing
+from functools import partial
 from itertools import count, islice
 
 import pytest
@@ -131,14 +133,26 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def reading(folder, pipe) -> None:
-    """Reads with two workers: tells their numbers, then for each word what thirty batches gave."""
+    """Reads with two workers: tells their numbers, how a process that is no reader ends, whether a fork reads the
+    same, then for each word what thirty batches gave."""
     os.setsid()
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     data = replace(small_run(folder).data, workers=2)
-    batches = make_loader(data, seed=0, global_batch_size=8).train_batches()
-    next(batches)
+    loader = partial(make_loader, data, seed=0, global_batch_size=8)
+    batches = loader().train_batches()
+    first = next(batches)
     pipe.send([child.pid for child in multiprocessing.active_children()])
+    other = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(600,))
+    other.start()
+    other.terminate()
+    other.join(20)
+    pipe.send(other.exitcode)
+    other.kill()
+    if not (fork := os.fork()):
+        pipe.send(torch.equal(loader().batch(0)[0], first.images))
+        os._exit(0)
+    os.waitpid(fork, 0)
     while pipe.recv():
         try:
             pipe.send(sum(len(next(batches).images) for _ in range(30)))
@@ -147,12 +161,14 @@ def reading(folder, pipe) -> None:
 
 
 def test_workers_outlive_signals_to_the_group_and_end_with_the_main_process(image_folder):
-    """torchrun, SLURM and a terminal signal the group; the main process still needs its workers to save."""
+    """torchrun, SLURM and a terminal signal the group; the main process still needs its workers to save. Other
+    processes of its own end as ever."""
     pipe, its = multiprocessing.Pipe()
     main = multiprocessing.get_context("spawn").Process(target=reading, args=(image_folder, its))
     main.start()
     its.close()
     workers = pipe.recv()
+    assert pipe.recv() == -signal.SIGTERM and pipe.recv()
     for number in SIGNALS:
         os.killpg(main.pid, number)
     pipe.send("on")

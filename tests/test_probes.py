@@ -61,6 +61,8 @@ def test_reach_and_theory_answer_what_can_be_asked_and_leave_the_model():
     one = model("peg").train()
     before = {name: value.clone() for name, value in one.state_dict().items()}
     probes.reach(one, [0])
+    images = torch.randn(1, 3, *one.config.image_size)
+    probes.patch_tokens(one, images), probes.attention_maps(one, images)
     assert one.training and all(value.dtype == torch.float32 for value in one.state_dict().values())
     assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
     assert probes.theory("learned + peg") is None

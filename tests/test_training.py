@@ -3,25 +3,29 @@
 import ast
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from unittest import mock
 
+import numpy
 import pytest
 import torch
-from helpers import run_cli, tiny_run
+from helpers import run_cli, small_run, tiny_run
 
 from cpvt import cli
-from cpvt.config import replace
-from cpvt.data.loader import make_loader
+from cpvt.config import RunConfig, replace
+from cpvt.data.loader import SIGNALS, make_loader
 from cpvt.errors import ConfigError, TrainingError
 from cpvt.lab.experiments import synthetic_config
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import load_model, save_model
 from cpvt.training.evaluate import accuracy, correct
 from cpvt.training.optim import param_groups
-from cpvt.training.train import train
+from cpvt.training.train import settings, train
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another():
@@ -76,6 +80,53 @@ def test_accuracy_counts_images_and_answers_by_image_add_up_to_it():
     hits = correct(model, tied, labels)
     assert accuracy(model, [(tied, labels)])["top1"] == 100 * int(hits.sum()) / 500
     assert 0 < hits.sum() < 500
+    del model.num_classes  # as where it is wrapped
+    assert accuracy(model, [(logits * float("nan"), labels[:10])]) == {"top1": 0, "top5": 0, "images": 10}
+
+
+def test_evaluation_leaves_each_part_of_a_model_in_its_mode():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 3))
+    model[1].eval()  # frozen statistics
+    modes = [module.training for module in model.modules()]
+    correct(model, torch.randn(4, 3, 2, 2), torch.zeros(4).long())
+    with pytest.raises(RuntimeError):
+        correct(model, torch.randn(4, 3, 2, 3), torch.zeros(4).long())
+    assert [module.training for module in model.modules()] == modes == [True, True, False, True]
+
+
+def process_state():
+    dtype, env = torch.get_default_dtype(), dict(os.environ)
+    strict = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    random_ = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_num_threads()
+    return dtype, env, strict, handlers, random_, torch.backends.cudnn.benchmark, [*warnings.filters]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_is_the_same_whatever_the_process_has_set_and_leaves_that_as_it_was(
+    deterministic, image_folder
+):
+    config = small_run(image_folder, deterministic=deterministic, steps=4)
+    options = {"seed": 0, "global_batch_size": 8, "augment": config.augment}
+    expected, batch = train(config).history, make_loader(config.data, **options).batch(0)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = True
+        before, found = process_state(), train(config).history
+        assert process_state() == before and found == expected
+        assert all(map(torch.equal, make_loader(config.data, **options).batch(0), batch))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False
+    limits = torch._dynamo.config.recompile_limit
+    with settings(RunConfig(compile="model")):
+        assert torch._dynamo.config.recompile_limit == 1024
+    assert torch._dynamo.config.recompile_limit == limits
 
 
 def test_a_model_comes_back_as_it_was_saved(tmp_path):

@@ -103,10 +103,11 @@ TINY = {"width": 32, "heads": 2, "depth": 6}
 def test_timm_knows_our_models_whichever_is_imported_first():
     """And cpvt alone imports neither timm nor torchvision, which take seconds."""
     code = """if True:
-        import importlib, os, sys, torch
+        import importlib.util, os, sys, torch
         for first in ("cpvt", "timm"):
             if not (child := os.fork()):
                 importlib.import_module(first)
+                assert importlib.util.find_spec("timm")  # as libraries look whether it is there
                 assert first == "timm" or not {"timm", "torchvision"} & set(sys.modules)
                 import timm, cpvt, timm.models.vision_transformer
                 assert timm.create_model("cpvt_tiny", depth=1, width=32, heads=2).config.encoding == "peg"

@@ -51,11 +51,12 @@ def work(reader: Dataset, requests: Iterable, workers: int, finish: Callable | N
         # One request ahead a worker: the bytes of 1,024 photographs are 0.1 GB of shared memory.
         options |= {
             "prefetch_factor": 1,
-            "multiprocessing_context": _server(),
+            "multiprocessing_context": "forkserver",
             "worker_init_fn": _stand_apart,
         }
     try:
-        yield from DataLoader(reader, batch_size=None, **options)
+        loader = DataLoader(reader, batch_size=None, **options)
+        yield from _started(loader) if workers else loader
         return
     except Exception as error:
         if workers:  # which live as long as the frames of DataLoader
@@ -69,23 +70,36 @@ def work(reader: Dataset, requests: Iterable, workers: int, finish: Callable | N
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
-def _server() -> multiprocessing.context.BaseContext:
+_servers: dict[int, forkserver.ForkServer] = {}  # by the process that has it: a fork needs its own
+
+
+def _server() -> forkserver.ForkServer:
     """Starts the process that workers are forked from; it has imported this module, which takes 2 s once.
 
     A fork of the main process would copy locks that threads of NCCL, CUDA or the compiler hold. Signals to the
     group (a terminal, torchrun) or to all processes (SLURM) are the main process's to answer, and it still needs
-    its workers: these are born with such signals blocked.
+    its workers: these are born with such signals blocked, and by a server of their own.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    server = _servers.setdefault(os.getpid(), forkserver.ForkServer())
+    server.set_forkserver_preload([__name__])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         resource_tracker.ensure_running()  # which leaves two of them unblocked
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        forkserver.ensure_running()
+        server.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
+    return server
+
+
+def _started(loader: DataLoader) -> Iterator:
+    """Its batches, by workers of our own server."""
+    usual = forkserver.connect_to_new_process
+    forkserver.connect_to_new_process = _server().connect_to_new_process
+    try:
+        return iter(loader)
+    finally:
+        forkserver.connect_to_new_process = usual
 
 
 def _stand_apart(worker: int) -> None:

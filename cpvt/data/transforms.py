@@ -160,7 +160,7 @@ def _normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     if images.is_cuda:
         return _normalised_at_once(images, mean, std)
     # In a worker process this is memory that it shares with the main process: no batch is copied there.
-    made = default_collate([torch.zeros(()).expand(images.shape[1:])] * len(images))
+    made = default_collate([torch.zeros((), dtype=torch.float32).expand(images.shape[1:])] * len(images))
     for old, new in zip(*(each.split(at_once(images)) for each in (images, made)), strict=True):
         new.copy_(old).div_(255).sub_(mean).div_(std)
     return made
@@ -254,7 +254,7 @@ def _mix(images: Tensor, share: Tensor, cut: Tensor, box: Tensor) -> Tensor:
 def mix_labels(labels: Tensor, classes: int, smoothing: float, share: Tensor) -> Tensor:
     """(B,) int64 -> (B, K) float32: smoothed one-hot labels, mixed as the images are."""
     off = smoothing / classes
-    own = torch.full((len(labels), classes), off, device=labels.device)
+    own = torch.full((len(labels), classes), off, dtype=torch.float32, device=labels.device)
     own = own.scatter_(1, labels[:, None], 1 - smoothing + off).unflatten(0, (len(share), -1))
     share = send(share, labels.device)[:, None, None]
     return (own * share.float() + own.flip(1) * (1 - share).float()).flatten(0, 1)
@@ -286,7 +286,8 @@ class TrainTransform:
         self.config, self.size, self.classes, self.area = config, pair(image_size), classes, area
         self.label_smoothing, self.seed, self.device = label_smoothing, seed, torch.device(device)
         self.notation = parse(config.randaugment) if config.randaugment else None
-        self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
+        kind = {"dtype": torch.float32, "device": device}
+        self.mean, self.std = (torch.tensor(v, **kind)[:, None, None] for v in (MEAN, STD))
 
     def __call__(
         self, images: Sequence[Tensor] | Tensor, labels: Tensor, epoch: int, positions: Tensor, groups: Tensor

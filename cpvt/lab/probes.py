@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cpvt.config import Grid, Peg, parse_encoding
 from cpvt.data.synthetic import BACKGROUND, COLOUR_A, COLOUR_B
 from cpvt.errors import UserError
+from cpvt.training.evaluate import evaluating
 
 
 class ProbeError(UserError):
@@ -292,12 +293,12 @@ def probe_ceiling(size: int, reach: int) -> float:
 @torch.no_grad()
 def patch_tokens(model: nn.Module, images: Tensor, block: int | None = None, batch: int = 64) -> Tensor:
     """(n, C, height, width) -> (n, N, D): the patch tokens that the head sees, or those after a block."""
-    model.eval()
     parts = [part.to(device_of(model)) for part in images.split(batch)]
-    if block is None:
-        return torch.cat([model.forward_features(part)[:, model.num_prefix_tokens :] for part in parts])
     how = {"output_fmt": "NLC", "intermediates_only": True, "stop_early": True}
-    return torch.cat([model.forward_intermediates(part, indices=[block], **how)[0] for part in parts])
+    with evaluating(model):
+        if block is None:
+            return torch.cat([model.forward_features(part)[:, model.num_prefix_tokens :] for part in parts])
+        return torch.cat([model.forward_intermediates(part, indices=[block], **how)[0] for part in parts])
 
 
 @torch.no_grad()
@@ -312,7 +313,8 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     number = {block.attn: i for i, block in enumerate(model.blocks) if block.attn is not None}
     hooks = [attention.register_forward_pre_hook(keep) for attention in number]
     try:
-        model.eval().forward_features(images.to(device_of(model)))
+        with evaluating(model):
+            model.forward_features(images.to(device_of(model)))
     finally:
         for hook in hooks:
             hook.remove()

@@ -232,8 +232,8 @@ def resample_table(table: Tensor, old: Grid, new: Grid, antialias: bool = False)
     """(..., old H*W, D) -> (..., new H*W, D), bicubic, to any height and width; the same grid changes nothing."""
     if not exporting() and not traced(new[0]) and old == new:  # such a graph must not ask: its grid is open
         return table
-    image = table.reshape(-1, *old, table.shape[-1]).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=new, mode="bicubic", antialias=antialias)
+    image = table.reshape(-1, *old, table.shape[-1]).permute(0, 3, 1, 2).to(_like(table)["dtype"])
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=antialias).to(table.dtype)
     return image.flatten(2).transpose(1, 2).reshape(table.shape[:-2] + (-1, table.shape[-1]))
 
 

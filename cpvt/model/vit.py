@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cpvt.config import Grid, ModelConfig, format_encoding, replace
+from cpvt.config import Grid, ModelConfig, format_encoding, pair, replace
 from cpvt.errors import ConfigError, DataError
 from cpvt.model.encodings import PEG, Encoding, EncodingSum, learned_table, traced
 from cpvt.rng import start
@@ -181,12 +181,14 @@ class VisionTransformer(nn.Module):
         """Draws every parameter anew from a stream of its own, keyed by the seed and its name: models that share a
         layer start it equal, whatever else they have."""
         of_peg = {layer: peg for peg in self.modules() if isinstance(peg, PEG) for layer in peg.children()}
-        drawn = {}
-        with torch.random.fork_rng(devices=[]):
+        drawn, own_gpu = {}, [self.norm.weight.device] if self.norm.weight.is_cuda else []
+        with torch.random.fork_rng(own_gpu):
+            # Not torch.manual_seed, which would leave every GPU seeded.
+            dice = torch.cuda.default_generators[own_gpu[0].index] if own_gpu else torch.default_generator
             for path, module in self.named_modules():
                 own = dict(module.named_parameters(path, recurse=False))
                 for name in own:
-                    torch.manual_seed(start(f"{seed}/{name}"))
+                    dice.manual_seed(start(f"{seed}/{name}"))
                     if module in of_peg:
                         of_peg[module].initialise(module)
                     elif isinstance(module, nn.Linear):
@@ -285,7 +287,7 @@ class VisionTransformer(nn.Module):
         old, p = self.config, self.config.patch_size
         if patch_size not in (None, p, (p, p)):
             raise ConfigError(f"set_input_size: {patch_size=}; the patches of a model stay, {p} pixels")
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size or old.image_size)
+        size = pair(img_size or old.image_size)
         new = replace(old, image_size=size)
         self.encoding.set_grid(new.grid)
         if self.pos_embed is not None and new.grid != old.grid:

@@ -12,6 +12,7 @@ token, `_distilled` adds DeiT's distillation token; as in `cpvt_small_5peg_gap`.
 
 import argparse
 import math
+import numbers
 import re
 import warnings
 from pathlib import Path, PosixPath
@@ -51,7 +52,7 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     paper's 0.1 belongs to its recipe, not to the model."""
     if name not in MODELS:
         raise ConfigError(f"no model {name!r}; {nearest(name, MODELS)}")
-    if isinstance(overrides.get("image_size"), int):
+    if isinstance(overrides.get("image_size"), numbers.Integral):
         overrides["image_size"] = (overrides["image_size"],) * 2
     return replace(MODELS[name], **overrides)
 

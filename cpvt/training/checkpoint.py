@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -214,7 +215,8 @@ def start_from(model: VisionTransformer, path: str | Path, classes: tuple[str, .
 def first_difference(there: Sequence[str], here: Sequence[str]) -> str:
     """The first class that has another name, in words; nothing where there is none, or names are not known."""
     pairs = enumerate(zip(there, here, strict=False))
-    return next((f"class {i} is {a!r} there, {b!r} here" for i, (a, b) in pairs if a != b), "")
+    apart = ((i, a, b) for i, (a, b) in pairs if normalize("NFC", a) != normalize("NFC", b))
+    return next((f"class {i} is {a!r} there, {b!r} here" for i, a, b in apart), "")
 
 
 def _classes(about: dict[str, str]) -> tuple[str, ...]:

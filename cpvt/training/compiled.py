@@ -22,9 +22,6 @@ def compile_model(model: VisionTransformer, loss: TrainingLoss, run: RunConfig, 
     B, scale    images of a micro-batch, and what their branches are multiplied by, as in training
     """
     models, weight = [m for m in (model, loss.teacher) if m is not None], next(model.parameters())
-    # A block is one function to torch.compile: what was compiled for one serves every other that is alike.
-    # Where encodings have a part in attention each block has its own, hence the room for many.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     for way in ("model", "blocks") if run.compile == "model" else ("blocks",):
         for module in models if way == "model" else model.blocks:
             module.compile()  # in place: the parameters keep their names

@@ -170,11 +170,12 @@ def join_world(device: str) -> Iterator[World]:
         device = f"cuda:{local}" if device == "cuda" else device
         # A room of its own for each run of these processes, since the store outlives both.
         room = f"cpvt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{next(_runs)}"
-        try:
-            yield World(rank, size, device, signals, dist.PrefixStore(room, _rendezvous()))
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        with warnings.catch_warnings():  # which `wrap` has a word with
+            try:
+                yield World(rank, size, device, signals, dist.PrefixStore(room, _rendezvous()))
+            finally:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
 
 
 def _check_slurm() -> None:

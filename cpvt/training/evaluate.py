@@ -1,7 +1,7 @@
 """How often a model is right, image by image."""
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,22 @@ def autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model with all its parts in evaluation mode; afterwards each is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @typed
 def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """(n, C, height, width), (n,) -> (n,) booleans: the label has the largest logit."""
-    return _hits(model, images, labels, 5)[:, 0]  # as `accuracy`: topk ranks equal logits by k, too
+    return _hits(model, images, labels)[0][:, 0]  # as `accuracy`: topk ranks equal logits by k, too
 
 
 @typed
@@ -34,36 +46,36 @@ def accuracy(
     Every process of `world` has batches of its own; right answers and images are counted and the counts added, so
     that no image counts twice. `stop`: asked before each batch; after a yes the scores are those of a part.
     """
-    counts = torch.zeros(3, dtype=torch.int64)
+    counts = torch.zeros(4, dtype=torch.int64)
     with closing(batches) if isinstance(batches, Generator) else nullcontext():  # also after an error
         for images, labels in batches:
             if stop():
                 break
             with autocast(str(images.device), precision):
-                hits = _hits(model, images, labels, 5)
-            images = labels.new_tensor(len(labels))
-            counts += torch.stack([hits[:, 0].sum(), hits.any(-1).sum(), images]).cpu()
+                hits, classes = _hits(model, images, labels)
+            seen = labels.new_tensor([len(labels), classes > 5])
+            counts += torch.stack([hits[:, 0].sum(), hits.any(-1).sum(), *seen]).cpu()
     if world:
         counts = world.sum(counts.to(world.device))
-    top1, top5, images = counts.tolist()
+    top1, top5, images, many = counts.tolist()
     if not images and not stop():
         raise DataError("no images to evaluate on: give held-out data")
-    top5 = {"top5": 100 * top5 / max(images, 1)} if model.num_classes > 5 else {}
+    top5 = {"top5": 100 * top5 / max(images, 1)} if many else {}
     return {"top1": 100 * top1 / max(images, 1), **top5, "images": images}
 
 
 @torch.no_grad()
-def _hits(model: nn.Module, images: Tensor, labels: Tensor, k: int) -> Tensor:
-    """-> (n, k) booleans: the label is the first, second, ... k-th guess. 256 images at once. Raises DataError."""
+def _hits(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """-> (n, 5 or fewer) booleans: the label is the first, second, ... guess (with a NaN there is none), and the
+    number of classes. 256 images at once. Raises DataError."""
     if not images.is_floating_point():
         raise DataError(f"images of {images.dtype}; expected floating point, normalised")
-    C = model.num_classes
+    images = images.to(next(model.parameters(), images).dtype)
+    with evaluating(model):
+        logits = torch.cat([model(x) for x in images.split(256)])
+    C = logits.shape[-1]
     if labels.shape != images.shape[:1] or not ((labels >= -1) & (labels < C)).all():
         shown = f"{len(images)} images, labels {str(labels.tolist())[:60]}"
         raise DataError(f"{shown}; expected one an image, from 0 to {C - 1}, or -1 where nothing is right")
-    was_training = model.training
-    model.eval()
-    images = images.to(next(model.parameters(), images).dtype)
-    guesses = [model(x).topk(min(k, model.num_classes), -1).indices for x in images.split(256)]
-    model.train(was_training)
-    return torch.cat(guesses) == labels[:, None]
+    guesses = logits.topk(min(5, C), -1).indices
+    return (guesses == labels[:, None]) & ~logits.isnan().any(-1, keepdim=True), C

@@ -4,6 +4,7 @@ Letters: (h, w) pixels that a model sees, (H, W) grid of tokens, T all tokens.
 """
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy
@@ -17,6 +18,7 @@ from cpvt.data.loader import evaluation_pixels
 from cpvt.data.transforms import centre_resize, normalise
 from cpvt.errors import ConfigError, DataError
 from cpvt.training.checkpoint import Saved
+from cpvt.training.evaluate import evaluating
 
 
 def as_evaluated(saved: Saved, path: Path) -> Tensor:
@@ -37,13 +39,16 @@ def predict(saved: Saved, pixels: Tensor, top: int = 5) -> tuple[list[tuple[str,
 
     Classes whose names are not known are numbered. None in place of the map where no block has attention.
     """
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3:
+        raise DataError(f"pixels are {pixels.dtype}, {tuple(pixels.shape)}; expected uint8, (3, h, w)")
     model, seen = saved.model, []
-    images = normalise(pixels[None].float() / 255, saved.mean, saved.std).to(next(model.parameters()).device)
+    images = normalise(pixels[None].float() / 255, saved.mean, saved.std).to(next(model.parameters()))
     attention = [block.attn for block in model.blocks if block.attn is not None][-1:]
-    hooks = [a.register_forward_pre_hook(lambda _, arguments: seen.append(arguments)) for a in attention]
-    best = model(images)[0].float().softmax(-1).topk(min(top, model.num_classes))
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for layer in attention:
+            stack.enter_context(layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments)))
+        best = model(images)[0].float().softmax(-1).topk(min(top, model.num_classes))
     names = saved.classes or [f"class {i}" for i in range(model.num_classes)]
     guesses = [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
     if not seen:

@@ -7,8 +7,8 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from cpvt.config import TrainConfig, from_json, replace, to_json
+from cpvt.config import RunConfig, TrainConfig, from_json, replace, to_json
 from cpvt.data.datasets import refuse_among_images
 from cpvt.data.loader import make_loader
 from cpvt.data.synthetic import CLASSES
@@ -60,10 +60,6 @@ class Trainer:
     ):
         """The arguments are those of `train`."""
         self.world, run = world, config.run
-        if run.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-            torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(run.deterministic)
         names = ("global_batch_size", "micro_batch_size", "label_smoothing")
         options = {name: getattr(config.optim, name) for name in names}
         options |= {"seed": run.seed, "augment": config.augment, "device": world.device}
@@ -224,6 +220,31 @@ def _settled(config: TrainConfig, loader, given: Collection[str]) -> TrainConfig
     return resolve(replace(config, model=replace(config.model, **found)), loader.sampler.steps_per_epoch)
 
 
+@contextmanager
+def settings(run: RunConfig) -> Iterator[None]:
+    """What a run needs of PyTorch as a whole: float32 by default and, where asked for, determinism and room for
+    compiled code. Afterwards all of it is as it was."""
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if run.deterministic:
+            strict = torch.are_deterministic_algorithms_enabled()
+            warns = torch.is_deterministic_algorithms_warn_only_enabled()
+            stack.callback(torch.use_deterministic_algorithms, strict, warn_only=warns)
+            torch.use_deterministic_algorithms(True)
+            stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+            torch.backends.cudnn.benchmark = False
+            if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+                stack.callback(os.environ.pop, "CUBLAS_WORKSPACE_CONFIG")
+                os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        if run.compile != "off":
+            # A block is one function to torch.compile: what was compiled for one serves every other that is alike.
+            # Where encodings have a part in attention each block has its own, hence the room for many.
+            room = torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024)
+            stack.enter_context(room)
+        yield
+
+
 def drop_path_scale(model: VisionTransformer, epoch: int, positions: Tensor, seed: int, like: Tensor):
     """Positions (B,) int64 on the CPU -> what the samples' branches are multiplied by, (depth, 2, B), of the type
     and device of `like`; None where nothing drops."""
@@ -324,12 +345,15 @@ def train(
     Under torchrun all processes call it alike. Raises ConfigError or DataError before the first step, where the
     configuration cannot be run, TrainingError after `optim.skip_limit` steps in a row that are not finite or where
     the model cannot be written, and Stopped for a signal before the first step is done.
+
+    The process is left as it was found, but for PyTorch's own random numbers: those that follow are other ones.
     """
     started = time.perf_counter()
     device = pick_device(config.run.device)
     if config.run.out and config.data.name not in CLASSES:
         refuse_among_images(config.run.out, config.data.name)
-    with join_world(device) as world, only_run(config.run.out if world.is_main else ""):
+    own, out = settings(config.run), config.run.out
+    with own, join_world(device) as world, only_run(out if world.is_main else ""):
         trainer = Trainer(config, world, make_loader, report, announce, given)
         model, config, logger = trainer.model, trainer.config, trainer.logger
         run = TrainingRun(model, config, fingerprint=trainer.loader.fingerprint)
