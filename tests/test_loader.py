@@ -234,3 +234,19 @@ def test_batches_made_ahead_are_not_overwritten(image_folder):
         sums.append(batch.images.double().sum())
     alone = [loader.batch(step)[0].double().sum() for step in range(30)]
     assert torch.equal(torch.stack(sums), torch.stack(alone))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # DataLoader's own half
+def test_workers_whose_start_is_broken_off_are_ended(image_folder, monkeypatch):
+    def break_off(*_):  # once all are started
+        raise KeyboardInterrupt
+
+    config = with_data(small_run(image_folder, store="files"), workers=2)
+    before = {*multiprocessing.active_children()}
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._set_worker_pids", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        next(opened(config).train_batches())
+    left = {*multiprocessing.active_children()} - before
+    for worker in left:
+        worker.join(10)
+    assert not {*multiprocessing.active_children()} - before

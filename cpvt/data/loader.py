@@ -94,10 +94,16 @@ def _server() -> forkserver.ForkServer:
 
 def _started(loader: DataLoader) -> Iterator:
     """Its batches, by workers of our own server."""
-    usual = forkserver.connect_to_new_process
+    usual, before = forkserver.connect_to_new_process, {*multiprocessing.active_children()}
     forkserver.connect_to_new_process = _server().connect_to_new_process
     try:
         return iter(loader)
+    except (
+        BaseException
+    ):  # those that stand already would miss the signal that is to end them, and be waited for
+        for worker in {*multiprocessing.active_children()} - before:
+            worker.kill()
+        raise
     finally:
         forkserver.connect_to_new_process = usual
 
