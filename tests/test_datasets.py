@@ -178,9 +178,9 @@ def test_missing_data_name_the_folder_to_fill_and_a_download_is_moved_in_whole(t
     fail = mock.Mock(side_effect=OSError("no route to host"))
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
     monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", fail)
-    for name, folder in datasets.NAMED.items():
-        assert str(tmp_path / "new" / folder) in refusal(open_dataset, name, root=tmp_path / "new")
-    assert not [*tmp_path.iterdir()]
+    for name, place in datasets.NAMED.items():
+        assert str(tmp_path / "new" / place) in refusal(open_dataset, name, root=tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
     def bring(url, aside, md5):
         assert (url, len(md5)) == (datasets.TINY_IMAGENET, 32)
