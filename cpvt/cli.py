@@ -10,8 +10,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr, suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -302,15 +303,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         try:
-            _run(name, rest)
+            with _ended_by_signals():
+                _run(name, rest)
         finally:
             if name == "train":
                 _mute()
             sys.stdout.flush()
     except UserError as error:
         raise _refused(name, str(error)) from None
-    except KeyboardInterrupt:
-        raise _refused(name, "interrupted", 128 + signal.SIGINT) from None
+    except KeyboardInterrupt as stop:
+        raise _refused(name, "interrupted", 128 + (stop.args or (signal.SIGINT,))[0]) from None
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         pass
     except OSError as error:
@@ -322,6 +324,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise _refused(name, f"{error.filename or 'writing'}: {error.strerror}; give another path") from None
     finally:
         _mute()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does: what is half written is taken away again."""
+
+    def end(number: int, _) -> None:
+        raise KeyboardInterrupt(number)
+
+    ours = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(n) == signal.SIG_DFL]
+    before = {n: signal.signal(n, end) for n in numbers}  # SIGHUP is another's under nohup
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 def _run(name: str, rest: list[str]) -> None:

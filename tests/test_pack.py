@@ -15,6 +15,7 @@ from helpers import alive, descendants, run_cli, wait_until
 from PIL import Image
 from small_imagenet import CLASSES, LAYOUTS, SPLITS, archives, folders, run
 
+from cpvt.cli import main
 from cpvt.data import pack as module
 from cpvt.data.datasets import load_tensors, open_dataset
 from cpvt.data.decode import BatchReader, Decoder, decode_image
@@ -142,21 +143,25 @@ def test_packed_and_refused_are_all_there_is(folder, tmp_path):
     assert len(set(keys)) == len(keys) and all("." not in key and len(key) <= 90 for key in keys)
 
 
-@pytest.mark.parametrize("victim", ["worker", "main"])
+@pytest.mark.parametrize("victim", ["worker", "main", "command"])
 def test_killed_in_the_middle_it_leaves_nothing_and_no_process(tmp_path, victim):
-    """Without its worker it ends in an error, soon; without their main process the workers end."""
+    """Without its worker it ends in an error, soon; without their main process the workers end; a command that is
+    asked to end takes away what it has written."""
     source, out = tmp_path / "source", tmp_path / "out"
     noise = numpy.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=numpy.uint8)
     put(source / "train" / "n1" / "0.png", encoded(Image.fromarray(noise), "PNG"))
     for i in range(1, 3000):  # a minute's work
         os.link(source / "train" / "n1" / "0.png", source / "train" / "n1" / f"{i}.png")
-    options = {"args": (source, out, ["train"]), "kwargs": {"workers": 2}}
-    main = multiprocessing.get_context("spawn").Process(target=module.pack, **options)
-    main.start()
-    wait_until(lambda: len(descendants(main.pid, 2)) == 2)  # its own child is the server that forks them
-    workers = descendants(main.pid, 2)
-    os.kill(main.pid if victim == "main" else workers[0], signal.SIGKILL)
-    wait_until(lambda: not any(map(alive, [main.pid, *workers])), limit=40)
+    words = ["pack", str(source), str(out), "--splits", "train", "--workers", "2"]
+    process = multiprocessing.get_context("spawn").Process(target=main, args=(words,))
+    process.start()
+    wait_until(lambda: len(descendants(process.pid, 2)) == 2)  # its own child is the server that forks them
+    workers = descendants(process.pid, 2)
+    if victim == "command":
+        wait_until(lambda: any(tar.stat().st_size for tar in out.glob(".train.unfinished/*.tar")))
+    number = signal.SIGTERM if victim == "command" else signal.SIGKILL
+    os.kill(workers[0] if victim == "worker" else process.pid, number)
+    wait_until(lambda: not any(map(alive, [process.pid, *workers])), limit=40)
     assert not (out / "train").exists() and (victim == "main" or not out.exists())
 
 
