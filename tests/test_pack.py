@@ -15,6 +15,7 @@ from helpers import alive, descendants, run_cli, wait_until
 from PIL import Image
 from small_imagenet import CLASSES, LAYOUTS, SPLITS, archives, folders, run
 
+from cpvt.cli import main
 from cpvt.data import pack as module
 from cpvt.data.datasets import load_tensors, open_dataset
 from cpvt.data.decode import BatchReader, Decoder, decode_image
