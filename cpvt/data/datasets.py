@@ -136,8 +136,7 @@ def open_dataset(
     """
     name, path = str(name_or_path), Path(local_path(name_or_path))
     if name in NAMED:
-        path = _fetched(name, Path(local_path(root)))
-        return _read_folder(path, split, name)
+        return _read_folder(_fetched(name, Path(local_path(root))), split, name)
     if not path.is_dir():
         raise DataError(f"no folder and no data set {name!r}; those known by name: {', '.join(NAMED)}")
     packed = (path / split / "index.json").is_file()
@@ -182,17 +181,15 @@ def _read_folder(path: Path, split: str, name: str) -> ImageDataset:
     others = Counter({f"{ending} beside the class folders": count for ending, count in loose.items()})
     items, labels = [], []
     for label, key in enumerate(known):
-        before = len(items)
-        for file in _files(here / own[key]) if key in own else ():
-            if (ending := _ending(file)) in ENDINGS:
-                items.append(os.fsencode(file))
-            else:
-                others[ending] += 1
-        if len(items) == before:
+        files = _files(here / own[key]) if key in own else []
+        images = [os.fsencode(file) for file in files if _ending(file) in ENDINGS]
+        if not images:
             beside = f"; {flat:,} images lie beside it" if flat else ""
             words = f"holds no images ({' '.join(ENDINGS)}){beside}: every class needs some"
             raise DataError(f"{here / known[key]} {words}")
-        labels += [label] * (len(items) - before)
+        items += images
+        labels += [label] * len(images)
+        others.update(ending for ending in map(_ending, files) if ending not in ENDINGS)
     return ImageDataset(name, split, classes, numpy.array(items), torch.tensor(labels), others)
 
 

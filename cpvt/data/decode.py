@@ -169,28 +169,24 @@ def decoding_fault(decode_jpegs: Callable, side: int) -> str:
     """
     turned = Image.Exif()
     turned[0x0112] = 6
-    kinds = {f"4:{a}:{b}": {"subsampling": i} for i, (a, b) in enumerate(((4, 4), (2, 2), (2, 0)))}
-    kinds |= {"turned by EXIF": {"exif": turned}}
+    kinds = {name: {"subsampling": name} for name in ("4:4:4", "4:2:2", "4:2:0")}
+    kinds["turned by EXIF"] = {"exif": turned}
     down, across = numpy.mgrid[:side, : side * 3 // 2]
     waves = 128 + 40 * numpy.sin(down / 3) * numpy.cos(across / 5)
     shades = 25 + 20 * numpy.sin(down / 40), numpy.zeros(down.shape), 20 * numpy.sin(across / 40) - 25
     image, jpegs = Image.fromarray(numpy.stack([waves + s for s in shades], 2).astype(numpy.uint8)), []
     for options in kinds.values():
-        with BytesIO() as file:
-            image.save(file, "JPEG", quality=90, **options)
-            data = file.getvalue()
-        with open_image(data) as opened:
-            jpegs.append(plain_jpeg(data, opened))
+        image.save(file := BytesIO(), "JPEG", quality=90, **options)
+        with open_image(file.getvalue()) as opened:
+            jpegs.append(plain_jpeg(file.getvalue(), opened))
     batch = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
     for kind, jpeg, found in zip(kinds, jpegs, decode_jpegs(batch), strict=True):
         if found.shape != (3, *down.shape):
             return f"{kind}: {tuple(found.shape)}, expected {(3, *down.shape)}"
-        apart = (found.cpu().int() - decode_image(jpeg).int()).abs()
-        if apart.max() > 12 or apart.float().mean() > 2:
-            words = (
-                f"{kind}: {apart.float().mean():.1f} levels from a CPU's in the mean, {apart.max()} at most"
-            )
-            return f"{words}; expected 2 and 12 at most"
+        apart = (found.cpu().float() - decode_image(jpeg)).abs()
+        mean, most = float(apart.mean()), int(apart.max())
+        if most > 12 or mean > 2:
+            return f"{kind}: {mean:.1f} levels from a CPU's in the mean, {most} at most; expected 2 and 12"
     return ""
 
 
@@ -347,10 +343,8 @@ class Decoder:
                 refused += not bad
         self.refused += refused
         if self.decode_jpegs and self.refused > max(8, self.asked / 2):
-            words = f"{self.refused} of {self.asked} refused"
-            proved(
-                f"decoding of {self.source!r:.60} on {self.device}", lambda: words, "worker processes decode"
-            )
+            name = f"decoding of {self.source!r:.60} on {self.device}"
+            proved(name, lambda: f"{self.refused} of {self.asked} refused", "worker processes decode")
             self.decode_jpegs = None
             self.reader.keep_from.zero_()
         return Batch(read.request, images, self.source.labels[indices], faults, refused)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import count, islice
 from multiprocessing import forkserver, resource_tracker
@@ -34,8 +34,7 @@ from cpvt.data.transforms import TrainTransform, area_resize, centre_resize, nor
 from cpvt.errors import ConfigError, DataError, typed
 
 FOR_DRAWN = "grid", "pixels", "train_size", "test_size"  # options of synthetic tasks alone
-FOR_IMAGES = "root", "image_size", "store", "stored_size", "interpolation", "crop_pct", "workers"
-FOR_IMAGES += "decode", "limit", "hold_out"  # of all others alone
+FOR_IMAGES = tuple(f.name for f in fields(DataConfig) if f.name not in ("name", *FOR_DRAWN))
 AHEAD = 3  # micro-batches that are made before the model on a GPU asks for them
 EVAL_BATCH = 256  # images
 UNUSABLE = 256  # images more than good ones, or as many as there are, end a run
@@ -49,11 +48,8 @@ def work(reader: Dataset, requests: Iterable, workers: int, finish: Callable | N
     options = {"sampler": requests, "num_workers": workers, "collate_fn": finish}
     if workers:
         # One request ahead a worker: the bytes of 1,024 photographs are 0.1 GB of shared memory.
-        options |= {
-            "prefetch_factor": 1,
-            "multiprocessing_context": "forkserver",
-            "worker_init_fn": _stand_apart,
-        }
+        options |= {"prefetch_factor": 1, "worker_init_fn": _stand_apart}
+        options["multiprocessing_context"] = "forkserver"
     try:
         loader = DataLoader(reader, batch_size=None, **options)
         yield from _started(loader) if workers else loader
@@ -155,13 +151,11 @@ class Loader:
     """What both kinds share. They also tell the names of the classes, image_size (height, width), the fingerprint
     of what is trained on, and the held-out images that were `unread`, by name."""
 
-    classes: tuple[str, ...]
+    passed_over = ""  # files whose names are not an image's, for people
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
-
-    passed_over = ""  # files whose names are not an image's, for people
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -268,7 +262,8 @@ class ImageLoader(Loader):
         if not (cuda := self.device.type == "cuda"):
             finish = partial(_in_one_thread, finish)
         if isinstance(images, ImageTensors):
-            batches = (finish(_picked(images, request)) for request in requests)
+            asked = ((request, send(request.indices, images.images.device)) for request in requests)
+            batches = (finish(Batch(r, images.images[index], images.labels[index])) for r, index in asked)
         else:
             decoder = Decoder(images, self.device, self.data.decode)
             if not cuda:
@@ -281,11 +276,6 @@ def _own_part(count: int, rank: int, world_size: int) -> tuple[Tensor, ...]:
     """This process's part of `count` samples, in lists; none where there are fewer samples than processes."""
     own = torch.arange(count)[rank::world_size]
     return own.split(EVAL_BATCH) if len(own) else ()
-
-
-def _picked(images: ImageTensors, request: Request) -> Batch:
-    index = send(request.indices, images.images.device)
-    return Batch(request, images.images[index], images.labels[index])
 
 
 def _finished(decoder: Decoder, finish: Callable, read: ReadBatch) -> Batch:

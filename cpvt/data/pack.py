@@ -109,10 +109,9 @@ def _write(writer: ShardWriter, data: ImageDataset, root: Path, workers: int) ->
     examined = work(_Examiner(data), order, workers if workers > 1 else 0)
     names = [data.path(i).relative_to(root) for i in range(len(data))]
     keys, kinds, refused = _keys(data, names), Counter(), []
+    shown = tqdm(examined, data.split, len(order), unit="img", disable=None)
     with closing(examined):
-        for i, found in zip(
-            order, tqdm(examined, data.split, len(order), unit="img", disable=None), strict=True
-        ):
+        for i, found in zip(order, shown, strict=True):
             if isinstance(found, str):
                 refused.append((str(names[i]), found))
                 continue
@@ -161,9 +160,7 @@ def _keys(data: ImageDataset, names: list[Path]) -> list[str]:
 
 
 @contextmanager
-def _open_source(
-    source: Path, splits: list[str], scratch: Path
-) -> Iterator[tuple[Path, dict[str, ImageDataset]]]:
+def _open_source(source: Path, splits: list[str], scratch: Path) -> Iterator[tuple[Path, dict]]:
     """The folder that holds the splits, and what is to be packed of each."""
     if not source.is_dir():
         raise DataError(f"no folder {source}: give one with train/ and val/, or with {DEVKIT}")

@@ -89,8 +89,7 @@ class Shards(Dataset):
         index = torch.as_tensor(index)
         chosen = copy.copy(self)
         chosen.__dict__.pop("fingerprint", None)
-        for name in ("labels", "_spans"):
-            setattr(chosen, name, getattr(self, name)[index])
+        chosen.labels, chosen._spans = self.labels[index], self._spans[index]
         return chosen
 
     @cached_property

@@ -34,9 +34,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, 3, h, w) uint8 -> (B, 3, *size): Pillow's antialiased bicubic; a GPU rounds only at the end."""
     if not images.is_cuda:
         return F.interpolate(images, size, mode="bicubic", antialias=True)
-    if (
-        images.shape[2] > 40 * size[0] or images.shape[3] > 40 * size[1]
-    ):  # CUDA's filter has no room for so many
+    if images.shape[2] > 40 * size[0] or images.shape[3] > 40 * size[1]:  # CUDA's filter has no room
         return resize(images.cpu(), size).to(images.device)
     images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)  # CUDA: of floats alone
     return images.round_().clamp_(0, 255).to(torch.uint8)
@@ -318,13 +316,10 @@ class TrainTransform:
     def _resize(self, images: Sequence[Tensor] | Tensor, flip: Tensor, where: tuple) -> Tensor:
         """A random part of each image, or its centre, at the size wanted: a new tensor (B, 3, H, W) uint8."""
         whole = torch.tensor([image.shape[1:] for image in images])
+        boxes = crop_boxes(self.config, *where, *whole.T) if self.config.crop else F.pad(whole, (2, 0))
         if self.area:
-            boxes = F.pad(whole, (2, 0))
-            if self.config.crop:
-                boxes = crop_boxes(self.config, *where, *whole.T)
             pixels = area_resize(images, boxes, self.size)
         elif self.config.crop:
-            boxes = crop_boxes(self.config, *where, *whole.T)
             crops = zip(images, boxes.tolist(), strict=True)
             parts = (image[None, :, y : y + h, x : x + w] for image, (y, x, h, w) in crops)
             pixels = torch.cat([resize(part, self.size) for part in parts])
