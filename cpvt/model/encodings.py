@@ -429,10 +429,8 @@ class EncodingSum(Encoding):
         for part in self.children():
             counts = not isinstance(part, LearnedEncoding) and getattr(part.config, "resize", "raw") != "raw"
             if counts and grid != self.grid:
-                words = (
-                    f"counts in parts of the trained grid {self.grid}, which stays; every size runs anyway"
-                )
-                raise ConfigError(f"{part.config} {words}")
+                trained = f"the trained grid {self.grid}, which stays"
+                raise ConfigError(f"{part.config} counts in parts of {trained}; every size runs anyway")
         for part in (self, *self.children()):
             part.grid = grid
 

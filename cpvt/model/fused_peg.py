@@ -152,9 +152,7 @@ def launch_backward(g: Tensor, x: Tensor, weight: Tensor, H: int, W: int) -> tup
     return dx, total[:-1].t().reshape(weight.shape).contiguous(), total[-1].clone()
 
 
-_spills: dict[
-    str, int
-] = {}  # of the kernels that were run last, in bytes a thread; the interpreter knows none
+_spills = {}  # of the kernels that were run last, in bytes a thread; the interpreter knows none
 
 
 def _channels_last(x: Tensor) -> Tensor:

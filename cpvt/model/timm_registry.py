@@ -20,9 +20,8 @@ FIXED = {"drop_rate": 0, "dynamic_img_size": True, "dynamic_img_pad": False, "st
 # ImageNet's mean and deviation, which are timm's defaults.
 CFG = {"input_size": (3, 224, 224), "crop_pct": 0.875, "first_conv": "patch_embed.proj"}
 HEADS = {name: ("head", "head_dist") if name.endswith("_distilled") else "head" for name in model_names()}
-default_cfgs = generate_default_cfgs(  # where `register_model` looks for them
-    {name: {**CFG, "classifier": head} for name, head in HEADS.items()}
-)
+# Where `register_model` looks for them.
+default_cfgs = generate_default_cfgs({name: {**CFG, "classifier": head} for name, head in HEADS.items()})
 
 
 def _build(name: str, global_pool: str | None = None, **kw: Any) -> VisionTransformer:

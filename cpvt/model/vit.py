@@ -272,9 +272,8 @@ class VisionTransformer(nn.Module):
         """A new head, or none for 0 classes. The pooling is the configuration's; without a head also "": none."""
         own = self.config.global_pool
         if global_pool not in (None, own) and (global_pool or num_classes):
-            raise ConfigError(
-                f"{global_pool=}, {num_classes=}; expected {own!r}, or '' (tokens) and 0 classes"
-            )
+            found = f"{global_pool=}, {num_classes=}"
+            raise ConfigError(f"{found}; expected {own!r}, or '' (tokens) and 0 classes")
         self.num_classes, self.global_pool = num_classes, own if global_pool is None else global_pool
         self.config = replace(self.config, num_classes=num_classes)
         for name in ("head", "head_dist")[: 1 + self.config.distilled]:

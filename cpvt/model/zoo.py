@@ -99,20 +99,31 @@ def load_weights(model: nn.Module, weights: str | Path | dict, resample: bool | 
         more += "; resample=True resamples a table" if "pos_embed" in wrong[0] else ""
         raise UserError(f"weights do not fit the model, nothing was loaded: {'; '.join(wrong[:3])}{more}")
     if wild := [key for key in keys if not state[key].float().isfinite().all()]:
-        raise UserError(
-            f"weights are not finite, nothing was loaded: {', '.join(wild[:3])}; give other weights"
-        )
+        raise UserError(f"weights are not finite, nothing was loaded: {', '.join(wild[:3])}; give others")
     model.load_state_dict(state, strict=True)
     return model
 
 
 def read_weights(weights: str | Path | dict, model: nn.Module) -> dict:
     """A file or a state dict, as `load_weights` takes it -> names, those of the model, and tensors."""
-    state, average = _unwrapped(weights if isinstance(weights, dict) else _read(Path(weights)), model)
+    state, average = weights if isinstance(weights, dict) else _read(Path(weights)), ""
+    for _ in range(3):  # some are wrapped twice; none without end
+        if state.get("ema") and isinstance(state["ema"], list) and isinstance(state.get("model"), dict):
+            names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            if len(names) != len(state["ema"]):
+                words = f"{len(state['ema'])} averaged tensors, the model trains {len(names)}"
+                raise UserError(f"weights do not fit the model, nothing was loaded: {words}")
+            state, average = {**state["model"], **dict(zip(names, state["ema"], strict=True))}, "ema"
+        key = next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)
+        state, average = state.get(key, state), key if key in AVERAGES else average
     if average:
         words = f"the running average of the weights is taken, {average!r} of the checkpoint"
         warnings.warn(words, stacklevel=3)
-    return state
+    # DistributedDataParallel and torch.compile put their names in front, in any order, or in front of a block;
+    # PyTorch's AveragedModel does, and counts.
+    state = {key: value for key, value in state.items() if key != "n_averaged"}
+    names = [re.sub(r"^(module\.)+", "", str(key).replace("_orig_mod.", "")) for key in state]
+    return dict(zip(names, state.values(), strict=True)) if len({*names}) == len(names) else state
 
 
 def _read(path: Path) -> dict:
@@ -126,32 +137,11 @@ def _read(path: Path) -> dict:
     except Exception as error:  # every reader has errors of its own, and some run over many lines
         text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip() or type(error).__name__
         reason = text.rpartition("WeightsUnpickler error: ")[2].partition(". ")[0].splitlines()[0][:120]
-        raise UserError(
-            f"{path}: no weights can be read; expected tensors and plain values ({reason})"
-        ) from None
+        words = f"no weights can be read; expected tensors and plain values ({reason})"
+        raise UserError(f"{path}: {words}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}; expected a dictionary of tensors")
     return state
-
-
-def _unwrapped(state: dict, model: nn.Module) -> tuple[dict, str]:
-    """A training script's checkpoint -> the weights in it, under the model's own names, and under which name it
-    had the average, where it had one."""
-    average = ""
-    for _ in range(3):  # some are wrapped twice; none without end
-        if state.get("ema") and isinstance(state["ema"], list) and isinstance(state.get("model"), dict):
-            names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-            if len(names) != len(state["ema"]):
-                words = f"{len(state['ema'])} averaged tensors, the model trains {len(names)}"
-                raise UserError(f"weights do not fit the model, nothing was loaded: {words}")
-            state, average = {**state["model"], **dict(zip(names, state["ema"], strict=True))}, "ema"
-        key = next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)
-        state, average = state.get(key, state), key if key in AVERAGES else average
-    # DistributedDataParallel and torch.compile put their names in front, in any order, or in front of a block;
-    # PyTorch's AveragedModel does, and counts.
-    state = {key: value for key, value in state.items() if key != "n_averaged"}
-    names = [re.sub(r"^(module\.)+", "", str(key).replace("_orig_mod.", "")) for key in state]
-    return (dict(zip(names, state.values(), strict=True)) if len({*names}) == len(names) else state), average
 
 
 def _shape(value: Any) -> str:
