@@ -64,8 +64,6 @@ def work(reader: Dataset, requests: Iterable, workers: int, finish: Callable | N
 
 # SLURM announces the end of a job with SIGUSR1, a terminal its own with SIGHUP.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-
-
 _servers: dict[int, forkserver.ForkServer] = {}  # by the process that has it: a fork needs its own
 
 

@@ -11,6 +11,7 @@ Letters: B images, G groups of g images mixed among each other, (H, W) what the 
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy
@@ -265,26 +266,25 @@ def beta(key: str, alpha: float, *counters: int | Tensor) -> Tensor:
     return torch.tensor(drawn, dtype=torch.float64).view(seeds.shape)
 
 
+@dataclass
 class TrainTransform:
     """Training images -> what the model sees, and its targets.
 
     `label_smoothing` enters mixed labels only: where nothing is mixed, labels stay numbers, the loss smooths.
     """
 
-    def __init__(
-        self,
-        config: AugmentConfig,
-        image_size: int | Grid,
-        classes: int,
-        label_smoothing=0.0,
-        seed=0,
-        device="cpu",
-        area=False,
-    ):
-        self.config, self.size, self.classes, self.area = config, pair(image_size), classes, area
-        self.label_smoothing, self.seed, self.device = label_smoothing, seed, torch.device(device)
-        self.notation = parse(config.randaugment) if config.randaugment else None
-        kind = {"dtype": torch.float32, "device": device}
+    config: AugmentConfig
+    size: int | Grid
+    classes: int
+    label_smoothing: float = 0.0
+    seed: int = 0
+    device: str | torch.device = "cpu"
+    area: bool = False  # how images are resized, as in DataConfig.interpolation
+
+    def __post_init__(self):
+        self.size, self.device = pair(self.size), torch.device(self.device)
+        self.notation = parse(self.config.randaugment) if self.config.randaugment else None
+        kind = {"dtype": torch.float32, "device": self.device}
         self.mean, self.std = (torch.tensor(v, **kind)[:, None, None] for v in (MEAN, STD))
 
     def __call__(

@@ -383,8 +383,7 @@ class RotaryEncoding(Encoding):
 
     def __init__(self, config: Rotary, model: ModelConfig):
         super().__init__(config, model)
-        if model.width // model.heads % 4:
-            width = model.width // model.heads
+        if (width := model.width // model.heads) % 4:
             raise ConfigError(f"rotary: head width {width}; two axes of pairs need a multiple of 4")
 
     def rotate(self, block, q, k, grid):

@@ -28,11 +28,7 @@ from cpvt.errors import ConfigError, UserError, nearest, typed
 from cpvt.model.vit import VisionTransformer
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
-ENCODINGS = {
-    "deit_{}": "learned",
-    "cpvt_{}": "peg",
-    "cpvt_{}_5peg": "peg(positions=(0, 1, 2, 3, 4))",
-}
+ENCODINGS = {"deit_{}": "learned", "cpvt_{}": "peg", "cpvt_{}_5peg": "peg(positions=(0, 1, 2, 3, 4))"}
 SUFFIXES = {"": {}, "_gap": {"global_pool": "avg"}, "_distilled": {"distilled": True}}
 MODELS = {
     name.format(size) + suffix: ModelConfig(width=width, heads=heads, encoding=encoding, **changes)
