@@ -319,14 +319,12 @@ class Decoder:
         if self.decode_jpegs and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         lengths, indices = [span[0] for span in read.spans], read.request.indices
-        faults, refused = [*read.faults], 0
-        images = [*read.data.split(lengths)]
-        jpegs = {i: images[i] for i, (*_, encoded) in enumerate(read.spans) if encoded}
-        if len(jpegs) < len(images):  # what the worker decoded goes to the device in one copy
-            images = [*send(read.data, self.device).split(lengths)]
-        for i, (_, height, width, encoded) in enumerate(read.spans):
-            if not encoded:
-                images[i] = images[i].view(height, width, 3).permute(2, 0, 1)
+        faults, refused, pieces = [*read.faults], 0, read.data.split(lengths)
+        jpegs = {i: pieces[i] for i, (*_, encoded) in enumerate(read.spans) if encoded}
+        if len(jpegs) < len(pieces):  # what the worker decoded goes to the device in one copy
+            pieces = send(read.data, self.device).split(lengths)
+        spans = zip(pieces, read.spans, strict=True)
+        images = [p if encoded else p.view(h, w, 3).permute(2, 0, 1) for p, (_, h, w, encoded) in spans]
         if jpegs and self.decode_jpegs:
             for i, result in zip([*jpegs], bisect(self.decode_jpegs, [*jpegs.values()]), strict=True):
                 if isinstance(result, Tensor) and result.shape == (3, *read.spans[i][1:3]):

@@ -92,9 +92,8 @@ def _started(loader: DataLoader) -> Iterator:
     forkserver.connect_to_new_process = _server().connect_to_new_process
     try:
         return iter(loader)
-    except (
-        BaseException
-    ):  # those that stand already would miss the signal that is to end them, and be waited for
+    except BaseException:
+        # Those that stand already would miss the signal that is to end them, and be waited for.
         for worker in {*multiprocessing.active_children()} - before:
             worker.kill()
         raise
