@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from cpvt.config import RunConfig, TrainConfig, from_json, replace, to_json
+from cpvt.config import RunConfig, TrainConfig, replace, to_json
 from cpvt.data.datasets import refuse_among_images
 from cpvt.data.loader import make_loader
 from cpvt.data.synthetic import CLASSES
 from cpvt.errors import ConfigError, DataError, TrainingError, UserError, typed
 from cpvt.model.vit import VisionTransformer
 from cpvt.rng import uniform
-from cpvt.training.checkpoint import Checkpoints, check_shapes, differences, only_run, save_model, start_from
+from cpvt.training.checkpoint import Checkpoints, check_state, only_run, other_run, save_model, start_from
 from cpvt.training.compiled import compile_model
 from cpvt.training.distributed import World, join_world, pick_device, say
 from cpvt.training.evaluate import accuracy, autocast
@@ -55,9 +55,7 @@ class Trainer:
     Order and learning rate are functions of the step, so that `state` is all that a checkpoint has to hold.
     """
 
-    def __init__(
-        self, config: TrainConfig, world: World, make=make_loader, report=None, announce=None, given=()
-    ):
+    def __init__(self, config, world: World, make=make_loader, report=None, announce=None, given=()):
         """The arguments are those of `train`."""
         self.world, run = world, config.run
         names = ("global_batch_size", "micro_batch_size", "label_smoothing")
@@ -91,6 +89,8 @@ class Trainer:
         self.losses: deque[Tensor] = deque(maxlen=max(20, run.log_every))  # the last ones
         self.step, self.log = 0, []  # steps taken; entries of the log
         self.saved, self.updating = 0, False  # step of the newest checkpoint; whether a step is half taken
+        self.identity = {"config": to_json(config), "fingerprint": self.loader.fingerprint}
+        self.identity |= {"classes": [*classes], "teacher": self.loss.sha256}
         self.checkpoints = Checkpoints(Path(run.out) / "checkpoints", run.keep_checkpoints)
         notes = self._resume() if run.out else []
 
@@ -100,19 +100,20 @@ class Trainer:
             scale = drop_path_scale(self.model, 0, torch.arange(B), run.seed, like=like)
             compile_model(self.model, self.loss, run, B, scale)
         self.forward = world.wrap(self.model)
+        if began and not self.step:
+            (said if announce else notes).append(began)
         if announce and world.is_main:
-            said += [began] if began and not self.step else []
             announce("\n".join([describe(config, self.model, self.loader, world), *said]))
-        shown = report, bool(announce)
-        self.logger = world.main_first(lambda: Logger(config, self.step, self.log, world, *shown))
-        if began and not (announce or self.step):
-            notes.append(began)
+        bar = bool(announce)
+        self.logger = world.main_first(lambda: Logger(config, self.step, self.log, world, report, bar))
         for note in notes:
             self.logger.note(self.step, note)
 
     def _resume(self) -> list[str]:
         """Takes up the newest whole checkpoint, the same in all processes, if there is one; -> what to say."""
-        step, spoiled = self.checkpoints.latest(self._check) if self.world.is_main else (0, [])
+        own = self.identity, self.optimizer, self.ema.average if self.ema else []
+        check = lambda saved: check_state(saved, *own)  # noqa: E731
+        step, spoiled = self.checkpoints.latest(check) if self.world.is_main else (0, [])
         notes = [f"passed over {name}: it is not what was written" for name in spoiled]
         step, out = int(self.world.broadcast(str(step))), f"run.out={self.config.run.out!r}"
         if not step:
@@ -123,7 +124,7 @@ class Trainer:
         saved = self.checkpoints.read(step)
         if self.world.any(saved is None):
             raise ConfigError(f"{out}: not every process can read step {step}; use a disk that all share")
-        if found := self._differences(saved):
+        if found := other_run(self.identity, saved):
             raise ConfigError(f"{out} holds another run ({'; '.join(found)}): give another folder")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -134,39 +135,12 @@ class Trainer:
             torch._foreach_copy_(self.ema.average, saved["ema"])
         return [*notes, f"going on after step {self.step}"]
 
-    def _differences(self, saved: dict) -> list[str]:
-        """In what the run of a checkpoint is another one than this."""
-        found = differences(self.config, from_json(TrainConfig, saved["config"]), self.loader.fingerprint)
-        if saved["fingerprint"] != self.loader.fingerprint:
-            found.append("data: other training images there than here")
-        if saved.get("teacher", self.loss.sha256) != self.loss.sha256:
-            found.append("distill: other weights of the teacher there than here")
-        return found
-
-    def _check(self, saved: dict) -> None:
-        """Raises an error, of whatever kind, unless this is a `state` of the run that it says to be."""
-        check_shapes(from_json(TrainConfig, saved["config"]).model, saved["model"])
-        if self._differences(saved):
-            return  # another run, for which it is refused
-        sizes = [p.shape for group in self.optimizer.param_groups for p in group["params"]]
-        moments, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
-        fits = [type(saved["step"]) is int, saved["losses"].ndim == 1, saved["skips"].shape == (2,)]
-        fits += [type(entry["step"]) is int for entry in saved["log"]]
-        fits += [sizes[i] == m["exp_avg"].shape == m["exp_avg_sq"].shape for i, m in moments.items()]
-        fits += [
-            [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.optimizer.param_groups]
-        ]
-        fits += [[a.shape for a in saved["ema"]] == [a.shape for a in (self.ema.average if self.ema else [])]]
-        if not all(fits):
-            raise ValueError
-
     def state(self) -> dict:
         """-> tensors, numbers and text alone, which `torch.load(weights_only=True)` reads back."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"step": self.step, "log": self.log, "losses": torch.stack([*self.losses])}
         state |= {"skips": self.skips.counts, "ema": self.ema.average if self.ema else []}
-        state |= {"classes": [*self.loader.classes], "teacher": self.loss.sha256}
-        return state | {"config": to_json(self.config), "fingerprint": self.loader.fingerprint}
+        return state | self.identity
 
     def save(self, alone: bool = False) -> None:
         """Writes a checkpoint; the others wait for it, so that nobody leaves, and is counted as lost, before."""
@@ -364,10 +338,11 @@ def train(
                 trainer.rescue(error)
                 if not world.is_main:  # of whose errors the command line says nothing
                     say(f"process {world.rank}: {error}")
-                operator, marked, _ = str(error).partition(" does not have a deterministic implementation")
-                if marked:
-                    words = f"{operator} has no deterministic implementation on {world.device}"
-                    words = f"{words}; run without it, or without what needs it"
+                operator, lacking, _ = str(error).partition(" does not have a deterministic implementation")
+                if lacking:
+                    words = (
+                        f"{operator} has no deterministic implementation on {world.device}: run without it"
+                    )
                     raise TrainingError(f"run.deterministic: {words}") from error
                 raise
             run.model.eval()
@@ -379,8 +354,7 @@ def train(
             run.seconds = round(time.perf_counter() - started, 1)
             logger.entry({"step": run.steps, **run.metrics, "faults": run.faults, "seconds": run.seconds})
         if config.run.out and world.is_main:
-            folder = Path(config.run.out)
-            classes = trainer.loader.classes
+            folder, classes = Path(config.run.out), trainer.loader.classes
             try:
                 save_model(folder / MODEL, model, config, classes)
                 if trainer.ema:
