@@ -341,7 +341,7 @@ def train(
                 operator, lacking, _ = str(error).partition(" does not have a deterministic implementation")
                 if lacking:
                     words = (
-                        f"{operator} has no deterministic implementation on {world.device}: run without it"
+                        f"{operator} has no deterministic implementation on {world.device}; run without it"
                     )
                     raise TrainingError(f"run.deterministic: {words}") from error
                 raise
