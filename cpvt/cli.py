@@ -316,9 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pass
     except OSError as error:
         unprinted = error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF)
-        if (
-            not error.filename and not unprinted
-        ):  # neither a path of the user's nor the output: a fault of ours
+        if not (error.filename or unprinted):  # neither a path of the user's nor the output
             raise
         raise _refused(name, f"{error.filename or 'writing'}: {error.strerror}; give another path") from None
     finally:

@@ -340,10 +340,8 @@ def train(
                     say(f"process {world.rank}: {error}")
                 operator, lacking, _ = str(error).partition(" does not have a deterministic implementation")
                 if lacking:
-                    words = (
-                        f"{operator} has no deterministic implementation on {world.device}; run without it"
-                    )
-                    raise TrainingError(f"run.deterministic: {words}") from error
+                    words = f"{operator} has no deterministic implementation on {world.device}"
+                    raise TrainingError(f"run.deterministic: {words}; run without it") from error
                 raise
             run.model.eval()
             run.history, run.steps = logger.history, trainer.step
