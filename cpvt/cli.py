@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from cpvt.errors import ConfigError, TrainingError, UserError, nearest
+from cpvt.errors import ConfigError, TrainingError, UserError, check_name
 
 INTERRUPTED = 75  # exit status of a run that was stopped and can go on: the sysexits' "try again"
 ABOUT_TRAINING = """Train a model.
@@ -58,8 +58,7 @@ def _train(arguments: list[str]) -> None:
     from cpvt.training.train import train
 
     start, rest = _parse(Start, arguments, "train", return_unknown_args=True, add_help=False)
-    if start.recipe not in RECIPES:
-        raise ConfigError(f"no recipe {start.recipe!r}; {nearest(start.recipe, RECIPES)}")
+    check_name("recipe", start.recipe, RECIPES)
     default = RECIPES[start.recipe](start.model)
     default = replace(default, data=replace(default.data, name=start.data or default.data.name))
     recipes = "\n".join(f"  {name:15} {build.__doc__.splitlines()[0]}" for name, build in RECIPES.items())
@@ -69,17 +68,16 @@ def _train(arguments: list[str]) -> None:
     go_on = "the same command goes on from there" if config.run.out else "give --run.out to keep a run"
     try:
         run = train(config, report=_print_entry, announce=partial(say, name="stdout"), given=given)
-    except torch.OutOfMemoryError:
-        raise TrainingError("the GPU's memory is full: give a smaller --optim.micro-batch-size") from None
     except Stopped as stop:
         if _is_main():
             say(f"stopped by {stop}; {go_on}", "stdout")
         raise SystemExit(INTERRUPTED) from None
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not full:
             raise
-        words = "the memory is full: give a smaller model, smaller images or --optim.micro-batch-size"
-        raise TrainingError(words) from None
+        words = "give a smaller --optim.micro-batch-size, smaller images or a smaller model"
+        raise TrainingError(f"the memory is full: {words}") from None
     if not _is_main():
         return
     where = f"; log, checkpoints and model in {config.run.out}" if config.run.out else "; nothing kept"
@@ -237,21 +235,22 @@ class Experiments:
         from cpvt.training.distributed import pick_device
 
         known = {**EXPERIMENTS, "baselines": measure_baselines, "costs": measure_costs}
-        if self.name not in {*known, ""}:
-            raise ConfigError(f"no experiment {self.name!r}; {nearest(self.name, known)}")
-        costs, baselines, which = self.name == "costs", self.name == "baselines", ("root", "only", "grid")
+        if self.name:
+            check_name("experiment", self.name, known)
+        costs, which, how = self.name == "costs", ("root", "only", "grid"), ("out", "budget_minutes")
         given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
-        acting = {"": {"list"}, "costs": {"list"} if self.list else {"out", "budget_minutes", "device"}}
-        acting |= {"baselines": {"root", "out"}}
-        fit = acting.get(self.name, {*which, "list"} if self.list else {*which, "out", "budget_minutes"})
-        if unfit := [name for name in given if name not in {*fit, "name"}]:
+        acting = {"": (), "baselines": ("root", "out"), "costs": (*how, "device")}
+        acting = acting.get(self.name, (*which, *how))
+        if self.list and self.name != "baselines":
+            acting = "list", *(name for name in acting if name in which)
+        if unfit := [name for name in given if name not in ("name", *acting)]:
             where = f"the experiment {self.name!r}" if self.name else "the list of experiments"
             where += ", listed," if self.list and self.name else ""
             raise ConfigError(f"{where} has no {', '.join(unfit)}: leave it out")
         given = {name: value for name, value in given.items() if name in which}
         if not self.name:
             return _list(known)
-        if baselines:
+        if self.name == "baselines":
             return measure_baselines(self.root, self.out, _print_row)
         rows = cost_rows() if costs else jobs(self.name, **given)
         if self.list:
@@ -317,9 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pass
     except OSError as error:
         unprinted = error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF)
-        if (
-            not error.filename and not unprinted
-        ):  # no path of the user's, nor what is printed: a fault of ours
+        if not (error.filename or unprinted):  # neither a path of the user's nor the output
             raise
         raise _refused(name, f"{error.filename or 'writing'}: {error.strerror}; give another path") from None
     finally:
@@ -347,8 +344,7 @@ def _run(name: str, rest: list[str]) -> None:
     if name in ("-h", "--help"):
         print("usage: cpvt COMMAND [options]   (cpvt COMMAND --help says more)\n")
         return _list(COMMANDS)
-    if name not in COMMANDS:
-        raise ConfigError(f"no command {name!r}; {nearest(name, COMMANDS)}")
+    check_name("command", name, COMMANDS)
     run, home = COMMANDS[name], os.path.expanduser("~")
     rest = [re.sub(r"^(--[^=]+=)?~(?=/|$)", rf"\g<1>{home}", word) for word in rest]  # a shell leaves --x=~
     _parse(run, rest, name)() if isinstance(run, type) else run(rest)

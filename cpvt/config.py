@@ -258,15 +258,14 @@ def _parts(node: ast.expr, text: str) -> list[EncodingPart]:
     names = {keyword.arg for keyword in call.keywords}  # None: **options; fewer than keywords: one twice
     if not isinstance(call.func, ast.Name) or call.args or None in names or len(names) < len(call.keywords):
         raise ConfigError(f"encoding {_short(text)}: expected NAME or NAME(option=value, ...), joined by +")
-    if call.func.id not in ENCODINGS:
-        raise ConfigError(
-            f"encoding {_short(text)}: no kind {call.func.id!r}; {nearest(call.func.id, ENCODINGS)}"
-        )
+    kind, where = call.func.id, f"encoding {_short(text)}"
+    if kind not in ENCODINGS:
+        raise ConfigError(f"{where}: no kind {kind!r}; {nearest(kind, ENCODINGS)}")
     try:
         given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except (ValueError, TypeError, RecursionError, MemoryError):
-        raise ConfigError(f"encoding {_short(text)}: the options must be plain values") from None
-    return [_build(ENCODINGS[call.func.id], given, f"encoding {_short(text)}")]
+        raise ConfigError(f"{where}: the options must be plain values") from None
+    return [_build(ENCODINGS[kind], given, where)]
 
 
 def format_encoding(parts: tuple[EncodingPart, ...]) -> str:

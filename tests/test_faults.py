@@ -259,7 +259,7 @@ def test_what_goes_wrong_outside_of_a_step_costs_no_step(image_folder, whole, tm
     with mock.patch("torch.optim.AdamW.step", side_effect=RuntimeError), pytest.raises(RuntimeError):
         train(config)
     assert Checkpoints(tmp_path / "out" / "checkpoints").latest()[0] == 7
-    with mock.patch("cpvt.training.train.accuracy", side_effect=RuntimeError), pytest.raises(RuntimeError):
+    with mock.patch("cpvt.training.trainer.accuracy", side_effect=RuntimeError), pytest.raises(RuntimeError):
         train(config)
     assert Checkpoints(tmp_path / "out" / "checkpoints").latest()[0] == 9
     assert train(config).metrics == whole.metrics

@@ -2,7 +2,7 @@
 
     cpvt benchmark --data DIR          the first four parts, as far as they fit the budget, compilation included
     cpvt benchmark --all --data DIR    every part but the last, each in a process and a time limit of its own
-    cpvt benchmark --bytes             the last: needs no GPU
+    cpvt benchmark --only bytes        the last: needs no GPU
 
 DIR: a folder with train/CLASS/*.JPEG, or shards. What no longer fits the budget is named; --only gives such parts
 a run of their own. A part of --all that fails, or hangs, does not keep the next from running.
@@ -60,7 +60,7 @@ from cpvt.data.datasets import ImageDataset, open_dataset
 from cpvt.data.decode import Decoder, find_jpeg_decoder, gpu_decoder
 from cpvt.data.loader import make_loader
 from cpvt.data.shards import Shards
-from cpvt.errors import ConfigError, nearest
+from cpvt.errors import check_name
 from cpvt.lab import experiments, results
 from cpvt.lab.experiments import FIVE, KERNEL_27, synthetic_config
 from cpvt.lab.results import Result, append, commit, complete, device_name, fingerprint, results_folder
@@ -320,15 +320,10 @@ def pipeline(bench: Bench) -> Rows:
 
 def attention(bench: Bench) -> Rows:
     """(B, h, T, d) as in the model, h = 3, T = 197."""
-    kinds = {
-        "FLASH_ATTENTION": 1,
-        "EFFICIENT_ATTENTION": bench.cuda,
-        "CUDNN_ATTENTION": bench.cuda,
-        "MATH": 1,
-    }
+    kinds = ["FLASH_ATTENTION", "MATH"] + ["EFFICIENT_ATTENTION", "CUDNN_ATTENTION"] * bench.cuda
     options = {"device": bench.device, "dtype": torch.bfloat16 if bench.cuda else torch.float32}
     parts = [torch.randn(bench.size.batch_size, 3, 197, 64, requires_grad=True, **options) for _ in "qkv"]
-    for name in filter(kinds.get, kinds):
+    for name in kinds:
 
         def both():
             F.scaled_dot_product_attention(*parts).sum().backward()
@@ -434,17 +429,15 @@ def command(name: str, given: "Benchmark", data: str, minutes: float) -> list[st
         rows = ["photographs", "--only", "core", "--grid", "14", "--budget-minutes", f"{minutes:.2f}"]
         return [*cpvt, "experiments", *rows, *out]
     if name == "train":
-        small = given.size == "cpu"
-        words = ["--data", data, "--data.hold-out", "4", "--data.workers", "2" if small else "-1"]
-        words += (
-            "--augment.repeated-aug 1 --augment.mix-group 4 --run.evaluate-every 0 --run.log-every 2".split()
-        )
-        words += "--optim.epochs 0 --optim.warmup-epochs 0 --optim.steps 6 --optim.warmup-steps 2".split()
-        words += ["--optim.micro-batch-size", "2" if small else "64"]
-        words += ["--optim.global-batch-size", "4" if small else "128"]
-        if small:
-            words += "--run.precision fp32 --run.compile off --run.device cpu --data.image-size 32".split()
-        return [*cpvt, "train", "--recipe", "deit", "--model", "cpvt_tiny_5peg", *words]
+        words = "--data.hold-out 4 --augment.repeated-aug 1 --augment.mix-group 4 --run.evaluate-every 0"
+        words += " --run.log-every 2 --optim.epochs 0 --optim.warmup-epochs 0 --optim.steps 6"
+        words += " --optim.warmup-steps 2"
+        if given.size == "cpu":
+            words += " --optim.micro-batch-size 2 --optim.global-batch-size 4 --data.workers 2"
+            words += " --data.image-size 32 --run.precision fp32 --run.compile off --run.device cpu"
+        else:
+            words += " --optim.micro-batch-size 64 --optim.global-batch-size 128"
+        return [*cpvt, *"train --recipe deit --model cpvt_tiny_5peg --data".split(), data, *words.split()]
     options = ["--data", data, "--size", given.size, "--budget-minutes", f"{minutes:.2f}"]
     return [*cpvt, "benchmark", "--only", name, *options, *out]
 
@@ -453,8 +446,8 @@ def run_part(name: str, words: list[str], seconds: float) -> str:
     """-> "done", or why not. What it leaves running ends with it."""
     eager = {"TORCHDYNAMO_DISABLE": "1"} if name in ("peg", "attention", "decode", "photographs") else {}
     with tempfile.TemporaryFile("w+") as errors:
-        own = {"stderr": errors, "env": os.environ | eager, "start_new_session": True}
-        process = subprocess.Popen(words, **own)
+        environment = os.environ | eager
+        process = subprocess.Popen(words, stderr=errors, env=environment, start_new_session=True)
         try:
             process.wait(seconds)
             reason = f"status {process.returncode}" if process.returncode else ""
@@ -482,20 +475,19 @@ class Benchmark:
     size: Literal["auto", "gpu", "cpu"] = "auto"  # cpu: a small version that takes seconds and proves little
     only: tuple[str, ...] = ()  # some parts; none: peg step decode pipeline, or with --all all
     all: bool = False  # those and short training, tests, photographs, each in a process and a time of its own
-    bytes: bool = False  # bytes that the kernels of a step move, counted without a GPU
 
     def __call__(self) -> None:
         known = ORDER if self.all else PARTS | MORE
         for name in self.only:
-            if name not in known:
-                raise ConfigError(f"benchmark: no part {name!r}; {nearest(name, known)}")
+            check_name("part", name, known)
         results.check_writable(self.out)
         if self.all:
             return self._one_by_one()
-        names = ("bytes",) if self.bytes else self.only or tuple(PARTS)
+        names = self.only or tuple(PARTS)
         device = pick_device({"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[self.size])
-        small = device == "cpu" and not (self.bytes and self.size == "auto")
-        bench = Bench(CPU if small else GPU, device, end=deadline(self.budget_minutes))
+        counted = names == ("bytes",) and self.size == "auto"  # a GPU's kernels, without one
+        size = CPU if device == "cpu" and not counted else GPU
+        bench = Bench(size, device, end=deadline(self.budget_minutes))
         with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder:
             if {*names} & {*FROM_FILES}:
                 files = open_files(self.data, Path(folder), bench.size)

@@ -22,7 +22,7 @@ from cpvt.config import (
     replace,
 )
 from cpvt.data.loader import make_loader
-from cpvt.errors import ConfigError, nearest
+from cpvt.errors import ConfigError, check_name
 from cpvt.lab import metrics
 from cpvt.lab.photographs import SIDE, open_photographs
 from cpvt.lab.results import complete
@@ -65,8 +65,7 @@ def synthetic_config(
     task: str, encoding: str, global_pool: str = "token", max_steps: int = 500, seed: int = 0
 ) -> TrainConfig:
     """One pixel a token, three blocks of width 32; five PEGs after blocks 0-4 need six, all else is the same."""
-    if task not in GRIDS:
-        raise ConfigError(f"no synthetic task {task!r}; {nearest(task, GRIDS)}")
+    check_name("synthetic task", task, GRIDS)
     body = {"image_size": GRIDS[task], "patch_size": 1, "num_classes": 4 if task == "where" else 2}
     body |= {"width": 32, "depth": 6 if "3, 4" in encoding else 3, "heads": 1, **_NARROW}
     length = {"steps": max_steps, "warmup_steps": 30, "stop_loss": 0.01}
@@ -243,8 +242,8 @@ def photographs(root: str = "", only: str = "", grid: int = 8) -> Iterator[Job]:
 
     `root`: the folder that holds Tiny-ImageNet. About twenty minutes of one core a row.
     """
-    if only and only not in TABLES:
-        raise ConfigError(f"no table {only!r}; {nearest(only, TABLES)}")
+    if only:
+        check_name("table", only, TABLES)
     if grid not in (8, 14):
         raise ConfigError(f"grid={grid}: photographs are trained on grids of 8 or of 14 tokens")
     done = []
@@ -309,8 +308,7 @@ def jobs(experiment: str, **options) -> list[Job]:
     `options`: those of its function above, such as `root`, where it has images. Raises ConfigError for a name that
     is none, and for an option that the experiment has not.
     """
-    if experiment not in EXPERIMENTS:
-        raise ConfigError(f"no experiment {experiment!r}; {nearest(experiment, EXPERIMENTS)}")
+    check_name("experiment", experiment, EXPERIMENTS)
     if extra := options.keys() - signature(EXPERIMENTS[experiment]).parameters.keys():
         raise ConfigError(f"the experiment {experiment!r} has no {', '.join(extra)}: leave it out")
     return list(EXPERIMENTS[experiment](**options))

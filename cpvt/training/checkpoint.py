@@ -4,6 +4,7 @@ Everything is written aside, flushed to the disk and renamed, so that a kill or 
 there before. A checkpoint carries checksums; one whose bytes do not match them is passed over.
 """
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.optim import Optimizer
 
 from cpvt.config import ModelConfig, TrainConfig, from_json, replace, to_json
 from cpvt.data.shards import new_folder
@@ -33,7 +35,7 @@ from cpvt.training.recipes import deit
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """-> a path beside `path` to write to, which then takes its place, whole and on the disk, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -109,15 +111,13 @@ class Saved(NamedTuple):
 
 
 @typed
-def save_model(
-    path: str | Path, model: VisionTransformer, config: TrainConfig, classes: Iterable[str] = ()
-) -> None:
+def save_model(path: str | Path, model: VisionTransformer, config: TrainConfig, classes: Iterable[str] = ()):
     """Writes weights, configuration, names of the classes and preprocessing as safetensors."""
     state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     data = {name: getattr(config.data, name) for name in ("crop_pct", "interpolation")}
     data |= {"image_size": config.model.image_size, "mean": MEAN, "std": STD}
     about = {"classes": json.dumps([*classes]), "preprocessing": json.dumps(data)}
-    with _replacing(Path(path)) as aside:  # safetensors' own file has errors of its own on a full disk
+    with replacing(Path(path)) as aside:  # safetensors' own file has errors of its own on a full disk
         aside.write_bytes(save(state, metadata={"config": to_json(config), **about}))
 
 
@@ -255,7 +255,7 @@ class Checkpoints:
             left.unlink(missing_ok=True)
         buffer = io.BytesIO()  # torch.save by itself hides why it could not write
         torch.save(state, buffer)
-        with _replacing(self._path(step)) as aside:
+        with replacing(self._path(step)) as aside:
             aside.write_bytes(buffer.getbuffer())
         for old in [path for path in self._found() if path != self._path(step)][self.keep - 1 :]:
             old.unlink(missing_ok=True)
@@ -302,12 +302,9 @@ def read_state(path: Path) -> dict | None:
 
 def changed(one: TrainConfig, other: TrainConfig) -> dict[str, tuple]:
     """{"optim.lr": (its value in one, in the other)} and so on, for every option that differs."""
-    found = {}
-    for group, options in vars(one).items():
-        for name, value in vars(options).items():
-            if (there := getattr(getattr(other, group), name)) != value:
-                found[f"{group}.{name}"] = value, there
-    return found
+    a, b = (dataclasses.asdict(config) for config in (one, other))
+    pairs = {f"{group}.{name}": (a[group][name], b[group][name]) for group in a for name in a[group]}
+    return {name: (value, there) for name, (value, there) in pairs.items() if value != there}
 
 
 def differences(own: TrainConfig, saved: TrainConfig, fingerprint: str = "") -> list[str]:
@@ -317,3 +314,31 @@ def differences(own: TrainConfig, saved: TrainConfig, fingerprint: str = "") -> 
     free |= set() if fingerprint == "drawn" else {"name"}  # wherever images lie: their fingerprint says which
     apart = {name: pair for name, pair in changed(own, saved).items() if name.split(".")[1] not in free}
     return [f"{name}: {there!r} there, {here!r} here" for name, (here, there) in apart.items()]
+
+
+def other_run(own: dict, saved: dict) -> list[str]:
+    """In what the run of a saved state is another one than that of `own`, as text."""
+    configs = (from_json(TrainConfig, state["config"]) for state in (own, saved))
+    found = differences(*configs, own["fingerprint"])
+    if saved["fingerprint"] != own["fingerprint"]:
+        found.append("data: other training images there than here")
+    if saved.get("teacher", own["teacher"]) != own["teacher"]:
+        found.append("distill: other weights of the teacher there than here")
+    return found
+
+
+def check_state(saved: dict, own: dict, optimizer: Optimizer, average: Sequence[Tensor]) -> None:
+    """Raises an error, of whatever kind, unless this is a state of the run that it says to be. `average`: of the
+    weights, where this run keeps one."""
+    check_shapes(from_json(TrainConfig, saved["config"]).model, saved["model"])
+    if other_run(own, saved):
+        return  # for which it is refused
+    there, groups = saved["optimizer"], optimizer.param_groups
+    sizes = [p.shape for group in groups for p in group["params"]]
+    fits = [type(saved["step"]) is int, saved["losses"].ndim == 1, saved["skips"].shape == (2,)]
+    fits += [type(entry["step"]) is int for entry in saved["log"]]
+    fits += [sizes[i] == m["exp_avg"].shape == m["exp_avg_sq"].shape for i, m in there["state"].items()]
+    lengths = [[len(group["params"]) for group in each] for each in (there["param_groups"], groups)]
+    averages = [[a.shape for a in each] for each in (saved["ema"], average)]
+    if not all(fits) or lengths[0] != lengths[1] or averages[0] != averages[1]:
+        raise ValueError

@@ -180,9 +180,8 @@ def join_world(device: str) -> Iterator[World]:
 
 def _check_slurm() -> None:
     """srun alone starts every task as a run of its own, which would write the same files. Raises ConfigError."""
-    task, step, tasks = (
-        os.environ.get(f"SLURM_{name}", "") for name in ("PROCID", "STEP_NUM_TASKS", "NTASKS")
-    )
+    names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"
+    task, step, tasks = (os.environ.get(name, "") for name in names)
     if task and int(step or tasks or 1) > 1 and "WORLD_SIZE" not in os.environ:
         words = f"task {task} of SLURM's {step or tasks} trains the whole run by itself: start one torchrun a node"
         if task != "0" or step:

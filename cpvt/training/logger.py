@@ -6,7 +6,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import nn
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cpvt.config import TrainConfig
 from cpvt.data.decode import Fault
 from cpvt.proven import verdicts
-from cpvt.training.checkpoint import changed
+from cpvt.training.checkpoint import changed, replacing
 from cpvt.training.distributed import World, say
 
 CLOCK = {"images_per_s", "hours_left", "gpu_refused"}  # in a log entry: what another run may find otherwise
@@ -27,13 +27,10 @@ def describe(config: TrainConfig, model: nn.Module, loader, world: World) -> str
     options = [f"{name}={value}" for name, (value, _) in changed(config, TrainConfig()).items()]
     height, width = config.model.grid
     passed = f"files passed over by their names: {loader.passed_over}; " if loader.passed_over else ""
-    text = (
-        f"{parameters:,} parameters, {height} x {width} tokens, {loader.num_classes} classes; "
-        f"{sampler.distinct_images:,} images in {sampler.steps_per_epoch:,} steps an epoch; "
-        f"{loader.micro_batches_per_step} micro-batches a step in {world.size} processes; "
-        f"{passed}{', '.join(options)}"
-    )
-    return textwrap.fill(text, 110, break_long_words=False)
+    text = f"{parameters:,} parameters, {height} x {width} tokens, {loader.num_classes} classes; "
+    text += f"{sampler.distinct_images:,} images in {sampler.steps_per_epoch:,} steps an epoch; "
+    text += f"{loader.micro_batches_per_step} micro-batches a step in {world.size} processes; "
+    return textwrap.fill(f"{text}{passed}{', '.join(options)}", 110, break_long_words=False)
 
 
 class Logger:
@@ -119,19 +116,12 @@ class Logger:
         if not self.folder:
             return True
         path, text = self.folder / name, "".join(json.dumps(line) + "\n" for line in lines)
-        aside = path.with_name(f".{name}")
         try:
-            if anew:
-                aside.write_text(text)
-                aside.replace(path)
-            else:
-                with open(path, "a") as file:
-                    file.write(text)
+            with replacing(path) if anew else nullcontext(path) as path, open(path, "a") as file:
+                file.write(text)
         except OSError as error:
             if not self._told_of_disk:
                 say(f"no room for {name} ({error}); the run goes on")
             self._told_of_disk = True
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
             return False
         return True

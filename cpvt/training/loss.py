@@ -35,12 +35,13 @@ class TrainingLoss:
     @cached_property
     def sha256(self) -> str:
         """Of the teacher's weights, in hexadecimal: which one it is; nothing without one."""
+        if not self.teacher:
+            return ""
         digest = hashlib.sha256()
-        for name, value in self.teacher.state_dict().items() if self.teacher else ():
-            digest.update(
-                name.encode() + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
-        return digest.hexdigest() if self.teacher else ""
+        for name, value in self.teacher.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def __call__(self, logits: Tensor | tuple[Tensor, Tensor], images: Tensor, targets: Tensor) -> Tensor:
         """Logits (B, C), or those of the two heads; -> a scalar in the logits' precision, fp32 at least."""

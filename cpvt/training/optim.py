@@ -29,9 +29,8 @@ def freeze(model: nn.Module, blocks: int) -> None:
     if blocks:
         from timm.models import group_parameters
 
-        layer = group_parameters(
-            model, model.group_matcher(), reverse=True
-        )  # 0: before block 0; i + 1: block i
+        # 0: before block 0; i + 1: block i
+        layer = group_parameters(model, model.group_matcher(), reverse=True)
         for name, parameter in model.named_parameters():
             before_head = not name.startswith("head")
             if before_head and (blocks < 0 or (layer[name] <= blocks and not name.startswith("norm."))):

@@ -55,13 +55,9 @@ def deit_384(model: str) -> TrainConfig:
     constant = {"lr": 5e-6, "min_lr": 5e-6, "warmup_steps": 0, "weight_decay": 1e-8}
     batch = {"global_batch_size": 512, "micro_batch_size": 256}
     optim = OptimConfig(**batch, **constant, epochs=30, label_smoothing=0.1, clip_grad=0.0)
-    wide = {
-        "model": replace(config.model, image_size=(384, 384)),
-        "data": replace(config.data, image_size=384),
-    }
-    return replace(config, **wide, optim=optim)
+    model, data = replace(config.model, image_size=(384, 384)), replace(config.data, image_size=384)
+    return replace(config, model=model, data=data, optim=optim)
 
 
-RECIPES: dict[str, Callable[[str], TrainConfig]] = {
-    build.__name__.replace("_", "-"): build for build in (plain, deit, deit_distilled, deit_384)
-}
+RECIPES: dict[str, Callable[[str], TrainConfig]] = {"plain": plain, "deit": deit}
+RECIPES |= {"deit-distilled": deit_distilled, "deit-384": deit_384}
