@@ -2,7 +2,7 @@
 
     cpvt benchmark --data DIR          the first four parts, as far as they fit the budget, compilation included
     cpvt benchmark --all --data DIR    every part but the last, each in a process and a time limit of its own
-    cpvt benchmark --only bytes        the last: needs no GPU
+    cpvt benchmark --bytes             the last: needs no GPU
 
 DIR: a folder with train/CLASS/*.JPEG, or shards. What no longer fits the budget is named; --only gives such parts
 a run of their own. A part of --all that fails, or hangs, does not keep the next from running.
@@ -475,6 +475,7 @@ class Benchmark:
     size: Literal["auto", "gpu", "cpu"] = "auto"  # cpu: a small version that takes seconds and proves little
     only: tuple[str, ...] = ()  # some parts; none: peg step decode pipeline, or with --all all
     all: bool = False  # those and short training, tests, photographs, each in a process and a time of its own
+    bytes: bool = False  # bytes that the kernels of a step move, counted without a GPU
 
     def __call__(self) -> None:
         known = ORDER if self.all else PARTS | MORE
@@ -483,11 +484,10 @@ class Benchmark:
         results.check_writable(self.out)
         if self.all:
             return self._one_by_one()
-        names = self.only or tuple(PARTS)
+        names = ("bytes",) if self.bytes else self.only or tuple(PARTS)
         device = pick_device({"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[self.size])
-        counted = names == ("bytes",) and self.size == "auto"  # a GPU's kernels, without one
-        size = CPU if device == "cpu" and not counted else GPU
-        bench = Bench(size, device, end=deadline(self.budget_minutes))
+        small = device == "cpu" and not (self.bytes and self.size == "auto")
+        bench = Bench(CPU if small else GPU, device, end=deadline(self.budget_minutes))
         with tempfile.TemporaryDirectory(prefix="cpvt-benchmark-") as folder:
             if {*names} & {*FROM_FILES}:
                 files = open_files(self.data, Path(folder), bench.size)
