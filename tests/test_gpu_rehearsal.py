@@ -26,7 +26,7 @@ from cpvt.training.train import Trainer, take_steps
 # What may wait, and why.
 ALLOWED = {
     r"train\.take_steps: number": "a log entry, and the look at skipped steps",
-    r"train\.mean_loss: number": "a log entry",
+    r"trainer\.mean_loss: number": "a log entry",
     r"evaluate\.accuracy: .*": "counts of right answers",
     r"(rng|synthetic)\..*": "drawn tasks alone, whose images take longer to draw than to wait for",
 }

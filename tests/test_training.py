@@ -82,6 +82,8 @@ def test_accuracy_counts_images_and_answers_by_image_add_up_to_it():
     assert 0 < hits.sum() < 500
     del model.num_classes  # as where it is wrapped
     assert accuracy(model, [(logits * float("nan"), labels[:10])]) == {"top1": 0, "top5": 0, "images": 10}
+    with pytest.raises(DataError, match="1 of 10 labels are of no class; expected 0 to 9"):
+        accuracy(model, [(logits, torch.arange(1, 11))])
 
 
 def test_evaluation_leaves_each_part_of_a_model_in_its_mode():

@@ -46,18 +46,21 @@ def accuracy(
     Every process of `world` has batches of its own; right answers and images are counted and the counts added, so
     that no image counts twice. `stop`: asked before each batch; after a yes the scores are those of a part.
     """
-    counts = torch.zeros(4, dtype=torch.int64)
+    counts, classes = torch.zeros(5, dtype=torch.int64), 0
     with closing(batches) if isinstance(batches, Generator) else nullcontext():  # also after an error
         for images, labels in batches:
             if stop():
                 break
             with autocast(str(images.device), precision):
                 hits, classes = _hits(model, images, labels)
-            seen = labels.new_tensor([len(labels), classes > 5])
-            counts += torch.stack([hits[:, 0].sum(), hits.any(-1).sum(), *seen]).cpu()
+            seen, known = labels.new_tensor([len(labels), classes > 5]), (labels >= -1) & (labels < classes)
+            counts += torch.stack([hits[:, 0].sum(), hits.any(-1).sum(), *seen, known.sum()]).cpu()
     if world:
         counts = world.sum(counts.to(world.device))
-    top1, top5, images, many = counts.tolist()
+    top1, top5, images, many, known = counts.tolist()
+    if known != images:
+        words = f"{images - known} of {images} labels are of no class"
+        raise DataError(f"{words}; expected 0 to {classes - 1}, or -1 where nothing is right")
     if not images and not stop():
         raise DataError("no images to evaluate on: give held-out data")
     top5 = {"top5": 100 * top5 / max(images, 1)} if many else {}
@@ -70,12 +73,11 @@ def _hits(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, int
     number of classes. 256 images at once. Raises DataError."""
     if not images.is_floating_point():
         raise DataError(f"images of {images.dtype}; expected floating point, normalised")
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"{len(images)} images, labels of shape {tuple(labels.shape)}; expected one an image")
     images = images.to(next(model.parameters(), images).dtype)
     with evaluating(model):
         logits = torch.cat([model(x) for x in images.split(256)])
     C = logits.shape[-1]
-    if labels.shape != images.shape[:1] or not ((labels >= -1) & (labels < C)).all():
-        shown = f"{len(images)} images, labels {str(labels.tolist())[:60]}"
-        raise DataError(f"{shown}; expected one an image, from 0 to {C - 1}, or -1 where nothing is right")
     guesses = logits.topk(min(5, C), -1).indices
     return (guesses == labels[:, None]) & ~logits.isnan().any(-1, keepdim=True), C
