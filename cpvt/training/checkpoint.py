@@ -156,8 +156,8 @@ def _own(path: Path) -> Saved | None:
     try:
         seen, config = json.loads(about.get("preprocessing", "{}")), from_json(TrainConfig, about["config"])
         norm = tuple(seen.get("mean", MEAN)), tuple(seen.get("std", STD))
-        check_shapes(config.model, load_file(path))
-        model = load_weights(VisionTransformer(config.model), path).eval()
+        check_shapes(config.model, state := load_file(path))
+        model = load_weights(VisionTransformer(config.model), state).eval()
         return Saved(model, config, _classes(about), *norm)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # foreign content
         raise ConfigError(f"{path} cannot be read ({error}); give a model of `cpvt train`") from None
