@@ -82,21 +82,20 @@ def _locked(path: Path) -> Iterator[None]:
 
     Nothing is written to it, and no link is followed, which may lead to a file that is more than a lock.
     """
-    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
+    opener = lambda name, flags: os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # noqa: E731
+    with open(path, "r+b", buffering=0, opener=opener) as file:
         try:
-            # Unlike flock's, it is not shared with forked readers.
-            fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not shared with forked readers
         except PermissionError as error:  # as POSIX allows
             raise BlockingIOError from error
-        if not os.path.samestat(os.fstat(number), os.stat(path)):  # another process has just deleted this one
+        if not os.path.samestat(
+            os.fstat(file.fileno()), os.stat(path)
+        ):  # another process has just deleted it
             raise BlockingIOError
         try:
             yield
         finally:
             os.unlink(path)
-    finally:
-        os.close(number)
 
 
 class Saved(NamedTuple):
