@@ -88,9 +88,7 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not shared with forked readers
         except PermissionError as error:  # as POSIX allows
             raise BlockingIOError from error
-        if not os.path.samestat(
-            os.fstat(file.fileno()), os.stat(path)
-        ):  # another process has just deleted it
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # it has just been deleted
             raise BlockingIOError
         try:
             yield
