@@ -40,10 +40,10 @@ def nearest(given: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
-def check_name(what: str, given: str, known: Iterable[str], error: type[UserError] = ConfigError) -> None:
-    """Raises the error unless `given` is one of the known names; `what` says of which kind."""
+def check_name(what: str, given: str, known: Iterable[str]) -> None:
+    """Raises ConfigError unless `given` is one of the known names; `what` says of which kind."""
     if given not in known:
-        raise error(f"no {what} {given!r}; {nearest(given, known)}")
+        raise ConfigError(f"no {what} {given!r}; {nearest(given, known)}")
 
 
 _WIDER = {int: numbers.Integral, float: numbers.Real, tuple: Sequence}

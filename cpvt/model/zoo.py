@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cpvt.config import Grid, ModelConfig, replace
-from cpvt.errors import ConfigError, UserError, nearest, typed
+from cpvt.errors import UserError, check_name, typed
 from cpvt.model.vit import VisionTransformer
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
@@ -46,8 +46,7 @@ def model_names() -> list[str]:
 def model_config(name: str, **overrides: Any) -> ModelConfig:
     """A name, and fields of `ModelConfig` to change -> the configuration. `drop_path` is 0 unless overridden: the
     paper's 0.1 belongs to its recipe, not to the model."""
-    if name not in MODELS:
-        raise ConfigError(f"no model {name!r}; {nearest(name, MODELS)}")
+    check_name("model", name, MODELS)
     if isinstance(overrides.get("image_size"), numbers.Integral):
         overrides["image_size"] = (overrides["image_size"],) * 2
     return replace(MODELS[name], **overrides)

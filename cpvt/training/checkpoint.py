@@ -82,21 +82,18 @@ def _locked(path: Path) -> Iterator[None]:
 
     Nothing is written to it, and no link is followed, which may lead to a file that is more than a lock.
     """
-    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
+    opener = lambda name, flags: os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # noqa: E731
+    with open(path, "r+b", buffering=0, opener=opener) as file:
         try:
-            # Unlike flock's, it is not shared with forked readers.
-            fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not shared with forked readers
         except PermissionError as error:  # as POSIX allows
             raise BlockingIOError from error
-        if not os.path.samestat(os.fstat(number), os.stat(path)):  # another process has just deleted this one
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # it has just been deleted
             raise BlockingIOError
         try:
             yield
         finally:
             os.unlink(path)
-    finally:
-        os.close(number)
 
 
 class Saved(NamedTuple):
@@ -156,8 +153,8 @@ def _own(path: Path) -> Saved | None:
     try:
         seen, config = json.loads(about.get("preprocessing", "{}")), from_json(TrainConfig, about["config"])
         norm = tuple(seen.get("mean", MEAN)), tuple(seen.get("std", STD))
-        check_shapes(config.model, load_file(path))
-        model = load_weights(VisionTransformer(config.model), path).eval()
+        check_shapes(config.model, state := load_file(path))
+        model = load_weights(VisionTransformer(config.model), state).eval()
         return Saved(model, config, _classes(about), *norm)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # foreign content
         raise ConfigError(f"{path} cannot be read ({error}); give a model of `cpvt train`") from None

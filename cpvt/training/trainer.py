@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,6 +109,7 @@ class Trainer:
         if "cuda" in world.device:
             add_up_biases(self.model)
         self.ema = EMA(self.model, optim.ema_decay) if optim.ema_decay else None
+        self.average = self.ema.average if self.ema else []
         self.skips = SkipCounter(world.device)
         self.losses: deque[Tensor] = deque(maxlen=max(20, run.log_every))  # the last ones
         self.step, self.log = 0, []  # steps taken; entries of the log
@@ -134,8 +136,7 @@ class Trainer:
 
     def _resume(self) -> list[str]:
         """Takes up the newest whole checkpoint, the same in all processes, if there is one; -> what to say."""
-        own = self.identity, self.optimizer, self.ema.average if self.ema else []
-        check = lambda saved: check_state(saved, *own)  # noqa: E731
+        check = partial(check_state, own=self.identity, optimizer=self.optimizer, average=self.average)
         step, spoiled = self.checkpoints.latest(check) if self.world.is_main else (0, [])
         notes = [f"passed over {name}: it is not what was written" for name in spoiled]
         step, out = int(self.world.broadcast(str(step))), f"run.out={self.config.run.out!r}"
@@ -155,15 +156,14 @@ class Trainer:
         self.losses.extend(saved["losses"].to(self.world.device))
         self.skips.counts.copy_(saved["skips"])
         if self.ema:
-            torch._foreach_copy_(self.ema.average, saved["ema"])
+            torch._foreach_copy_(self.average, saved["ema"])
         return [*notes, f"going on after step {self.step}"]
 
     def state(self) -> dict:
         """-> tensors, numbers and text alone, which `torch.load(weights_only=True)` reads back."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"step": self.step, "log": self.log, "losses": torch.stack([*self.losses])}
-        state |= {"skips": self.skips.counts, "ema": self.ema.average if self.ema else []}
-        return state | self.identity
+        return state | {"skips": self.skips.counts, "ema": self.average, **self.identity}
 
     def save(self, alone: bool = False) -> None:
         """Writes a checkpoint; the others wait for it, so that nobody leaves, and is counted as lost, before."""
