@@ -19,7 +19,7 @@ from helpers import run_cli, small_run, tiny_run
 from cpvt import cli
 from cpvt.config import RunConfig, replace
 from cpvt.data.loader import SIGNALS, make_loader
-from cpvt.errors import ConfigError, TrainingError
+from cpvt.errors import ConfigError, DataError, TrainingError
 from cpvt.lab.experiments import synthetic_config
 from cpvt.model.vit import VisionTransformer
 from cpvt.training.checkpoint import load_model, save_model
