@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import re
 import sys
 from contextlib import closing
 from itertools import chain, repeat
@@ -125,9 +126,10 @@ def test_one_after_the_other_whatever_fails(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(benchmark, "command", lambda name, *rest: strange.get(name) or real(name, *rest))
     monkeypatch.setitem(benchmark.ORDER, "trap", 0.5)
     with pytest.raises(SystemExit) as left:
-        Benchmark(out=tmp_path, size="cpu", all=True, only=("attention", "trap", "peg"))()
+        Benchmark(out=tmp_path, size="cpu", all=True, only=("attention", "trap", "train", "peg"))()
     said = capfd.readouterr().out
     assert "RuntimeError: CUDA error: an illegal address" in said and "stopped after 0 s" in said
+    assert re.search(r"train +\d+ s  done", said) and re.search(r"peg +\d+ s  done", said)
     assert left.value.code == 1 and [*read("benchmark", tmp_path).part] == ["peg"]
 
 
