@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import subprocess
 import re
+import subprocess
 import sys
 from contextlib import closing
 from itertools import chain, repeat

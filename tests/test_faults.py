@@ -37,6 +37,14 @@ from cpvt.training.evaluate import accuracy
 from cpvt.training.train import train
 
 
+@pytest.fixture(autouse=True)
+def no_nohup():
+    """Signals do what they do in a terminal, also where the tests run without one."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def whole(image_folder, tmp_path_factory):
     """The run that nothing happens to."""
