@@ -228,10 +228,10 @@ WRONG = {  # what is asked for in a wrong way: a call, and what its one line say
     "no batch": (lambda: MODEL(IMAGES[0]), "(3, 32, 32); expected (B, 3, height, width)"),
     "channels last": (lambda: MODEL(IMAGES.permute(0, 2, 3, 1)), "(2, 32, 32, 3); expected (B, 3"),
     "no pixels": (lambda: MODEL(IMAGES[:, :, :0]), "0x32 pixels; expected multiples of 16"),
-    "a class too many": (lambda: accuracy(MODEL, [(IMAGES, LABELS + 1)]), "from 0 to 2"),
+    "a class too many": (lambda: accuracy(MODEL, [(IMAGES, LABELS + 1)]), "expected 0 to 2"),
     "a label too many": (
         lambda: accuracy(MODEL, [(IMAGES, LABELS.repeat(2))]),
-        "2 images, labels [0, 2, 0, 2]",
+        "2 images, labels of shape (4,)",
     ),
     "bytes to score": (lambda: accuracy(MODEL, [((255 * IMAGES).byte(), LABELS)]), "torch.uint8"),
     "no model to score": (

@@ -59,7 +59,8 @@ def work(reader: Dataset, requests: Iterable, workers: int, finish: Callable | N
             traceback.clear_frames(error.__traceback__)
         if not isinstance(error, EOFError | ConnectionError) and "DataLoader worker (pid" not in str(error):
             raise
-    raise DataError("a DataLoader worker was killed: give it more memory, or let fewer work")
+    words = 'give it more memory, let fewer work, or in a script guard its start by __name__ == "__main__"'
+    raise DataError(f"a DataLoader worker was killed: {words}")
 
 
 # SLURM announces the end of a job with SIGUSR1, a terminal its own with SIGHUP.
