@@ -31,7 +31,7 @@ from cpvt.data import loader as loader_module
 from cpvt.data.loader import make_ahead, make_loader
 from cpvt.errors import ConfigError, DataError, TrainingError
 from cpvt.training import distributed
-from cpvt.training.checkpoint import Checkpoints, load_model, only_run
+from cpvt.training.checkpoint import Checkpoints, load_saved, only_run
 from cpvt.training.distributed import Stopped
 from cpvt.training.evaluate import accuracy
 from cpvt.training.train import train
@@ -318,7 +318,7 @@ def test_printing_ends_no_run_and_fails_what_only_prints(tmp_path, kind):
         out = tmp_path / f"out{len(numbers)}"
         train_it = ["train", *SMALL.split(), "--optim.steps", "3", "--run.out", str(out)]
         assert status_of(train_it, dict.fromkeys(numbers, kind), noise) == 0, noise.read_text()
-        assert load_model(out / "model.safetensors") and len(lasting(out)) == 4
+        assert load_saved(out / "model.safetensors") and len(lasting(out)) == 4
     status = status_of(LIST, {1: kind}, noise)
     assert status == (0 if kind == "pipe" else 2)
     said = noise.read_text()
@@ -500,5 +500,5 @@ def test_a_model_whose_configuration_does_not_fit_is_named(whole, tmp_path):
     ):
         save_file(state, tmp_path / "model.safetensors", metadata={"config": said})
         with pytest.raises(ConfigError, match="model.safetensors cannot be read") as caught:
-            load_model(tmp_path / "model.safetensors")
+            load_saved(tmp_path / "model.safetensors")
         assert "\n" not in str(caught.value)

@@ -21,7 +21,7 @@ from cpvt.data.transforms import normalise
 from cpvt.errors import UserError
 from cpvt.model.encodings import PEG
 from cpvt.model.zoo import load_weights
-from cpvt.training.checkpoint import Checkpoints, first_difference, load_model, load_saved, save_model
+from cpvt.training.checkpoint import Checkpoints, first_difference, load_saved, save_model
 from cpvt.training.distributed import World
 from cpvt.training.evaluate import accuracy
 from cpvt.training.predict import as_evaluated, predict
@@ -259,7 +259,7 @@ WRONG = {  # what is asked for in a wrong way: a call, and what its one line say
     "a process too many": (lambda: make_loader(DataConfig(), seed=0, rank=2, world_size=2), "process 2 of 2"),
     "data by number": (lambda: open_dataset(3), "name_or_path=3"),
     "no split": (lambda: open_dataset("folder", None), "split=None"),
-    "a file by number": (lambda: load_model(3), "source=3"),
+    "a file by number": (lambda: load_saved(3), "source=3"),
     "nothing to save": (
         lambda: save_model("x.safetensors", "m", TrainConfig()),
         "expected VisionTransformer",

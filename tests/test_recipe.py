@@ -13,7 +13,7 @@ from cpvt.config import DistillConfig, ModelConfig, OptimConfig, TrainConfig
 from cpvt.data.transforms import normalise
 from cpvt.errors import ConfigError, TrainingError, UserError
 from cpvt.model.vit import VisionTransformer
-from cpvt.training.checkpoint import load_model
+from cpvt.training.checkpoint import load_saved
 from cpvt.training.distributed import World
 from cpvt.training.loss import Teacher, TrainingLoss, load_teacher
 from cpvt.training.optim import EMA, SkipCounter, learning_rate, param_groups, resolve
@@ -217,7 +217,7 @@ def test_weights_to_start_from(image_folder, tmp_path):
     still = replace(config, optim=replace(config.optim, steps=1, lr=0.0, min_lr=0.0))
     train(replace(still, run=replace(config.run, init=file, out=str(tmp_path / "second"))))
     for name in ("model", "model_ema"):
-        saved, _ = load_model(tmp_path / "second" / f"{name}.safetensors")
+        saved, *_ = load_saved(tmp_path / "second" / f"{name}.safetensors")
         torch.testing.assert_close(saved.state_dict(), first.model.state_dict(), rtol=0, atol=1e-7)
     with pytest.raises(UserError, match="no weights at"):
         train(replace(config, run=replace(config.run, out="", init=str(tmp_path / "none.pth"))))

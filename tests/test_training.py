@@ -22,7 +22,7 @@ from cpvt.data.loader import SIGNALS, make_loader
 from cpvt.errors import ConfigError, DataError, TrainingError
 from cpvt.lab.experiments import synthetic_config
 from cpvt.model.vit import VisionTransformer
-from cpvt.training.checkpoint import load_model, save_model
+from cpvt.training.checkpoint import load_saved, save_model
 from cpvt.training.evaluate import accuracy, correct
 from cpvt.training.optim import param_groups
 from cpvt.training.train import settings, train
@@ -133,7 +133,7 @@ def test_a_run_is_the_same_whatever_the_process_has_set_and_leaves_that_as_it_wa
 
 def test_a_model_comes_back_as_it_was_saved(tmp_path):
     run = train(tiny_run("learned + sine + relative + rotary + peg", out=str(tmp_path / "run")))
-    model, config = load_model(tmp_path / "run" / "model.safetensors")
+    model, config, *_ = load_saved(tmp_path / "run" / "model.safetensors")
     assert config == run.config
     images = torch.rand(2, 3, 6, 8)
     with torch.no_grad():
@@ -142,13 +142,13 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path):
     assert "config" in log[0] and log[-1]["top1"] == run.metrics["top1"]
     with pytest.raises(OSError), mock.patch("os.fsync", side_effect=OSError):
         save_model(tmp_path / "run" / "model.safetensors", model, config)  # which leaves the older file
-    load_model(tmp_path / "run" / "model.safetensors")
+    load_saved(tmp_path / "run" / "model.safetensors")
     denied = PermissionError(13, "Permission denied")
     with pytest.raises(ConfigError, match="Permission denied"), mock.patch("io.open", side_effect=denied):
-        load_model(tmp_path / "run" / "model.safetensors")
+        load_saved(tmp_path / "run" / "model.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"not a model")
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_model(tmp_path / "model.safetensors")
+        load_saved(tmp_path / "model.safetensors")
 
 
 SMALL = "--data where --data.grid 6 6 --model.patch-size 1 --model.width 8 --model.depth 1 --model.heads 1".split()

@@ -118,11 +118,6 @@ def save_model(path: str | Path, model: VisionTransformer, config: TrainConfig, 
         aside.write_bytes(save(state, metadata={"config": to_json(config), **about}))
 
 
-def load_model(path: str | Path) -> tuple[VisionTransformer, TrainConfig]:
-    """-> the model as it was saved, and its configuration. Raises UserError for a file that is not one."""
-    return load_saved(path)[:2]
-
-
 @typed
 def load_saved(source: str | Path, weights: str | Path = "") -> Saved:
     """A model.safetensors, a checkpoint of a run (step-*.pt), or the name of a model and a file of its weights.
