@@ -19,7 +19,7 @@ from helpers import needs_gpu, small_run
 
 from cpvt.data.loader import make_loader
 from cpvt.errors import ConfigError
-from cpvt.training.checkpoint import Checkpoints, load_model, only_run
+from cpvt.training.checkpoint import Checkpoints, load_saved, only_run
 from cpvt.training.evaluate import accuracy
 from cpvt.training.train import train
 
@@ -60,7 +60,7 @@ def assert_same(out, other) -> None:
         torch.testing.assert_close(one[part], two[part], rtol=0, atol=0, equal_nan=True)
     assert lasting(out) == lasting(other)
     for name in ("model.safetensors", "model_ema.safetensors"):
-        saved = [load_model(Path(folder) / name)[0].state_dict() for folder in (out, other)]
+        saved = [load_saved(Path(folder) / name)[0].state_dict() for folder in (out, other)]
         torch.testing.assert_close(*saved, rtol=0, atol=0)
     torch.testing.assert_close([*saved[0].values()], one["ema"], rtol=0, atol=0)
 
@@ -104,10 +104,10 @@ def test_which_run_goes_on_in_a_folder(image_folder, whole, tmp_path):
     shutil.copytree(image_folder, moved)
     shutil.copytree(whole.config.run.out, out)
     before = lasting(out)
-    average, config = load_model(f"{out}/model_ema.safetensors")
+    average, config, *_ = load_saved(f"{out}/model_ema.safetensors")
     scores = accuracy(average, make_loader(config.data, seed=7, train=False).eval_batches())
     assert scores["top1"] == whole.metrics["ema_top1"]
-    assert not torch.equal(average.head.weight, load_model(f"{out}/model.safetensors")[0].head.weight)
+    assert not torch.equal(average.head.weight, load_saved(f"{out}/model.safetensors")[0].head.weight)
     for config in (
         small_run(image_folder, out, save_every=1),
         small_run(moved, out, save_every=1),
