@@ -1,4 +1,4 @@
-"""The chapters as files: run in order, with exercises that fail unsolved; corrections computed again."""
+"""The chapters as files: their form, run in order, exercises that fail unsolved; corrections computed again."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from cpvt.model.encodings import PEG
 BOOK = Path(__file__).parent.parent / "book"
 NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
 PAGES = sorted(BOOK.glob("*.md"))
+CONTENTS = (BOOK.parent / "_toc.yml").read_text(encoding="utf-8").partition("parts:")[2]
 chapters = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -72,8 +73,54 @@ def test_title_and_figures_are_there(path):
             assert figure.get("name", "").startswith("fig-"), f"no name: {cell['source']}"
 
 
-# An exercise NAME is a markdown cell with the label exercise-NAME, then a stub, a check and a solution cell
-# tagged exercise:NAME. That the stub fails and the solution passes is what these print, as nbval compares.
+# The form of a chapter: what a reader meets, and how much of it.
+
+CHAPTERS = [BOOK / f"{name}.ipynb" for name in re.findall(r"file: book/(\w+)", CONTENTS)[:14]]
+FOLDED = {"hide-cell", "hide-input", "remove-cell", "remove-input"}
+
+
+def words(path: Path) -> int:
+    """Of the text, without code, tags and captions."""
+    text = path.read_text(encoding="utf-8") if path.suffix == ".md" else ""
+    text += "\n\n".join(c["source"] for c in cells(path) if c["cell_type"] == "markdown") if not text else ""
+    text = re.sub(r"```.*?```|<[^>]*>", "", text, flags=re.S)
+    return len(re.findall(r"\b[\w'’-]+\b", text))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_is_one_story_that_fits_an_evening(path):
+    first, *others = code(path)
+    assert "README" in first["source"] and "hide-cell" in tags(first), "first, folded: what to install"
+    assert re.match(r"# .+\n\n\*.*\bminutes\b.*\*\n", cells(path)[0]["source"]), "how long, what it needs"
+    assert 1_200 <= words(path) <= 2_500
+    shown = [cell["source"] for cell in others if not tags(cell) & FOLDED]
+    assert len(shown) <= 12
+    for source in shown:
+        assert len(source.splitlines()) <= 15, source
+        assert not re.search(r"\._[a-z]|register_\w*hook", source), f"the package's inside: {source}"
+    assert not [source for source in shown if source.startswith(("import ", "from ")) and "\n" not in source]
+    figures = [c for c in code(path) if c["metadata"].get("mystnb", {}).get("figure")]
+    assert 1 <= len(figures) <= 6
+    assert all(c["metadata"]["mystnb"]["figure"]["caption"].startswith("**") for c in figures)
+    asked = prose(path).count("**Predict.**")
+    assert asked == prose(path).count('<details class="answer">') == 3
+    assert len(re.findall(r"^> \*\*How sure", prose(path), flags=re.M)) == 1
+
+
+def test_the_book_can_be_read_in_a_few_evenings():
+    assert sum(words(path) for path in [*NOTEBOOKS, *PAGES]) <= 32_000
+
+
+@chapters
+def test_a_notebook_reads_without_extensions(path):
+    """Standard Markdown: no roles, no directives, no labels that plain JupyterLab would show raw."""
+    raw = re.findall(r"\{[a-z:]+\}`|^:::|^\(\S+\)=$|^`{3,}\{", prose(path), flags=re.M)
+    assert not raw
+
+
+# An exercise NAME is a heading "### Exercise: ...", then a stub, a check and a solution cell tagged exercise:NAME;
+# between check and solution its worded solution, folded. That the stub fails and the solution passes is what
+# these print, as nbval compares; the page hides what a check says of a stub.
 
 TAGS = {path: dict.fromkeys(t for cell in code(path) for t in tags(cell) if ":" in t) for path in NOTEBOOKS}
 EXERCISES = [
@@ -84,30 +131,27 @@ EXERCISES = [
 
 
 @pytest.mark.parametrize("path, name", EXERCISES)
-def test_the_stub_fails_and_the_solution_passes(path, name):
+def test_the_stub_fails_with_a_hint_and_the_solution_passes(path, name):
     mine = [cell for cell in code(path) if f"exercise:{name}" in tags(cell)]
     kinds = [{t for t in tags(cell) if t.startswith("exercise-")} for cell in mine]
     assert kinds == [{"exercise-stub"}, {"exercise-check"}, {"exercise-solution"}]
-    stub, check, solution = (cell["source"] for cell in mine)
-    [wanted] = re.findall(rf"^def check_{name}\((\w+)\):", check, flags=re.M)
+    stub, checked, solution = (cell["source"] for cell in mine)
     for source in (stub, solution):
-        assert re.search(rf"^(def|class) {wanted}\b|^{wanted} = ", source, flags=re.M), source
+        assert re.search(rf"^(def|class) {name}\b|^{name} = ", source, flags=re.M), source
     assert "raise" not in stub, "what answers nothing, and does not raise, must fail by the check"
-    call, right, not_yet = f"check_{name}({wanted})", f'print("{name}: right")', f'print("{name}: not yet")'
-    assert check.endswith(f"\ntry:\n    {call}\n    {right}\nexcept Exception:\n    {not_yet}")
-    assert solution.endswith(f"\n{call}\n{right}")
-    said = [cell["outputs"] and cell["outputs"][0]["text"] for cell in mine]
-    assert said == [[], [f"{name}: not yet\n"], [f"{name}: right\n"]]
-    assert "hide-cell" in tags(mine[2])
+    call = f'check("{name}", check_{name}, {name})'
+    assert checked.endswith(call) and solution.endswith(call)
+    said = [cell["outputs"] and "".join(cell["outputs"][0]["text"]) for cell in mine]
+    assert said[0] == [] and said[2] == f"{name}: right\n"
+    assert said[1].startswith(f"{name}: not yet. ") and "Hint: " in said[1] and "raised" not in said[1]
+    assert {"hide-input", "remove-output"} <= tags(mine[1]) and "hide-cell" in tags(mine[2])
 
 
-@chapters
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_exercises_have_question_and_worded_solution(path):
-    asked = re.findall(r"\{exercise\}.*?\n:label: exercise-(\w+)", prose(path))
-    answered = re.findall(r"\{solution\} exercise-(\w+)\n(?::.*\n)*:class: dropdown", prose(path))
-    names = [exercise.values[1] for exercise in EXERCISES if exercise.values[0] == path]
-    assert sorted(asked) == sorted(answered) == sorted(names)
-    assert asked, "a chapter ends with exercises"
+    asked = len(re.findall(r"^### Exercise: ", prose(path), flags=re.M))
+    answered = prose(path).count('<details class="solution">')
+    assert asked == answered == len([e for e in EXERCISES if e.values[0] == path]) >= 1
 
 
 # The page of corrections: its numbers are computed again from the published figures.

@@ -1,8 +1,6 @@
 """Small multiples and the controls over them."""
 
 import io
-import re
-from pathlib import Path
 
 import ipywidgets
 import numpy
@@ -10,10 +8,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from cpvt.lab import interactive
-from cpvt.lab.interactive import explore, small_multiples
-
-SCRIPT = Path(__file__).parent.parent / "book" / "_static" / "frames.js"
+from cpvt.lab.interactive import explore, frame_sheet, small_multiples
 
 
 def shade(axes, value):
@@ -21,27 +16,34 @@ def shade(axes, value):
 
 
 @pytest.mark.parametrize(("count", "columns"), [(4, 4), (6, 3), (8, 4), (2, 1)])
-def test_frames_are_where_the_script_cuts_them(count, columns):
+@pytest.mark.parametrize("whole", [False, True], ids=["axes", "figures"])
+def test_frames_are_where_the_script_cuts_them(count, columns, whole):
     """The script's arithmetic on the saved figure: in the middle of frame i stands the shade of value i."""
     values = [(i + 1) / (count + 2) for i in range(count)]
-    figure, file = small_multiples(shade, values, [f"frame {i}" for i in range(count)], columns), io.BytesIO()
-    figure.savefig(file, format="png", dpi=100, bbox_inches="tight")  # as a notebook does
+    if whole:
+        sheet = frame_sheet(
+            lambda part, value: shade(part.add_axes((0, 0.1, 1, 0.8)), value), values, columns, 3
+        )
+    else:
+        sheet = small_multiples(shade, values, [f"frame {i}" for i in range(count)], columns)
+    file = io.BytesIO()
+    sheet.savefig(file, format="png", dpi=100, bbox_inches="tight")  # as a notebook does
     pixels = numpy.asarray(Image.open(file).convert("L"))
-    inch = pixels.shape[1] / (interactive.WIDTH + 2 * interactive.PAD)
-    pad, rows = interactive.PAD * inch, count // columns
-    wide, high = (pixels.shape[1] - 2 * pad) / columns, (pixels.shape[0] - 2 * pad) / rows
+    rows = count // columns
+    wide, high = pixels.shape[1] / columns, pixels.shape[0] / rows
     for i, value in enumerate(values):
-        x, y = pad + (i % columns + 0.5) * wide, pad + (i // columns + 0.55) * high
+        x, y = (i % columns + 0.5) * wide, (i // columns + 0.55) * high
         assert abs(pixels[int(y), int(x)] - 255 * value) < 3
-        edge = pixels[int(pad + (i // columns) * high + 3), int(pad + (i % columns) * wide + 3)]
-        assert edge == 255  # the corner of a frame is empty
+        assert (
+            pixels[int((i // columns) * high + 3), int((i % columns) * wide + 3)] == 255
+        )  # its corner is empty
 
 
-def test_the_script_knows_the_sizes_of_small_multiples_and_rows_are_full():
-    width, pad = re.search(r"WIDTH = ([\d.]+), PAD = ([\d.]+)", SCRIPT.read_text()).groups()
-    assert (float(width), float(pad)) == (interactive.WIDTH, interactive.PAD)
+def test_rows_of_frames_must_be_full():
     with pytest.raises(ValueError, match="3 frames, 3 titles, 2 columns"):
         small_multiples(shade, [0, 1, 2], ["a", "b", "c"], 2)
+    with pytest.raises(ValueError, match="3 frames, 2 columns"):
+        frame_sheet(shade, [0, 1, 2], 2, 3)
 
 
 def test_controls_draw_what_they_say():

@@ -1,45 +1,47 @@
 // A cell tagged frames-RxC holds small multiples: R rows and C columns of equal frames. This shows one frame at a
-// time, chosen by a slider that the mouse, a finger or the arrow keys move; a button brings all of them back.
-// Without this script all of them are simply there.
+// time, chosen by a slider that the mouse, a finger or the arrow keys move; a button brings all of them back. It
+// begins with the frame of the tag frames-start-I. Without this script all of them are simply there.
 document.addEventListener("DOMContentLoaded", () => {
-  const WIDTH = 7.0, PAD = 0.1; // inches: those of cpvt/lab/interactive.py
   for (const cell of document.querySelectorAll("[class*='tag_frames-']")) {
-    const [, rows, columns] = cell.className.match(/tag_frames-(\d+)x(\d+)/).map(Number);
-    const image = cell.querySelector("img");
-    if (!image) continue;
-    const canvas = document.createElement("canvas");
-    const slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: rows * columns - 1, value: 0 });
-    const button = Object.assign(document.createElement("button"), { type: "button", textContent: "all frames" });
+    const shape = cell.className.match(/tag_frames-(\d+)x(\d+)/);
+    const images = [...cell.querySelectorAll("img")]; // one for light pages, one for dark
+    if (!shape || !images.length) continue;
+    const [, rows, columns] = shape.map(Number), total = rows * columns;
+    const first = Number((cell.className.match(/tag_frames-start-(\d+)/) ?? [0, 0])[1]);
+    const view = Object.assign(document.createElement("div"), { className: "frames-view" });
+    const slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: total - 1 });
+    const button = Object.assign(document.createElement("button"), { type: "button" });
     const bar = Object.assign(document.createElement("div"), { className: "frames-bar" });
     const count = document.createElement("output");
-    slider.setAttribute("aria-label", `frame, 1 to ${rows * columns}: ${image.alt}`);
-    canvas.setAttribute("role", "img");
-    canvas.className = "frames-view";
+    slider.value = first;
+    slider.setAttribute("aria-label", `frame, 1 to ${total}: ${images[0].alt}`);
 
     const show = (whole) => {
-      image.hidden = !whole;
-      canvas.hidden = whole;
+      const i = Number(slider.value);
+      view.classList.toggle("frames-all", whole);
       button.textContent = whole ? "one frame" : "all frames";
       button.setAttribute("aria-pressed", String(whole));
-      const i = Number(slider.value);
-      count.textContent = `${i + 1} of ${rows * columns}`;
+      count.textContent = `${i + 1} of ${total}`;
       slider.setAttribute("aria-valuetext", count.textContent);
-      canvas.setAttribute("aria-label", `${image.alt} Frame ${count.textContent}.`);
-      const inch = image.naturalWidth / (WIDTH + 2 * PAD), pad = PAD * inch;
-      const wide = (image.naturalWidth - 2 * pad) / columns, high = (image.naturalHeight - 2 * pad) / rows;
-      canvas.width = Math.round(2 * wide);
-      canvas.height = Math.round(2 * high);
-      canvas.getContext("2d").drawImage(
-        image, pad + (i % columns) * wide, pad + Math.floor(i / columns) * high, wide, high, 0, 0, canvas.width, canvas.height);
+      const across = -(100 * (i % columns)) / columns, down = -(100 * Math.floor(i / columns)) / rows;
+      for (const image of images) {
+        image.style.width = whole ? "" : `${100 * columns}%`;
+        image.style.transform = whole ? "" : `translate(${across}%, ${down}%)`;
+      }
     };
-    const start = () => {
-      image.before(canvas);
-      canvas.after(bar);
+    const start = (image) => {
+      const wide = image.naturalWidth / columns, high = image.naturalHeight / rows;
+      view.style.aspectRatio = `${wide} / ${high}`;
+      if (view.isConnected) return;
+      images[0].before(view);
+      view.append(...images);
+      view.after(bar);
       bar.append(slider, count, button);
       slider.addEventListener("input", () => show(false));
-      button.addEventListener("click", () => show(!image.hidden ? false : true));
+      button.addEventListener("click", () => show(!view.classList.contains("frames-all")));
       show(false);
     };
-    image.complete && image.naturalWidth ? start() : image.addEventListener("load", start, { once: true });
+    for (const image of images)
+      image.complete && image.naturalWidth ? start(image) : image.addEventListener("load", () => start(image), { once: true });
   }
 });

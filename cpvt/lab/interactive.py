@@ -12,11 +12,8 @@ import ipywidgets
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from cpvt.lab.styles import PALE, RC, WIDTH
-
-PAD = 0.1  # inches that a notebook leaves around a saved figure; frames.js takes them off again
+from cpvt.lab.styles import RC, WIDTH, save_whole
 
 
 def small_multiples(
@@ -28,7 +25,8 @@ def small_multiples(
 ) -> Figure:
     """One frame for each value, `draw(axes, value)` in it, row by row; they must fill their rows.
 
-    Tag the cell `frames-RxC`, with the numbers of rows and columns. `aspect`: height / width of a frame's axes.
+    Tag the cell `frames-RxC`, with the numbers of rows and columns, and `frames-start-I` with the number, from 0,
+    of the frame that tells most: the page shows that one first. `aspect`: height / width of a frame's axes.
     """
     if len(values) != len(titles) or not values or len(values) % columns:
         raise ValueError(
@@ -40,8 +38,6 @@ def small_multiples(
     whole = WIDTH, rows * height
     with plt.style.context(["default", RC]):
         figure = plt.figure(figsize=whole)
-        # All of it counts as drawn on, or a notebook would cut off what is empty at its edges.
-        figure.add_artist(Rectangle((0, 0), 1, 1, fill=False, edgecolor=PALE, linewidth=0.5))
         for i, (value, words) in enumerate(zip(values, titles, strict=True)):
             left, bottom = i % columns * width + margin, (rows - 1 - i // columns) * height + margin
             size = wide / whole[0], wide * aspect / whole[1]
@@ -51,7 +47,25 @@ def small_multiples(
             axes.set_title(words, fontsize=10)
         figure.draw_without_rendering()
         plt.close(figure)
+        save_whole(figure)
     return figure
+
+
+def frame_sheet(draw: Callable[[Any, Any], None], values: Sequence, columns: int, height: float) -> Figure:
+    """As `small_multiples`, for frames that are whole figures: `draw(part, value)` gets a SubFigure, 7 inches wide
+    and `height` high, with the book's look. They must fill their rows."""
+    if not values or len(values) % columns:
+        raise ValueError(f"{len(values)} frames, {columns} columns: fill rows")
+    rows = len(values) // columns
+    with plt.style.context(["default", RC]):
+        sheet = plt.figure(figsize=(columns * WIDTH, rows * height), layout="constrained")
+        parts = sheet.subfigures(rows, columns, squeeze=False, wspace=0, hspace=0).flat
+        for part, value in zip(parts, values, strict=True):
+            draw(part, value)
+        sheet.draw_without_rendering()
+        plt.close(sheet)
+        save_whole(sheet)
+    return sheet
 
 
 def explore(draw: Callable[..., Figure], **choices: Sequence | tuple[int, int]) -> ipywidgets.Widget:
@@ -65,7 +79,7 @@ def explore(draw: Callable[..., Figure], **choices: Sequence | tuple[int, int]) 
 
     def redraw(*_) -> None:
         file, figure = io.BytesIO(), draw(**{name: control.value for name, control in controls.items()})
-        figure.savefig(file, format="png", bbox_inches="tight", pad_inches=PAD)
+        figure.savefig(file, format="png")
         image.value = file.getvalue()
 
     for control in controls.values():

@@ -1,5 +1,6 @@
 """Images side by side, and a drawn one; measured rows as a table and as dots, one a seed."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,35 @@ def drawn_image(seed: int = 0, height: int = 240, width: int = 320) -> Tensor:
     paint((abs(x - 0.08) < 0.035) & (abs(y - 0.77) < 0.08), 0.25, 0.15, 0.1)  # the door
     paint((abs(x - 0.21) < 0.04) & (abs(y - 0.69) < 0.045), 0.95, 0.9, 0.6)  # a window
     return (255 * image).round().clamp(0, 255).to(torch.uint8)
+
+
+class Table:
+    """A table for the page: the highest mean of the columns in `best` stands bold, the row `baseline` in grey.
+
+    A cell's mean is the number that it begins with, "34.8 ± 1.1" say. `lowest`: the lowest is best."""
+
+    def __init__(self, frame: pandas.DataFrame, best=(), baseline: str = "", lowest: bool = False):
+        self.frame, self.best, self.baseline, self.lowest = frame, list(best), baseline, lowest
+
+    def __repr__(self) -> str:
+        return f"Table of {len(self.frame)} rows, {len(self.frame.columns)} columns"
+
+    def _repr_html_(self) -> str:
+        def bold(column: pandas.Series) -> list[str]:
+            means = [float(m[0]) if (m := re.match(r"[+−-]?[\d.]+", str(c))) else None for c in column]
+            known = [mean for mean in means if mean is not None]
+            wanted = (min(known) if self.lowest else max(known)) if known else None
+            return ["font-weight: 600" if mean is not None and mean == wanted else "" for mean in means]
+
+        style = self.frame.style.set_uuid("table").set_table_attributes('class="dataframe"')
+        style = style.apply(bold, subset=self.best).format(na_rep="", precision=1)
+        if self.baseline:
+            style = style.apply_index(
+                lambda names: [
+                    "opacity: 0.7; font-style: italic" if n == self.baseline else "" for n in names
+                ]
+            )
+        return style.to_html()
 
 
 def row_table(

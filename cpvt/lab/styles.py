@@ -1,15 +1,19 @@
-"""One colour and one marker for each encoding, throughout the book; and how every figure looks.
+"""One colour and one marker for each encoding, throughout the book; and how every figure looks and is saved.
 
 Colours are Okabe and Ito's, which eyes without red or green tell apart. PEGs are blue, darker the more there
 are, so that they differ in print without colour too; a table with a PEG keeps the table's colour and takes
 the PEG's circle; variants of a PEG are hollow.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from cpvt.config import EncodingPart, Learned, Peg, Relative, Rotary, Sine, parse_encoding
@@ -141,8 +145,13 @@ def _notes(peg: Peg) -> list[str]:
 
 # --------------------------------------------------------------------------- figures
 
+for _file in sorted((Path(__file__).parent / "fonts").glob("*.ttf")):  # the book's interface font
+    font_manager.fontManager.addfont(_file)
+REGULAR, SEMIBOLD = "Source Sans 3 ExtraLight", "Source Sans 3 ExtraLight SemiBold"  # as the files call them
+
 RC = {  # on matplotlib's defaults, whatever the reader's own settings
-    "figure.dpi": 150,
+    "figure.dpi": 200,  # twice what a page shows
+    "font.family": [REGULAR, "DejaVu Sans"],  # the second for the signs that the first has not
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.titlelocation": "left",
@@ -175,3 +184,27 @@ def figure(height: float, width: float = WIDTH) -> Iterator[Figure]:
             new.draw_without_rendering()  # texts and ticks take their look while it holds
         finally:
             plt.close(new)
+            save_whole(new)
+
+
+def save_whole(figure: Figure) -> None:
+    """From now on the closed figure is saved at its full size, and says in the file which parts of it are images:
+    the page's dark twin (book/_ext/book_pages.py) leaves these as they are."""
+    plain = figure.canvas.print_figure
+
+    def print_figure(file, *args, bbox_inches=None, metadata=None, **options):
+        if str(options.get("format", "")).lower() == "png":
+            metadata = {"images": json.dumps(_image_boxes(figure)), **(metadata or {})}
+        return plain(file, *args, bbox_inches=None, metadata=metadata, **options)
+
+    figure.canvas.print_figure = print_figure
+
+
+def _image_boxes(figure: Figure) -> list[list[float]]:
+    """Left, top, right, bottom of each axes that holds an image or a map of colours, as shares of the figure."""
+    boxes = []
+    for axes in figure.axes:
+        if axes.images or any(isinstance(found, QuadMesh) for found in axes.collections):
+            x0, y0, x1, y1 = axes.get_window_extent().transformed(figure.transFigure.inverted()).extents
+            boxes.append([round(float(side), 5) for side in (x0, 1 - y1, x1, 1 - y0)])
+    return boxes

@@ -1,0 +1,97 @@
+"""What the pages need beyond the theme: figures for the dark, a front page that is a page, words for previews.
+
+A figure is drawn once, dark on white, as any notebook shows it. For dark pages it gets a twin here, with lightness
+turned round and hues kept; photographs and maps in it, which the file names (`cpvt.lab.styles.save_whole`), stay.
+"""
+
+import json
+import posixpath
+import re
+from html import escape
+from pathlib import Path
+
+import numpy
+from docutils import nodes
+from PIL import Image
+
+DARK_GROUND = 18  # of 255: the theme's background in the dark, #121212
+SITE = "Position in Vision Transformers"
+
+
+def dark_twin(source: Path, target: Path) -> None:
+    """Writes the figure for dark pages beside the one for light ones."""
+    with Image.open(source) as image:
+        boxes = json.loads(image.info.get("images", "[]"))
+        light = numpy.asarray(image.convert("RGB")).astype(numpy.int16)
+    span = light.max(2, keepdims=True) + light.min(2, keepdims=True)
+    turned = light + 255 - span  # the lightness of HLS turned round
+    dark = DARK_GROUND + turned * (255 - DARK_GROUND) // 255
+    height, width = light.shape[:2]
+    for left, top, right, bottom in boxes:
+        rows = slice(round(top * height), round(bottom * height))
+        columns = slice(round(left * width), round(right * width))
+        dark[rows, columns] = light[rows, columns]
+    Image.fromarray(dark.astype(numpy.uint8)).save(target, optimize=True)
+
+
+def add_dark_figures(app, doctree) -> None:
+    for image in list(doctree.findall(nodes.image)):
+        uri = image["uri"]
+        if not uri.endswith(".png") or "://" in uri:
+            continue
+        folder = Path(app.srcdir) if uri.startswith("/") else Path(app.env.doc2path(app.env.docname)).parent
+        source = folder / uri.lstrip("/")
+        if not source.exists():
+            source = Path(uri)
+        target = source.with_name(f"{source.stem}-dark.png")
+        dark_twin(source, target)
+        twin = image.deepcopy()
+        twin["uri"] = posixpath.join(posixpath.dirname(uri), target.name)
+        twin["classes"] = [*image["classes"], "figure-dark", "dark-light"]  # the second: the theme leaves it
+        image["classes"] = [*image["classes"], "figure-light"]
+        image.parent.insert(image.parent.index(image) + 1, twin)
+
+
+def add_description(app, pagename, templatename, context, doctree) -> None:
+    """What a search engine or a preview shows of a page: its first paragraph, and one picture for all."""
+    if doctree is None:
+        return
+    said = next((p.astext() for p in doctree.findall(nodes.paragraph) if len(p.astext()) > 80), SITE)
+    said = re.sub(r"\s+", " ", said)
+    said = said if len(said) <= 200 else said[:197].rsplit(" ", 1)[0] + " ..."
+    title = re.sub(r"<[^>]*>", "", context.get("title") or SITE)
+    picture = context["pathto"]("_static/preview.png", 1)
+    tags = {"og:title": title, "og:description": said, "og:type": "article", "og:site_name": SITE}
+    tags |= {"og:image": picture, "twitter:card": "summary_large_image"}
+    lines = [
+        f'<meta {"property" if key.startswith("og:") else "name"}="{key}" content="{escape(value)}" />'
+        for key, value in ({"description": said} | tags).items()
+    ]
+    context["metatags"] = "\n".join([context.get("metatags", ""), *lines])
+
+
+def write_front_page(app, error) -> None:
+    """index.html: the root page itself, with its links as seen from there, in place of a redirect."""
+    if error or app.builder.format != "html":
+        return
+    root = app.config.root_doc
+    folder, out = posixpath.dirname(root), Path(app.outdir)
+    page = (out / f"{root}.html").read_text(encoding="utf-8")
+
+    def seen_from_above(match: re.Match) -> str:
+        name, target = match.groups()
+        if not target or target.startswith("#") or re.match(r"[a-z]+:", target):
+            return match[0]
+        path = posixpath.normpath(posixpath.join(folder, target))
+        return f'{name}="{path}{"/" if target.endswith("/") and path != "." else ""}"'
+
+    page = re.sub(r'\b(href|src|data-content_root|action)="([^"]*)"', seen_from_above, page)
+    page = page.replace('data-content_root="."', 'data-content_root="./"')
+    (out / "index.html").write_text(page, encoding="utf-8")
+
+
+def setup(app) -> dict:
+    app.connect("doctree-read", add_dark_figures, priority=400)  # before Sphinx collects the images
+    app.connect("html-page-context", add_description)
+    app.connect("build-finished", write_front_page, priority=900)  # after the redirect that it replaces
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
