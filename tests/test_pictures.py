@@ -3,7 +3,7 @@
 import pytest
 
 from cpvt.errors import ConfigError
-from cpvt.lab.pictures import PHOTOGRAPHS, photograph
+from cpvt.lab.pictures import PHOTOGRAPHS, class_names, photograph
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
@@ -18,3 +18,7 @@ def test_small_ones_are_means_of_areas_and_unknown_ones_are_refused():
     assert (photograph("coffee", 4).mean((1, 2)) - photograph("coffee", 100).mean((1, 2))).abs().max() < 1e-5
     with pytest.raises(ConfigError, match="chelsea"):
         photograph("chelsae")
+
+
+def test_classes_have_one_name_each():
+    assert len(set(class_names())) == 100 and {"tabby", "lion", "beacon", "goldfish"} <= set(class_names())
