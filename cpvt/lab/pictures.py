@@ -40,7 +40,7 @@ _CLASSES = """
 
 @cache
 def class_names() -> tuple[str, ...]:
-    """Of the models of `kept_models.load_kept("photographs")`: "tabby", "lion", ... in the order of their logits."""
+    """Of the models of `load_kept("photographs")`: "tabby", "lion", ... in the order of their logits."""
     from timm.data import ImageNetInfo  # not above: it takes a moment
 
     names = ImageNetInfo()
