@@ -193,7 +193,8 @@ def save_whole(figure: Figure) -> None:
     plain = figure.canvas.print_figure
 
     def print_figure(file, *args, bbox_inches=None, metadata=None, **options):
-        if str(options.get("format", "")).lower() == "png":
+        name = Path(file).suffix[1:] if isinstance(file, str | Path) else ""
+        if (options.get("format") or name or "png").lower() == "png":
             metadata = {"images": json.dumps(_image_boxes(figure)), **(metadata or {})}
         return plain(file, *args, bbox_inches=None, metadata=metadata, **options)
 
