@@ -93,6 +93,7 @@ def test_encodings_can_be_told_apart_even_without_colour():
     pegs = [PLAIN[count] for count in ("1 PEG", "2 PEGs", "3 PEGs", "5 PEGs")]
     shades = [luminance(style_of(encoding).colour) for encoding in pegs]
     assert min((a + 0.05) / (b + 0.05) for a, b in itertools.pairwise(shades)) > 1.4
+    assert min(1.05 / (luminance(style_of(encoding).colour) + 0.05) for encoding in PLAIN.values()) > 3
     for compared in (ENCODINGS, ("peg", *PADDINGS)):
         assert len({style_of(encoding) for encoding in compared}) == len(compared)
 
