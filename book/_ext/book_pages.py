@@ -60,7 +60,7 @@ def add_description(app, pagename, templatename, context, doctree) -> None:
     said = re.sub(r"\s+", " ", said)
     said = said if len(said) <= 200 else said[:197].rsplit(" ", 1)[0] + " ..."
     title = re.sub(r"<[^>]*>", "", context.get("title") or SITE)
-    picture = context["pathto"]("_static/preview.png", 1)
+    picture = context["pathto"]("_static/idea.png", 1)
     tags = {"og:title": title, "og:description": said, "og:type": "article", "og:site_name": SITE}
     tags |= {"og:image": picture, "twitter:card": "summary_large_image"}
     lines = [
