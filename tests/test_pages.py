@@ -33,7 +33,9 @@ def chapters(tmp_path_factory) -> list[Path]:
 def test_links_lead_somewhere_and_images_are_described(chapters):
     text = {path: path.read_text(encoding="utf-8") for path in chapters}
     names = {path: set(re.findall(r' (?:id|name)="([^"]+)"', page)) for path, page in text.items()}
-    assert len(text) == 1 + len([path for path in (ROOT / "book").iterdir() if path.suffix in (".ipynb", ".md")])
+    assert len(text) == 1 + len(
+        [path for path in (ROOT / "book").iterdir() if path.suffix in (".ipynb", ".md")]
+    )
     broken = []
     for path, page in text.items():
         for target in re.findall(r'<[^<>]* (?:href|src)="([^"]+)"', page):

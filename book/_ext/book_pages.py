@@ -86,6 +86,7 @@ def write_front_page(app, error) -> None:
         return f'{name}="{path}{"/" if target.endswith("/") and path != "." else ""}"'
 
     page = re.sub(r'\b(href|src|data-content_root|action)="([^"]*)"', seen_from_above, page)
+    page = page.replace('content="../', 'content="')  # the preview's picture
     page = page.replace('data-content_root="."', 'data-content_root="./"')
     (out / "index.html").write_text(page, encoding="utf-8")
 
