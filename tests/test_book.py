@@ -1,5 +1,6 @@
 """The chapters as files: their form, run in order, exercises that fail unsolved; corrections computed again."""
 
+import base64
 import json
 import math
 import re
@@ -152,6 +153,12 @@ def test_exercises_have_question_and_worded_solution(path):
     asked = len(re.findall(r"^### Exercise: ", prose(path), flags=re.M))
     answered = prose(path).count('<details class="solution">')
     assert asked == answered == len([e for e in EXERCISES if e.values[0] == path]) >= 1
+
+
+def test_the_picture_of_the_readme_and_of_previews_is_the_front_page_s():
+    outputs = [out["data"] for cell in code(BOOK / "index.ipynb") for out in cell["outputs"]]
+    [drawn] = [base64.b64decode("".join(data["image/png"])) for data in outputs if "image/png" in data]
+    assert (BOOK / "_static" / "idea.png").read_bytes() == drawn, "copy the front page's picture there"
 
 
 # The page of corrections: its numbers are computed again from the published figures.

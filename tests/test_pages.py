@@ -19,7 +19,7 @@ KNOWN = "THEBE_JS_URL"  # the theme declares this constant twice
 
 @pytest.fixture(scope="module")
 def chapters(tmp_path_factory) -> list[Path]:
-    """The book's pages, built without a warning."""
+    """The front page and the book's pages, built without a warning."""
     out = tmp_path_factory.mktemp("book")
     command = [Path(sys.executable).with_name("jupyter-book"), "build", ROOT, "--path-output", out]
     if not command[0].exists():
@@ -27,13 +27,15 @@ def chapters(tmp_path_factory) -> list[Path]:
     build = subprocess.run(command, capture_output=True, text=True)
     log = build.stdout + build.stderr
     assert build.returncode == 0 and "build succeeded." in log, log[-3000:]
-    return sorted(out.glob("_build/html/book/*.html"))
+    return [out / "_build" / "html" / "index.html", *sorted(out.glob("_build/html/book/*.html"))]
 
 
 def test_links_lead_somewhere_and_images_are_described(chapters):
     text = {path: path.read_text(encoding="utf-8") for path in chapters}
     names = {path: set(re.findall(r' (?:id|name)="([^"]+)"', page)) for path, page in text.items()}
-    assert len(text) == len([path for path in (ROOT / "book").iterdir() if path.suffix in (".ipynb", ".md")])
+    assert len(text) == 1 + len(
+        [path for path in (ROOT / "book").iterdir() if path.suffix in (".ipynb", ".md")]
+    )
     broken = []
     for path, page in text.items():
         for target in re.findall(r'<[^<>]* (?:href|src)="([^"]+)"', page):
@@ -83,7 +85,9 @@ MEASURE = """() => {
     overflowing: root.scrollWidth <= root.clientWidth ? []
       : html(all("main *").filter((node) => node.getBoundingClientRect().right > root.clientWidth + 1)),
     broken: html(images.filter((image) => !image.naturalWidth)),
-    dimmed: html(images.filter((image) => getComputedStyle(image).filter != "none")),
+    dimmed: html(images.filter(seen).filter((image) => getComputedStyle(image).filter != "none")),
+    twice: html(images.filter(seen).filter((image) => image.matches(".figure-light") ==
+      (root.dataset.theme == "dark") && image.matches(".figure-light, .figure-dark"))),
     unset: html(all(".math").filter((node) => !node.querySelector("mjx-container"))),
     wrong: html(all("mjx-merror")),
   };

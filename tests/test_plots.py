@@ -2,9 +2,11 @@
 
 import io
 import itertools
+import re
 
 import matplotlib
 import numpy as np
+import pandas
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.text import Text
@@ -14,7 +16,7 @@ matplotlib.use("agg")
 
 from cpvt.errors import ConfigError  # noqa: E402
 from cpvt.lab.experiments import ENCODINGS, PADDINGS  # noqa: E402
-from cpvt.lab.plots import drawn_image, show_images  # noqa: E402
+from cpvt.lab.plots import Table, drawn_image, show_images  # noqa: E402
 from cpvt.lab.results import published  # noqa: E402
 from cpvt.lab.styles import figure, style_of  # noqa: E402
 
@@ -91,6 +93,7 @@ def test_encodings_can_be_told_apart_even_without_colour():
     pegs = [PLAIN[count] for count in ("1 PEG", "2 PEGs", "3 PEGs", "5 PEGs")]
     shades = [luminance(style_of(encoding).colour) for encoding in pegs]
     assert min((a + 0.05) / (b + 0.05) for a, b in itertools.pairwise(shades)) > 1.4
+    assert min(1.05 / (luminance(style_of(encoding).colour) + 0.05) for encoding in PLAIN.values()) > 3
     for compared in (ENCODINGS, ("peg", *PADDINGS)):
         assert len({style_of(encoding) for encoding in compared}) == len(compared)
 
@@ -102,3 +105,18 @@ def test_every_published_encoding_has_a_style_and_nonsense_has_none():
     same = {"relative(clip=4)": "relative", "peg(positions=(0,), kernel=27)": PLAIN["1 PEG, kernel 27"]}
     same |= {"2-D sine": "sine"}  # as data/published.csv has it
     assert all(style_of(encoding) == style_of(other) for encoding, other in same.items())
+
+
+def test_a_table_marks_the_best_mean_and_the_baseline_and_shows_no_address():
+    cells = {"top-1": ["28.4 ± 1.0", "34.8 ± 1.1", ""], "seeds": [5, 5, 5]}
+    frame = pandas.DataFrame(cells, ["none", "PEG", "late"])
+    for lowest, best in ((False, "34.8 ± 1.1"), (True, "28.4 ± 1.0")):
+        html = Table(frame, best=["top-1"], baseline="none", lowest=lowest)._repr_html_()
+        [bold] = re.findall(r"#(\w+) \{\s*font-weight: 600", html)
+        assert re.search(rf'id="{bold}"[^>]*>{best}<', html)
+        [faint] = re.findall(r"#(\w+) \{\s*opacity", html)
+        assert re.search(rf'id="{faint}"[^>]*>none<', html)
+    assert html == Table(frame, best=["top-1"], baseline="none", lowest=True)._repr_html_()
+    assert repr(Table(frame)) == "Table of 3 rows, 2 columns"
+    ids = [set(re.findall(r"#T_\w+", Table(frame, ["top-1"], name=n)._repr_html_())) for n in ("", "b")]
+    assert ids[0] and not ids[0] & ids[1], "two tables of a page mark cells of their own"

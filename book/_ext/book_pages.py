@@ -60,7 +60,7 @@ def add_description(app, pagename, templatename, context, doctree) -> None:
     said = re.sub(r"\s+", " ", said)
     said = said if len(said) <= 200 else said[:197].rsplit(" ", 1)[0] + " ..."
     title = re.sub(r"<[^>]*>", "", context.get("title") or SITE)
-    picture = context["pathto"]("_static/preview.png", 1)
+    picture = context["pathto"]("_static/idea.png", 1)
     tags = {"og:title": title, "og:description": said, "og:type": "article", "og:site_name": SITE}
     tags |= {"og:image": picture, "twitter:card": "summary_large_image"}
     lines = [
@@ -86,6 +86,7 @@ def write_front_page(app, error) -> None:
         return f'{name}="{path}{"/" if target.endswith("/") and path != "." else ""}"'
 
     page = re.sub(r'\b(href|src|data-content_root|action)="([^"]*)"', seen_from_above, page)
+    page = page.replace('content="../', 'content="')  # the preview's picture
     page = page.replace('data-content_root="."', 'data-content_root="./"')
     (out / "index.html").write_text(page, encoding="utf-8")
 

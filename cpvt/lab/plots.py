@@ -56,10 +56,14 @@ def drawn_image(seed: int = 0, height: int = 240, width: int = 320) -> Tensor:
 class Table:
     """A table for the page: the highest mean of the columns in `best` stands bold, the row `baseline` in grey.
 
-    A cell's mean is the number that it begins with, "34.8 ± 1.1" say. `lowest`: the lowest is best."""
+    A cell's mean is the number that it begins with, "34.8 ± 1.1" say. `lowest`: the lowest is best. `name`: a word
+    of its own for each table of a page, or the bold cells of one are bold in the other."""
 
-    def __init__(self, frame: pandas.DataFrame, best=(), baseline: str = "", lowest: bool = False):
+    def __init__(
+        self, frame: pandas.DataFrame, best=(), baseline: str = "", lowest: bool = False, name: str = ""
+    ):
         self.frame, self.best, self.baseline, self.lowest = frame, list(best), baseline, lowest
+        self.name = name
 
     def __repr__(self) -> str:
         return f"Table of {len(self.frame)} rows, {len(self.frame.columns)} columns"
@@ -71,7 +75,7 @@ class Table:
             wanted = (min(known) if self.lowest else max(known)) if known else None
             return ["font-weight: 600" if mean is not None and mean == wanted else "" for mean in means]
 
-        style = self.frame.style.set_uuid("table").set_table_attributes('class="dataframe"')
+        style = self.frame.style.set_uuid(f"table{self.name}").set_table_attributes('class="dataframe"')
         style = style.apply(bold, subset=self.best).format(na_rep="", precision=1)
         if self.baseline:
             style = style.apply_index(
