@@ -93,6 +93,7 @@ def test_encodings_can_be_told_apart_even_without_colour():
     pegs = [PLAIN[count] for count in ("1 PEG", "2 PEGs", "3 PEGs", "5 PEGs")]
     shades = [luminance(style_of(encoding).colour) for encoding in pegs]
     assert min((a + 0.05) / (b + 0.05) for a, b in itertools.pairwise(shades)) > 1.4
+    assert min(1.05 / (luminance(style_of(encoding).colour) + 0.05) for encoding in PLAIN.values()) > 3
     for compared in (ENCODINGS, ("peg", *PADDINGS)):
         assert len({style_of(encoding) for encoding in compared}) == len(compared)
 
@@ -117,3 +118,5 @@ def test_a_table_marks_the_best_mean_and_the_baseline_and_shows_no_address():
         assert re.search(rf'id="{faint}"[^>]*>none<', html)
     assert html == Table(frame, best=["top-1"], baseline="none", lowest=True)._repr_html_()
     assert repr(Table(frame)) == "Table of 3 rows, 2 columns"
+    ids = [set(re.findall(r"#T_\w+", Table(frame, ["top-1"], name=n)._repr_html_())) for n in ("", "b")]
+    assert ids[0] and not ids[0] & ids[1], "two tables of a page mark cells of their own"

@@ -1,8 +1,9 @@
 """One colour and one marker for each encoding, throughout the book; and how every figure looks and is saved.
 
-Colours are Okabe and Ito's, which eyes without red or green tell apart. PEGs are blue, darker the more there
-are, so that they differ in print without colour too; a table with a PEG keeps the table's colour and takes
-the PEG's circle; variants of a PEG are hollow.
+Colours are Okabe and Ito's, which eyes without red or green tell apart, pale ones made a little stronger: each has
+a contrast of 3 or more on white, and turned round on dark pages. PEGs are blue, darker the more there are, so that
+they differ in print without colour too; a table with a PEG keeps the table's colour and takes the PEG's circle;
+variants of a PEG are hollow.
 """
 
 import json
@@ -18,8 +19,8 @@ from matplotlib.figure import Figure
 
 from cpvt.config import EncodingPart, Learned, Peg, Relative, Rotary, Sine, parse_encoding
 
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+BLACK, ORANGE, SKY, GREEN = "#000000", "#CC8400", "#2296D8", "#009E73"
+YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#C4400B", "#BF4F99"
 GREY, PALE = "#777777", "#E8E8E8"
 
 
@@ -54,7 +55,7 @@ class Style:
 
 NONE = Style("none", GREY, "X", DOTTED)
 TABLES = {Learned: (ORANGE, "s"), Sine: (PURPLE, "v"), Relative: (VERMILLION, "D"), Rotary: (GREEN, "P")}
-PEGS = {1: (SKY, "o"), 2: ("#2B8FCB", "d"), 3: ("#00639C", "^"), 5: ("#00304D", "p")}
+PEGS = {1: (SKY, "o"), 2: ("#1B7AB5", "d"), 3: ("#00578A", "^"), 5: ("#00304D", "p")}
 # A kernel of 5 sees as far as two PEGs, one of 7 as far as three: hence their shades.
 KERNELS = {5: (PEGS[2][0], "h"), 7: (PEGS[3][0], "8"), 27: (BLUE, "*")}
 PADDINGS = {"circular": "<", "replicate": ">", "reflect": "H", "none": "1"}
