@@ -118,3 +118,5 @@ def test_a_table_marks_the_best_mean_and_the_baseline_and_shows_no_address():
         assert re.search(rf'id="{faint}"[^>]*>none<', html)
     assert html == Table(frame, best=["top-1"], baseline="none", lowest=True)._repr_html_()
     assert repr(Table(frame)) == "Table of 3 rows, 2 columns"
+    ids = [set(re.findall(r"#T_\w+", Table(frame, ["top-1"], name=n)._repr_html_())) for n in ("", "b")]
+    assert ids[0] and not ids[0] & ids[1], "two tables of a page mark cells of their own"

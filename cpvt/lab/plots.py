@@ -1,5 +1,6 @@
 """Images side by side, and a drawn one; measured rows as a table and as dots, one a seed."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import pandas
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from cpvt.lab.stats import by_seed, spread
@@ -56,10 +58,14 @@ def drawn_image(seed: int = 0, height: int = 240, width: int = 320) -> Tensor:
 class Table:
     """A table for the page: the highest mean of the columns in `best` stands bold, the row `baseline` in grey.
 
-    A cell's mean is the number that it begins with, "34.8 ± 1.1" say. `lowest`: the lowest is best."""
+    A cell's mean is the number that it begins with, "34.8 ± 1.1" say. `lowest`: the lowest is best. `name`: a word
+    of its own for each table of a page, or the bold cells of one are bold in the other."""
 
-    def __init__(self, frame: pandas.DataFrame, best=(), baseline: str = "", lowest: bool = False):
+    def __init__(
+        self, frame: pandas.DataFrame, best=(), baseline: str = "", lowest: bool = False, name: str = ""
+    ):
         self.frame, self.best, self.baseline, self.lowest = frame, list(best), baseline, lowest
+        self.name = name
 
     def __repr__(self) -> str:
         return f"Table of {len(self.frame)} rows, {len(self.frame.columns)} columns"
@@ -71,7 +77,7 @@ class Table:
             wanted = (min(known) if self.lowest else max(known)) if known else None
             return ["font-weight: 600" if mean is not None and mean == wanted else "" for mean in means]
 
-        style = self.frame.style.set_uuid("table").set_table_attributes('class="dataframe"')
+        style = self.frame.style.set_uuid(f"table{self.name}").set_table_attributes('class="dataframe"')
         style = style.apply(bold, subset=self.best).format(na_rep="", precision=1)
         if self.baseline:
             style = style.apply_index(
@@ -141,3 +147,21 @@ def seed_dots(
     axes.invert_yaxis()
     if baseline is not None:
         axes.axvline(baseline, color=GREY, linestyle=(0, (5, 2)), linewidth=1.2)
+
+
+def show_change(axes: Axes, change: Tensor, low: float = 1e-2, high: float = 1.0) -> int:
+    """A map (H, W) of changes: green and hatched where it is exactly 0, else the redder the larger, on a
+    logarithmic scale from `low` to `high`; grey where it is NaN. -> the number of exact tokens."""
+    exact = change == 0
+    shades = ((change.clamp(low, high) / low).log() / math.log(high / low)).masked_fill(exact, float("nan"))
+    axes.imshow(torch.full((*change.shape, 3), 0.8).numpy())
+    axes.imshow(shades.numpy(), cmap="OrRd", vmin=-0.15, vmax=1.1)
+    green = torch.zeros(*change.shape, 4)
+    green[exact] = torch.tensor([0.72, 0.89, 0.80, 1.0])
+    axes.imshow(green.numpy())
+    for row, column in exact.nonzero().tolist():
+        box = (column - 0.5, row - 0.5), 1, 1
+        axes.add_patch(Rectangle(*box, fill=False, hatch="//", edgecolor="#009E73", linewidth=0))
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color="#444444")
+    return int(exact.sum())
