@@ -1,4 +1,4 @@
-"""Images side by side, and a drawn one; measured rows as a table and as dots, one a seed."""
+"""Images side by side; measured rows as a table and as dots, one a seed."""
 
 import math
 import re
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from cpvt.lab.stats import by_seed, spread
 from cpvt.lab.styles import GREY, WIDTH, figure, style_of
-from cpvt.rng import uniform
 
 
 def show_images(images: Sequence[Tensor], titles: Sequence[str], columns: int = 4) -> Figure:
@@ -29,30 +28,6 @@ def show_images(images: Sequence[Tensor], titles: Sequence[str], columns: int = 
             axes.spines[:].set(visible=True, color="#999999")
             axes.set_title(title, fontsize=11, loc="center")
     return fig
-
-
-def drawn_image(seed: int = 0, height: int = 240, width: int = 320) -> Tensor:
-    """A house in front of hills instead of a photograph: (3, height, width) uint8. Another seed, another house."""
-    y = torch.linspace(0, 1, height, dtype=torch.float64)[:, None]
-    x = torch.linspace(0, width / height, width, dtype=torch.float64)[None, :]
-    u = uniform("scene", seed, torch.arange(7)).tolist()
-    low, high = torch.tensor([[0.9, 0.75, 0.6], [0.3, 0.55, 0.9]], dtype=torch.float64)[..., None, None]
-    image = (low * y + high * (1 - y)).expand(3, height, width).clone()
-
-    def paint(where: Tensor, *colour: float) -> None:
-        image[:, where] = torch.tensor(colour, dtype=torch.float64)[:, None]
-
-    paint((x - 0.25 - 0.8 * u[0]) ** 2 + (y - 0.22) ** 2 < 0.008, 1.0, 0.9, 0.4)  # the sun
-    for level, colour in ((0.5, (0.35, 0.5, 0.55)), (0.65, (0.3, 0.55, 0.25))):
-        ridge = level + 0.07 * torch.sin(5 * x + 6 * u[1] + 9 * level) + 0.02 * torch.sin(17 * x + u[2])
-        paint(y > ridge, *colour)
-    x = x - 0.2 - 0.6 * u[3]
-    wall = 0.55 + 0.4 * u[4], 0.3 + 0.4 * u[5], 0.25 + 0.3 * u[6]
-    paint((abs(x - 0.15) < 0.15) & (abs(y - 0.72) < 0.13), *wall)
-    paint((abs(x - 0.15) + 0.9 * abs(y - 0.59) < 0.2) & (y < 0.6), 0.5, 0.15, 0.12)  # the roof
-    paint((abs(x - 0.08) < 0.035) & (abs(y - 0.77) < 0.08), 0.25, 0.15, 0.1)  # the door
-    paint((abs(x - 0.21) < 0.04) & (abs(y - 0.69) < 0.045), 0.95, 0.9, 0.6)  # a window
-    return (255 * image).round().clamp(0, 255).to(torch.uint8)
 
 
 class Table:
