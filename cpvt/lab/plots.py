@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import pandas
@@ -31,36 +32,41 @@ def show_images(images: Sequence[Tensor], titles: Sequence[str], columns: int = 
 
 
 class Table:
-    """A table for the page: the highest mean of the columns in `best` stands bold, the row `baseline` in grey.
+    """A table for the page: the highest mean of each column in `best` stands bold, the row `baseline` in italics.
 
-    A cell's mean is the number that it begins with, "34.8 ± 1.1" say. `lowest`: the lowest is best. `name`: a word
-    of its own for each table of a page, or the bold cells of one are bold in the other."""
+    A cell's mean is the number that it begins with, "34.8 ± 1.1" say. `lowest`: the lowest is best.
+    """
 
-    def __init__(
-        self, frame: pandas.DataFrame, best=(), baseline: str = "", lowest: bool = False, name: str = ""
-    ):
+    def __init__(self, frame: pandas.DataFrame, best=(), baseline: str = "", lowest: bool = False):
         self.frame, self.best, self.baseline, self.lowest = frame, list(best), baseline, lowest
-        self.name = name
 
     def __repr__(self) -> str:
         return f"Table of {len(self.frame)} rows, {len(self.frame.columns)} columns"
 
     def _repr_html_(self) -> str:
-        def bold(column: pandas.Series) -> list[str]:
-            means = [float(m[0]) if (m := re.match(r"[+−-]?[\d.]+", str(c))) else None for c in column]
+        shown = self.frame.map(_text)
+        for column in self.best:
+            means = [_mean(cell) for cell in self.frame[column]]
             known = [mean for mean in means if mean is not None]
             wanted = (min(known) if self.lowest else max(known)) if known else None
-            return ["font-weight: 600" if mean is not None and mean == wanted else "" for mean in means]
+            cells = zip(shown[column], means, strict=True)
+            shown[column] = [
+                f"<strong>{c}</strong>" if mean == wanted is not None else c for c, mean in cells
+            ]
+        names = [escape(str(name)) for name in shown.index]
+        shown.index = [f"<em>{n}</em>" if n == escape(self.baseline) else n for n in names]
+        return shown.to_html(escape=False, border=0)
 
-        style = self.frame.style.set_uuid(f"table{self.name}").set_table_attributes('class="dataframe"')
-        style = style.apply(bold, subset=self.best).format(na_rep="", precision=1)
-        if self.baseline:
-            style = style.apply_index(
-                lambda names: [
-                    "opacity: 0.7; font-style: italic" if n == self.baseline else "" for n in names
-                ]
-            )
-        return style.to_html()
+
+def _text(cell: Any) -> str:
+    if cell is None or cell != cell:
+        return ""
+    return f"{cell:.1f}" if isinstance(cell, float) else escape(str(cell))
+
+
+def _mean(cell: Any) -> float | None:
+    found = re.match(r"[+−-]?[\d.]+", str(cell).replace(",", ""))
+    return float(found[0].replace("−", "-")) if found else None
 
 
 def row_table(
