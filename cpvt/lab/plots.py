@@ -1,18 +1,20 @@
-"""Images side by side, and a drawn one; measured rows as a table and as dots, one a seed."""
+"""Images side by side; measured rows as a table and as dots, one a seed."""
 
+import math
 import re
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import pandas
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from cpvt.lab.stats import by_seed, spread
 from cpvt.lab.styles import GREY, WIDTH, figure, style_of
-from cpvt.rng import uniform
 
 
 def show_images(images: Sequence[Tensor], titles: Sequence[str], columns: int = 4) -> Figure:
@@ -29,34 +31,11 @@ def show_images(images: Sequence[Tensor], titles: Sequence[str], columns: int = 
     return fig
 
 
-def drawn_image(seed: int = 0, height: int = 240, width: int = 320) -> Tensor:
-    """A house in front of hills instead of a photograph: (3, height, width) uint8. Another seed, another house."""
-    y = torch.linspace(0, 1, height, dtype=torch.float64)[:, None]
-    x = torch.linspace(0, width / height, width, dtype=torch.float64)[None, :]
-    u = uniform("scene", seed, torch.arange(7)).tolist()
-    low, high = torch.tensor([[0.9, 0.75, 0.6], [0.3, 0.55, 0.9]], dtype=torch.float64)[..., None, None]
-    image = (low * y + high * (1 - y)).expand(3, height, width).clone()
-
-    def paint(where: Tensor, *colour: float) -> None:
-        image[:, where] = torch.tensor(colour, dtype=torch.float64)[:, None]
-
-    paint((x - 0.25 - 0.8 * u[0]) ** 2 + (y - 0.22) ** 2 < 0.008, 1.0, 0.9, 0.4)  # the sun
-    for level, colour in ((0.5, (0.35, 0.5, 0.55)), (0.65, (0.3, 0.55, 0.25))):
-        ridge = level + 0.07 * torch.sin(5 * x + 6 * u[1] + 9 * level) + 0.02 * torch.sin(17 * x + u[2])
-        paint(y > ridge, *colour)
-    x = x - 0.2 - 0.6 * u[3]
-    wall = 0.55 + 0.4 * u[4], 0.3 + 0.4 * u[5], 0.25 + 0.3 * u[6]
-    paint((abs(x - 0.15) < 0.15) & (abs(y - 0.72) < 0.13), *wall)
-    paint((abs(x - 0.15) + 0.9 * abs(y - 0.59) < 0.2) & (y < 0.6), 0.5, 0.15, 0.12)  # the roof
-    paint((abs(x - 0.08) < 0.035) & (abs(y - 0.77) < 0.08), 0.25, 0.15, 0.1)  # the door
-    paint((abs(x - 0.21) < 0.04) & (abs(y - 0.69) < 0.045), 0.95, 0.9, 0.6)  # a window
-    return (255 * image).round().clamp(0, 255).to(torch.uint8)
-
-
 class Table:
-    """A table for the page: the highest mean of the columns in `best` stands bold, the row `baseline` in grey.
+    """A table for the page: the highest mean of each column in `best` stands bold, the row `baseline` in italics.
 
-    A cell's mean is the number that it begins with, "34.8 ± 1.1" say. `lowest`: the lowest is best."""
+    A cell's mean is the number that it begins with, "34.8 ± 1.1" say. `lowest`: the lowest is best.
+    """
 
     def __init__(self, frame: pandas.DataFrame, best=(), baseline: str = "", lowest: bool = False):
         self.frame, self.best, self.baseline, self.lowest = frame, list(best), baseline, lowest
@@ -65,21 +44,29 @@ class Table:
         return f"Table of {len(self.frame)} rows, {len(self.frame.columns)} columns"
 
     def _repr_html_(self) -> str:
-        def bold(column: pandas.Series) -> list[str]:
-            means = [float(m[0]) if (m := re.match(r"[+−-]?[\d.]+", str(c))) else None for c in column]
+        shown = self.frame.map(_text)
+        for column in self.best:
+            means = [_mean(cell) for cell in self.frame[column]]
             known = [mean for mean in means if mean is not None]
             wanted = (min(known) if self.lowest else max(known)) if known else None
-            return ["font-weight: 600" if mean is not None and mean == wanted else "" for mean in means]
+            cells = zip(shown[column], means, strict=True)
+            shown[column] = [
+                f"<strong>{c}</strong>" if mean == wanted is not None else c for c, mean in cells
+            ]
+        names = [escape(str(name)) for name in shown.index]
+        shown.index = [f"<em>{n}</em>" if n == escape(self.baseline) else n for n in names]
+        return shown.to_html(escape=False, border=0)
 
-        style = self.frame.style.set_uuid("table").set_table_attributes('class="dataframe"')
-        style = style.apply(bold, subset=self.best).format(na_rep="", precision=1)
-        if self.baseline:
-            style = style.apply_index(
-                lambda names: [
-                    "opacity: 0.7; font-style: italic" if n == self.baseline else "" for n in names
-                ]
-            )
-        return style.to_html()
+
+def _text(cell: Any) -> str:
+    if cell is None or cell != cell:
+        return ""
+    return f"{cell:.1f}" if isinstance(cell, float) else escape(str(cell))
+
+
+def _mean(cell: Any) -> float | None:
+    found = re.match(r"[+−-]?[\d.]+", str(cell).replace(",", ""))
+    return float(found[0].replace("−", "-")) if found else None
 
 
 def row_table(
@@ -141,3 +128,21 @@ def seed_dots(
     axes.invert_yaxis()
     if baseline is not None:
         axes.axvline(baseline, color=GREY, linestyle=(0, (5, 2)), linewidth=1.2)
+
+
+def show_change(axes: Axes, change: Tensor, low: float = 1e-2, high: float = 1.0) -> int:
+    """A map (H, W) of changes: green and hatched where it is exactly 0, else the redder the larger, on a
+    logarithmic scale from `low` to `high`; grey where it is NaN. -> the number of exact tokens."""
+    exact = change == 0
+    shades = ((change.clamp(low, high) / low).log() / math.log(high / low)).masked_fill(exact, float("nan"))
+    axes.imshow(torch.full((*change.shape, 3), 0.8).numpy())
+    axes.imshow(shades.numpy(), cmap="OrRd", vmin=-0.15, vmax=1.1)
+    green = torch.zeros(*change.shape, 4)
+    green[exact] = torch.tensor([0.72, 0.89, 0.80, 1.0])
+    axes.imshow(green.numpy())
+    for row, column in exact.nonzero().tolist():
+        box = (column - 0.5, row - 0.5), 1, 1
+        axes.add_patch(Rectangle(*box, fill=False, hatch="//", edgecolor="#009E73", linewidth=0))
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color="#444444")
+    return int(exact.sum())
