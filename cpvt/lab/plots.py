@@ -69,44 +69,6 @@ def _mean(cell: Any) -> float | None:
     return float(found[0].replace("−", "-")) if found else None
 
 
-def row_table(
-    rows: pandas.DataFrame,
-    named: dict[str, dict[str, Any]],
-    metrics: dict[str, str],
-    published: dict[str, float] | None = None,
-    baseline: float | None = None,
-) -> pandas.DataFrame:
-    """name -> columns of a row, heading -> metric: a line for each row that is measured, "mean ± half of a 95 %
-    interval" (the values themselves below three seeds), the best mean of a column marked *, one below
-    `baseline` †; then the number of seeds and, where given, what was published."""
-    lines, means = {}, {}
-    for name, columns in named.items():
-        found = by_seed(rows, columns, next(iter(metrics.values())))
-        if len(found):
-            spreads = {
-                h: spread(found[m].dropna()) if m in found and found[m].notna().any() else None
-                for h, m in metrics.items()
-            }
-            means[name] = {h: one.mean if one else float("nan") for h, one in spreads.items()}
-            lines[name] = {h: _shown(one) for h, one in spreads.items()} | {"seeds": len(found)}
-            if published is not None:
-                lines[name]["published"] = f"{published[name]:.1f}" if name in published else ""
-    table, mean = pandas.DataFrame.from_dict(lines, "index"), pandas.DataFrame.from_dict(means, "index")
-    for heading in metrics if len(table) else ():
-        below = mean[heading] < baseline if baseline is not None else mean[heading].isna() & False
-        table[heading] += [
-            "*" * int(value == mean[heading].max()) + "†" * int(low)
-            for value, low in zip(mean[heading], below, strict=True)
-        ]
-    return table
-
-
-def _shown(found) -> str:
-    if found is None:
-        return ""
-    return f"{found.mean:.1f}" + (f" ± {found.high - found.mean:.1f}" if found.high is not None else "")
-
-
 def seed_dots(
     axes: Axes,
     rows: pandas.DataFrame,
