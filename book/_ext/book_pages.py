@@ -5,6 +5,7 @@ turned round and hues kept; photographs and maps in it, which the file names (`c
 """
 
 import json
+import math
 import posixpath
 import re
 from html import escape
@@ -28,8 +29,8 @@ def dark_twin(source: Path, target: Path) -> None:
     dark = DARK_GROUND + turned * (255 - DARK_GROUND) // 255
     height, width = light.shape[:2]
     for left, top, right, bottom in boxes:
-        rows = slice(round(top * height), round(bottom * height))
-        columns = slice(round(left * width), round(right * width))
+        rows = slice(math.floor(top * height), math.ceil(bottom * height))
+        columns = slice(math.floor(left * width), math.ceil(right * width))
         dark[rows, columns] = light[rows, columns]
     Image.fromarray(dark.astype(numpy.uint8)).save(target, optimize=True)
 
