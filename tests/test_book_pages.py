@@ -47,3 +47,16 @@ def test_the_front_page_is_a_page_whose_links_lead_from_above(tmp_path):
     )
     page = f'<html data-content_root="./" {links}><meta content="width=device-width" content="_static/g.png">'
     assert (tmp_path / "index.html").read_text() == page
+
+
+def test_numbers_stay_with_their_signs():
+    from docutils import nodes
+
+    page = nodes.section(
+        "", nodes.paragraph("", "10 % of 8 × 8, 2.0 ± 0.9, 10 more"), nodes.literal("", "10 % 3")
+    )
+    book_pages.keep_together(None, page)
+    assert page.astext().replace("\u00a0", "_").split("\n\n") == [
+        "10_% of 8_×_8, 2.0_±_0.9, 10 more",
+        "10 % 3",
+    ]

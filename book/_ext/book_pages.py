@@ -53,6 +53,16 @@ def add_dark_figures(app, doctree) -> None:
         image.parent.insert(image.parent.index(image) + 1, twin)
 
 
+def keep_together(app, doctree) -> None:
+    """No line ends between a number and its per cent, or within 8 × 8 or ± 0.9."""
+    for text in list(doctree.findall(nodes.Text)):
+        if isinstance(text.parent, nodes.literal | nodes.literal_block | nodes.raw):
+            continue
+        whole = re.sub(r"(?<=\d) (?=[%×±])|(?<=[×±]) (?=\d)", "\u00a0", text)
+        if whole != text:
+            text.parent.replace(text, nodes.Text(whole))
+
+
 def add_description(app, pagename, templatename, context, doctree) -> None:
     """What a search engine or a preview shows of a page: its first paragraph, and one picture for all."""
     if doctree is None:
@@ -94,6 +104,7 @@ def write_front_page(app, error) -> None:
 
 def setup(app) -> dict:
     app.connect("doctree-read", add_dark_figures, priority=400)  # before Sphinx collects the images
+    app.connect("doctree-read", keep_together)
     app.connect("html-page-context", add_description)
     app.connect("build-finished", write_front_page, priority=900)  # after the redirect that it replaces
     return {"parallel_read_safe": True, "parallel_write_safe": True}
