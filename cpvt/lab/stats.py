@@ -205,7 +205,7 @@ def judge(rows: pandas.DataFrame, claims: dict[str, Claim] = CLAIMS) -> pandas.D
 
 # --------------------------------------------------------------------------- predictions for the synthetic tasks
 # The ceilings count what the reach of PEGs hides (`probes.theory`): nobody who sees no farther can be better. The
-# chapter on where and how many PEGs builds both by hand.
+# chapter How far it sees builds the first by hand.
 
 IMAGES = 256  # behind every recorded accuracy
 SOLVED = 95.0
