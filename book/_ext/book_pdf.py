@@ -1,0 +1,96 @@
+"""The book by LaTeX, `jupyter-book build . --builder pdflatex`: what is HTML in its source, said in LaTeX.
+
+Folded code stays out of it; answers and solutions to predictions and exercises stand open.
+"""
+
+import re
+from pathlib import Path
+
+from bs4 import BeautifulSoup
+from docutils import nodes
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
+FONTS = Path(__file__).parents[2] / "cpvt" / "lab" / "fonts"
+# Sphinx's own class in place of jupyterBook.cls, which needs half a gigabyte of fonts; so its two frames stand here.
+PREAMBLE = rf"""
+\setsansfont{{SourceSans3-Regular.ttf}}[Path={FONTS}/, BoldFont=SourceSans3-SemiBold.ttf]
+\setmonofont{{DejaVuSansMono}}[Extension=.ttf, BoldFont=*-Bold, ItalicFont=*-Oblique, Scale=0.8]
+\newenvironment{{sphinxVerbatimInput}}{{}}{{}}
+\newenvironment{{sphinxVerbatimOutput}}{{}}{{}}
+\newenvironment{{sphinxclassanswer}}{{\begin{{leftbar}}}}{{\end{{leftbar}}}}
+"""
+SETUP = "VerbatimColor={rgb}{1,1,1}, VerbatimBorderColor={rgb}{0.8,0.8,0.8}, verbatimforcewraps=true"
+
+
+class SayHtmlInLatex(SphinxPostTransform):
+    default_priority = 3  # before MyST-NB picks one of the forms of an output, which for LaTeX is never HTML
+    formats = ("latex",)
+
+    def run(self, **settings) -> None:
+        for raw in [node for node in self.document.findall(nodes.raw) if node.get("format") == "html"]:
+            html = BeautifulSoup(raw.astext(), "html.parser")
+            if found := html.find("table"):
+                bundle(raw).replace_self(table(found))
+            elif found := html.find("details"):
+                self.open(raw, found.summary.get_text())
+            elif found := html.find("div", class_="live"):
+                raw.replace_self(nodes.paragraph("", "", nodes.emphasis(text=said(found))))
+
+    def open(self, raw: nodes.raw, word: str) -> None:
+        """What lies between <details> and </details> becomes a box that begins with its summary."""
+        inside, after = nodes.container(classes=["answer"]), raw.next_node(descend=False, siblings=True)
+        while "</details>" not in after.astext() or not isinstance(after, nodes.raw):
+            following = after.next_node(descend=False, siblings=True)
+            after.parent.remove(after)
+            inside += after
+            after = following
+        inside[0].insert(0, [nodes.strong(text=f"{word}."), nodes.Text(" ")])
+        after.parent.remove(after)
+        raw.replace_self(inside)
+
+
+def bundle(node: nodes.Node) -> nodes.Element:
+    """All forms of the output that the node is one of."""
+    while node.get("nb_element") != "mime_bundle":
+        node = node.parent
+    return node
+
+
+def said(tag) -> str:
+    return re.sub(r"\s+", " ", tag.get_text()).strip()
+
+
+def table(tag) -> nodes.table:
+    """A table of pandas or of `cpvt.lab.plots.Table`, with what is bold or in italics in it."""
+    rows = [row.find_all(["th", "td"]) for row in tag.find_all("tr")]
+    group = nodes.tgroup(cols=len(rows[0]))
+    group += [nodes.colspec(colwidth=1) for _ in rows[0]]
+    for kind, part in ((nodes.thead, "thead"), (nodes.tbody, "tbody")):
+        found = kind()
+        for row in tag.find(part).find_all("tr"):
+            found += nodes.row("", *(entry(cell) for cell in row.find_all(["th", "td"])))
+        group += found
+    return nodes.table("", group, classes=["colwidths-auto"])
+
+
+def entry(cell) -> nodes.entry:
+    kind = nodes.strong if cell.strong else nodes.emphasis if cell.em else nodes.inline
+    return nodes.entry("", nodes.paragraph("", "", kind(text=said(cell))))
+
+
+def set_latex(app, config) -> None:
+    """After sphinx-jupyterbook-latex, which sets its own class."""
+    config.latex_theme = "manual"
+    config.latex_elements |= {
+        "papersize": "a4paper",
+        "pointsize": "11pt",
+        "fncychap": "",
+        "sphinxsetup": SETUP,
+        "preamble": PREAMBLE + config.latex_elements.get("preamble", ""),
+    }
+
+
+def setup(app) -> dict:
+    app.add_post_transform(SayHtmlInLatex)
+    app.connect("config-inited", set_latex, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
