@@ -8,16 +8,23 @@ from pathlib import Path
 
 from bs4 import BeautifulSoup
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 FONTS = Path(__file__).parents[2] / "cpvt" / "lab" / "fonts"
 # Sphinx's own class in place of jupyterBook.cls, which needs half a gigabyte of fonts; so its two frames stand here.
-PREAMBLE = rf"""
-\setsansfont{{SourceSans3-Regular.ttf}}[Path={FONTS}/, BoldFont=SourceSans3-SemiBold.ttf]
-\setmonofont{{DejaVuSansMono}}[Extension=.ttf, BoldFont=*-Bold, ItalicFont=*-Oblique, Scale=0.8]
-\newenvironment{{sphinxVerbatimInput}}{{}}{{}}
-\newenvironment{{sphinxVerbatimOutput}}{{}}{{}}
-\newenvironment{{sphinxclassanswer}}{{\begin{{leftbar}}}}{{\end{{leftbar}}}}
+# The list of sources belongs to the chapter of that name, and brings no second heading.
+PREAMBLE = r"""
+\setsansfont{SourceSans3-Regular.ttf}[BoldFont=SourceSans3-SemiBold.ttf, AutoFakeSlant=0.2]
+\setmonofont{DejaVuSansMono}[Extension=.ttf, BoldFont=*-Bold, ItalicFont=*-Oblique, Scale=0.8]
+\titleformat{\part}[display]{\centering\Huge\sffamily\bfseries}{}{0pt}{}
+\titleformat{\chapter}{\Huge\sffamily\bfseries}{\thechapter.}{0.4em}{}
+\titlespacing*{\chapter}{0pt}{0pt}{1.5em}
+\newenvironment{sphinxVerbatimInput}{}{}
+\newenvironment{sphinxVerbatimOutput}{}{}
+\newenvironment{sphinxclassanswer}{\begin{leftbar}}{\end{leftbar}}
+\AtBeginEnvironment{sphinxthebibliography}{%
+  \renewcommand\chapter[2]{}\renewcommand\addcontentsline[3]{}\let\clearpage\relax\let\cleardoublepage\relax}
 """
 SETUP = "VerbatimColor={rgb}{1,1,1}, VerbatimBorderColor={rgb}{0.8,0.8,0.8}, verbatimforcewraps=true"
 
@@ -27,6 +34,7 @@ class SayHtmlInLatex(SphinxPostTransform):
     formats = ("latex",)
 
     def run(self, **settings) -> None:
+        self.name_parts()
         for raw in [node for node in self.document.findall(nodes.raw) if node.get("format") == "html"]:
             html = BeautifulSoup(raw.astext(), "html.parser")
             if found := html.find("table"):
@@ -35,6 +43,14 @@ class SayHtmlInLatex(SphinxPostTransform):
                 self.open(raw, found.summary.get_text())
             elif found := html.find("div", class_="live"):
                 raw.replace_self(nodes.paragraph("", "", nodes.emphasis(text=said(found))))
+
+    def name_parts(self) -> None:
+        """The front page has a title, and pages without a number are appendices."""
+        front = self.document.next_node(nodes.section)
+        front.insert(1, latex(rf"\chapter*{{{front[0].astext()}}}\markboth{{}}{{}}"))
+        files = self.document.findall(addnodes.start_of_file)
+        beside = next(file for file in files if file["docname"] not in self.env.toc_secnumbers)
+        beside.parent.insert(beside.parent.index(beside), latex(r"\appendix"))
 
     def open(self, raw: nodes.raw, word: str) -> None:
         """What lies between <details> and </details> becomes a box that begins with its summary."""
@@ -54,6 +70,10 @@ def bundle(node: nodes.Node) -> nodes.Element:
     while node.get("nb_element") != "mime_bundle":
         node = node.parent
     return node
+
+
+def latex(text: str) -> nodes.raw:
+    return nodes.raw("", text, format="latex")
 
 
 def said(tag) -> str:
@@ -81,9 +101,13 @@ def entry(cell) -> nodes.entry:
 def set_latex(app, config) -> None:
     """After sphinx-jupyterbook-latex, which sets its own class."""
     config.latex_theme = "manual"
+    config.latex_additional_files += [str(font) for font in FONTS.glob("*.ttf")]
+    config.today = config.copyright
     config.latex_elements |= {
         "papersize": "a4paper",
         "pointsize": "11pt",
+        "extraclassoptions": "openany,oneside",
+        "figure_align": "H",  # where the text speaks of it
         "fncychap": "",
         "sphinxsetup": SETUP,
         "preamble": PREAMBLE + config.latex_elements.get("preamble", ""),
