@@ -12,8 +12,9 @@ from sphinx import addnodes
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 FONTS = Path(__file__).parents[2] / "cpvt" / "lab" / "fonts"
-# Sphinx's own class in place of jupyterBook.cls, which needs half a gigabyte of fonts; so its two frames stand here.
-# The list of sources belongs to the chapter of that name, and brings no second heading.
+# Sphinx's own class in place of jupyterBook.cls, which needs half a gigabyte of fonts; so its two frames stand
+# here. Cells of tables are not stretched to both sides. Line blocks are the headings of the front page: they stay
+# with what follows. The list of sources belongs to the chapter of that name, and brings no second heading.
 PREAMBLE = r"""
 \setsansfont{SourceSans3-Regular.ttf}[BoldFont=SourceSans3-SemiBold.ttf, AutoFakeSlant=0.2]
 \setmonofont{DejaVuSansMono}[Extension=.ttf, BoldFont=*-Bold, ItalicFont=*-Oblique, Scale=0.8]
@@ -22,7 +23,11 @@ PREAMBLE = r"""
 \titlespacing*{\chapter}{0pt}{0pt}{1.5em}
 \newenvironment{sphinxVerbatimInput}{}{}
 \newenvironment{sphinxVerbatimOutput}{}{}
-\newenvironment{sphinxclassanswer}{\begin{leftbar}}{\end{leftbar}}
+\newenvironment{sphinxclassanswer}{%
+  \def\FrameCommand{{\color[gray]{0.6}\vrule width 1.5pt}\hspace{8pt}}%
+  \MakeFramed{\advance\hsize-\width\FrameRestore}}{\endMakeFramed}
+\newcolumntype{T}{L}
+\AtBeginEnvironment{DUlineblock}{\needspace{6\baselineskip}}
 \AtBeginEnvironment{sphinxthebibliography}{%
   \renewcommand\chapter[2]{}\renewcommand\addcontentsline[3]{}\let\clearpage\relax\let\cleardoublepage\relax}
 """
