@@ -48,7 +48,7 @@ FAULTS = {  # what is wrong -> style that brings it about
     "closed": "details::details-content { content-visibility: hidden !important }",
     "dark": "html[data-theme] .bd-article img.figure-dark { display: inline !important }",
     "missing": "html[data-theme] .bd-article img.figure-light { display: none !important }",
-    "frames": ".bd-article .frames-view:not(.frames-all) img.figure-light { transform: translate(-33%, 0) !important }",
+    "frames": ".bd-article .frames-view:not(.frames-all) img.figure-light { transform: scale(2) !important }",
     "grey": "html .bd-article pre { background: #eee !important }",
     "pale": ".bd-article p { color: #ddd !important }",
     "controls": "html .bd-article .frames-bar, html .bd-article .frames-bar button { display: block !important }",
