@@ -16,7 +16,9 @@ FONTS = Path(__file__).parents[2] / "cpvt" / "lab" / "fonts"
 # here. Cells of tables are not stretched to both sides. Line blocks are the headings of the front page: they stay
 # with what follows. The list of sources belongs to the chapter of that name, and brings no second heading.
 PREAMBLE = r"""
-\setsansfont{SourceSans3-Regular.ttf}[BoldFont=SourceSans3-SemiBold.ttf, AutoFakeSlant=0.2]
+\setsansfont{SourceSans3-Regular.ttf}[BoldFont=SourceSans3-SemiBold.ttf,
+  ItalicFont=SourceSans3-Regular.ttf, ItalicFeatures={FakeSlant=0.2},
+  BoldItalicFont=SourceSans3-SemiBold.ttf, BoldItalicFeatures={FakeSlant=0.2}]
 \setmonofont{DejaVuSansMono}[Extension=.ttf, BoldFont=*-Bold, ItalicFont=*-Oblique, Scale=0.8]
 \titleformat{\part}[display]{\centering\Huge\sffamily\bfseries}{}{0pt}{}
 \titleformat{\chapter}{\Huge\sffamily\bfseries}{\thechapter.}{0.4em}{}
@@ -99,6 +101,8 @@ def table(tag) -> nodes.table:
 
 
 def entry(cell) -> nodes.entry:
+    if not said(cell):
+        return nodes.entry()  # an empty paragraph would make a line
     kind = nodes.strong if cell.strong else nodes.emphasis if cell.em else nodes.inline
     return nodes.entry("", nodes.paragraph("", "", kind(text=said(cell))))
 
