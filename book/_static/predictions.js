@@ -1,11 +1,12 @@
-// Predictions that count. A details element with data-choices ("a | b | c"; data-right: which, from 1) or data-number
-// (data-within: how far off is still right; data-unit) gets a small form above it: choose or type, then commit. What
-// was said stays beside the answer, and a tally of the page stands before its exercises. All of it is kept by this
-// browser alone, and only for as long as the page is open where it keeps nothing. Without this script the answers
-// are there to be opened, as ever.
+// Predictions that count. A details element with data-choices ("a | b | c"; data-right: one of them) or with
+// data-number (data-within: how far off is still right; data-unit) gets a small form above it: choose or
+// type, then commit. What was said stays beside the answer, and a tally stands before the exercises. This
+// browser alone keeps all of it; where it keeps nothing, the open page does. Without this script the answers
+// are there to be opened, as ever. (data-ask: the question in short; data-says is for the tests.)
 document.addEventListener("DOMContentLoaded", () => {
-  const PREFIX = "cpvt-predictions:", PREDICTION = "predict-"; // begins the id of a prediction, not of an exercise
-  const page = (typeof DOCUMENTATION_OPTIONS == "object" && DOCUMENTATION_OPTIONS.pagename) || location.pathname;
+  const PREFIX = "cpvt-predictions:";
+  const options = typeof DOCUMENTATION_OPTIONS == "object" ? DOCUMENTATION_OPTIONS : {}; // of Sphinx
+  const page = options.pagename ?? location.pathname;
 
   // Access alone throws where storage is blocked, and what is stored may be anything.
   const attempt = (action) => {
@@ -16,16 +17,14 @@ document.addEventListener("DOMContentLoaded", () => {
   const made = load(PREFIX + page); // id -> {said, right}, or {looked: true}
 
   const make = (tag, properties, ...children) => {
-    const node = Object.assign(document.createElement(tag), properties);
+    const node = document.createElement(tag);
+    for (const [key, value] of Object.entries(properties))
+      key in node ? (node[key] = value) : node.setAttribute(key, value);
     node.append(...children);
     return node;
   };
   const strong = (text) => make("strong", {}, text);
-  const sign = (text) => {
-    const node = make("span", {}, `${text} `);
-    node.ariaHidden = "true"; // the words beside it say the same
-    return node;
-  };
+  const sign = (state) => make("span", { "aria-hidden": "true" }, `${SIGNS[state]} `);
   const status = (className) => make("p", { className, role: "status", tabIndex: -1 });
 
   const STATES = { right: "right", wrong: "wrong", looked: "looked up", open: "still open" };
@@ -39,14 +38,15 @@ document.addEventListener("DOMContentLoaded", () => {
       .join(", ");
 
   const ask = (details) => {
-    const { id } = details, { choices, right, number, within, unit } = details.dataset;
+    const { id, dataset } = details, { choices, right, number, within, unit } = dataset;
     const forecast = details.matches(".answer"), list = choices?.split(" | ");
     const value = (text) => (list ? text : `${text} ${unit}`.trim());
-    const found = value(list ? list[right - 1] : number);
+    const found = value(list ? right : number);
     const isRight = (said) => (list ? said == found : Math.abs(said - number) <= Number(within) + 1e-9);
-    const margin = Number(within) ? `within ${value(within)} counts as right` : "only the exact number counts as right";
+    const near = `Within ${within} ${unit == "%" ? "points" : unit}`.trim();
+    const margin = Number(within) ? `${near} counts as right.` : "Only the exact number counts as right.";
 
-    const question = details.dataset.ask ?? (forecast ? "Your prediction" : "Your answer");
+    const question = dataset.ask ?? (forecast ? "Your prediction" : "Your answer");
     const field = make("fieldset", {}, make("legend", {}, list ? question : "Your prediction"));
     if (list)
       for (const choice of list) {
@@ -54,7 +54,8 @@ document.addEventListener("DOMContentLoaded", () => {
         field.append(make("label", {}, radio, make("span", {}, choice)));
       }
     else {
-      const box = make("input", { type: "number", name: id, step: "any", inputMode: "decimal", required: true });
+      const kind = { type: "number", step: "any", inputMode: "decimal" };
+      const box = make("input", { ...kind, name: id, required: true });
       field.append(make("label", { className: "prediction-number" }, `${question}: `, box, ` ${unit}`));
     }
     const button = make("button", {}, forecast ? "This is my prediction" : "This is my answer");
@@ -69,12 +70,14 @@ document.addEventListener("DOMContentLoaded", () => {
       form.hidden = state != "open";
       verdict.dataset.state = state;
       verdict.replaceChildren();
-      if (state == "looked") verdict.append(`You opened the ${forecast ? "answer" : "solution"} without a prediction.`);
+      if (state == "looked")
+        verdict.append(`You opened the ${forecast ? "answer" : "solution"} first.`);
       if (!("said" in Object(one))) return;
-      verdict.append(sign(SIGNS[state]), strong(one.right ? "Right." : "Not right."), ` You said: ${value(one.said)}.`);
+      const said = ` You said: ${value(one.said)}.`;
+      verdict.append(sign(state), strong(one.right ? "Right." : "Not right."), said);
       if (!list || !one.right) verdict.append(` ${forecast ? "Found" : "Answer"}: `, strong(found), ".");
-      if (!list) verdict.append(` (${margin[0].toUpperCase()}${margin.slice(1)}.)`);
-      if (!forecast) verdict.append(" Why, says the solution below.");
+      if (!list) verdict.append(` (${margin})`);
+      if (!forecast) verdict.append(" The solution below says why.");
     };
     const decide = (how) => {
       made[id] = how;
@@ -92,7 +95,8 @@ document.addEventListener("DOMContentLoaded", () => {
     details.querySelector("summary").addEventListener("click", () => {
       if (!details.open && !made[id]) decide({ looked: true });
     });
-    if (list && "said" in Object(made[id]) && !list.includes(made[id].said)) delete made[id]; // it was reworded
+    const reworded = list && "said" in Object(made[id]) && !list.includes(made[id].said);
+    if (reworded) delete made[id];
     if (made[id] && forecast) details.open = true;
     show();
     const restart = () => {
@@ -110,7 +114,8 @@ document.addEventListener("DOMContentLoaded", () => {
   const article = document.querySelector(".bd-article");
 
   if (questions.length) {
-    const said = make("div", {}), done = status("prediction-done"), again = make("button", { type: "button" });
+    const said = make("div", {}), done = status("prediction-done");
+    const again = make("button", { type: "button" });
     again.textContent = "Forget these and start the chapter again";
     const kinds = { prediction: (one) => one.forecast, "exercise question": (one) => !one.forecast };
     const title = (details) => {
@@ -126,7 +131,7 @@ document.addEventListener("DOMContentLoaded", () => {
         const items = ones.map(({ details, state, forecast }, i) => {
           const name = `${forecast ? `Prediction ${i + 1}: ` : ""}${title(details)}`;
           const link = make("a", { href: `#mine-${details.id}` }, name);
-          return make("li", {}, sign(SIGNS[state()]), link, `, ${STATES[state()]}`);
+          return make("li", {}, make("span", {}, sign(state()), STATES[state()]), link);
         });
         const sum = strong(`${total}${counted(ones.map((one) => one.state()))}.`);
         said.append(make("p", {}, sum), make("ul", {}, ...items));
@@ -142,7 +147,8 @@ document.addEventListener("DOMContentLoaded", () => {
       done.textContent = "Forgotten. All questions of this chapter are open again.";
       done.focus({ preventScroll: true });
     });
-    const tally = make("aside", { className: "prediction-tally", ariaLabel: "Your predictions" }, said, again, done);
+    const named = { className: "prediction-tally", "aria-label": "Your predictions" };
+    const tally = make("aside", named, said, again, done);
     const exercises = document.getElementById("exercises");
     exercises ? exercises.before(tally) : article.append(tally);
     count();
@@ -150,8 +156,9 @@ document.addEventListener("DOMContentLoaded", () => {
 
   // The front page: one line over all chapters, once there is something to count.
   const place = page == "book/index" && document.querySelector("#the-book > p");
-  const keys = (place && attempt(() => Object.keys(localStorage).filter((key) => key.startsWith(PREFIX)))) || [];
-  const all = keys.flatMap((key) => Object.entries(load(key)).filter(([id]) => id.startsWith(PREDICTION)));
+  const stored = (place && attempt(() => Object.keys(localStorage))) || [];
+  const keys = stored.filter((key) => key.startsWith(PREFIX));
+  const all = keys.flatMap((key) => Object.entries(load(key)).filter(([id]) => id.startsWith("predict-")));
   if (all.length) {
     const line = status("prediction-sum"), forget = make("button", { type: "button" }, "Forget them");
     line.append(`Your predictions so far: ${counted(all.map(([, one]) => stateOf(one)))}. `, forget);
