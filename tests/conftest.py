@@ -1,6 +1,8 @@
 """What all tests share: threads that wait passively, the order of files, images to read."""
 
+import fcntl
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +30,26 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker(pytest.mark.skip(reason="slow: set CPVT_SLOW=1"))
         if item.path.suffix == ".ipynb":
             item.output_timeout = 600  # nbval's own 5 s are too few for a kernel that waits for a core
+
+
+@pytest.fixture(scope="session")
+def built_book(tmp_path_factory) -> Path:
+    """The folder of the book's pages, built without a warning, once for all processes of tests."""
+    command = Path(sys.executable).with_name("jupyter-book")
+    if not command.exists():
+        pytest.skip("jupyter-book is not installed, so there are no pages to look at")
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out, pages = base / "book", base / "book" / "_build" / "html"
+    with open(base / "book.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "done").exists():
+            arguments = [command, "build", Path(__file__).parent.parent, "--path-output", out]
+            build = subprocess.run(arguments, capture_output=True, text=True)
+            log = build.stdout + build.stderr
+            assert build.returncode == 0 and "build succeeded." in log, log[-3000:]
+            (out / "done").touch()
+    return pages
 
 
 @pytest.fixture(scope="session")

@@ -85,3 +85,21 @@ def test_exact_tokens_are_drawn_as_such():
         axes = fig.subplots()
         assert show_change(axes, change) == 8
     assert len(axes.patches) == 8
+
+
+def test_pictures_and_maps_move_down_as_well():
+    moved = shifting.slide_on_ring(IMAGE, 4, down=8)
+    assert torch.equal(moved[:, 8:, 4:], IMAGE[:, :-8, :-4])
+    scene = photograph("rocket", 48)
+    still, moved = (shifting.slide_window(scene, *shift) for shift in ((0, 32), (4, 32, 8)))
+    assert torch.equal(moved[:, 8:, 4:], still[:, :-8, :-4])
+    before = torch.randn(6, 8, 8, dtype=torch.float64)
+    after = before.roll((2, -1), (-2, -1))
+    assert not shifting.shift_change(before, after, pixels=-3, patch=4, down=7).any()
+    assert shifting.shift_change(before, after, pixels=-3, patch=4, down=0).all()
+    new = shifting.shift_change(before, after, pixels=-4, patch=4, wrap=False, down=8).isnan()
+    assert new[:2].all() and new[:, 7:].all() and not new[2:, :7].any()
+    view = shifting.shifted_view(model_with("peg"), IMAGE, shifting.slide_on_ring(IMAGE, 4, 4), 4, 0, down=4)
+    assert (
+        int((view.change == 0).sum()) == 25
+    )  # 5 x 5: on each axis three lie at the border now or did before

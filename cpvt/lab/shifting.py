@@ -1,6 +1,7 @@
 """The picture moves: what of a model's tokens moves along, and what of its answer stays. No drawing here.
 
-A *shift* T moves a picture right by so many pixels; a map of tokens F follows it exactly where F(TX) = T F(X).
+A *shift* T moves a picture right, and down, by so many pixels; a map of tokens F follows it exactly where
+F(TX) = T F(X). The live views of the pages compute the same (book/_static/live/live.js).
 Everything is computed in float64, where rounding is about 1e-15 and a change below `EXACT` is none.
 
 Letters: p side of a patch in pixels, (H, W) grid, D width, K classes. Images are (3, height, width) in [0, 1].
@@ -8,6 +9,7 @@ Letters: p side of a patch in pixels, (H, W) grid, D width, K classes. Images ar
 
 import copy
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -22,14 +24,14 @@ EXACT = 1e-12
 # --------------------------------------------------------------------------- pictures that move
 
 
-def slide_on_ring(image: Tensor, pixels: int) -> Tensor:
+def slide_on_ring(image: Tensor, pixels: int, down: int = 0) -> Tensor:
     """The picture, so many pixels to the right; what leaves on one side comes back on the other."""
-    return image.roll(pixels, -1)
+    return image.roll((down, pixels), (-2, -1))
 
 
-def slide_window(scene: Tensor, pixels: int, side: int) -> Tensor:
+def slide_window(scene: Tensor, pixels: int, side: int, down: int = 0) -> Tensor:
     """A square of a wider scene, in its middle at 0; the content moves right, and new content comes in."""
-    top, left = (scene.shape[-2] - side) // 2, (scene.shape[-1] - side) // 2 - pixels
+    top, left = (scene.shape[-2] - side) // 2 - down, (scene.shape[-1] - side) // 2 - pixels
     return scene[..., top : top + side, left : left + side]
 
 
@@ -80,26 +82,30 @@ def probabilities(model: VisionTransformer, images: Sequence[Tensor]) -> Tensor:
 # --------------------------------------------------------------------------- did it move along?
 
 
-def shift_change(before: Tensor, after: Tensor, pixels: int, patch: int, wrap: bool = True) -> Tensor:
+def shift_change(
+    before: Tensor, after: Tensor, pixels: int, patch: int, wrap: bool = True, down: int = 0
+) -> Tensor:
     """Maps (D, H, W) of a picture and of the same moved by `pixels` -> (H, W): how far each token is from what it
     would be if the map had moved along, relative to the size of a token; 0 exactly where it did.
 
-    A shift by a fraction of a token is held against the nearer of the two whole ones. Where new content came in
+    A shift by a fraction of a token is held against the nearest whole ones. Where new content came in
     (`wrap=False`) there is nothing to compare: NaN.
     """
-    whole = {pixels // patch, -(-pixels // patch)}
-    return min(
-        (_change(before, after, s, wrap) for s in whole), key=lambda c: float(c.nan_to_num().square().sum())
-    )
+    near = [sorted({shift // patch, -(-shift // patch)}) for shift in (down, pixels)]
+    changes = [_change(before, after, s, wrap) for s in product(*near)]
+    return min(changes, key=lambda c: float(c.nan_to_num().square().sum()))
 
 
-def _change(before: Tensor, after: Tensor, s: int, wrap: bool) -> Tensor:
-    expected = before.roll(s, -1)
-    size = expected.square().sum(0).mean().sqrt().clamp(min=1e-30)
+def _change(before: Tensor, after: Tensor, shift: tuple[int, int], wrap: bool) -> Tensor:
+    """`shift`: whole tokens, down and right."""
+    expected = before.roll(shift, (-2, -1))
+    size = before.square().sum(0).mean().sqrt().clamp(min=1e-30)
     change = (after - expected).norm(dim=0) / size
     change = torch.where(change < EXACT, 0.0, change)
-    if not wrap and s:
-        change[..., slice(0, s) if s > 0 else slice(s, None)] = float("nan")
+    if not wrap:
+        for axis, s in enumerate(shift):
+            gone = slice(0, s) if s > 0 else slice(s, None) if s else slice(0, 0)
+            change[(slice(None),) * axis + (gone,)] = float("nan")
     return change
 
 
@@ -113,11 +119,11 @@ class View(NamedTuple):
 
 
 def shifted_view(
-    model: VisionTransformer, image: Tensor, moved: Tensor, pixels: int, block: int, wrap=True
+    model: VisionTransformer, image: Tensor, moved: Tensor, pixels: int, block: int, wrap=True, down: int = 0
 ) -> View:
     """A model (an `exact_copy`), a picture, the same moved right by `pixels`; after `block`, -1: before 0."""
     before, after = (token_maps(model, x)[block + 1] for x in (image, moved))
-    change = shift_change(before, after, pixels, model.config.patch_size, wrap)
+    change = shift_change(before, after, pixels, model.config.patch_size, wrap, down)
     return View(added_map(model, moved), after, change, probabilities(model, [moved])[0])
 
 
