@@ -29,19 +29,13 @@ document.addEventListener("DOMContentLoaded", () => {
         image.style.transform = whole ? "" : `translate(${across}%, ${down}%)`;
       }
     };
-    const start = (image) => {
-      const wide = image.naturalWidth / columns, high = image.naturalHeight / rows;
-      view.style.aspectRatio = `${wide} / ${high}`;
-      if (view.isConnected) return;
-      images[0].before(view);
-      view.append(...images);
-      view.after(bar);
-      bar.append(slider, count, button);
-      slider.addEventListener("input", () => show(false));
-      button.addEventListener("click", () => show(!view.classList.contains("frames-all")));
-      show(false);
-    };
-    for (const image of images)
-      image.complete && image.naturalWidth ? start(image) : image.addEventListener("load", () => start(image), { once: true });
+    view.style.aspectRatio = `${images[0].getAttribute("width") / columns} / ${images[0].getAttribute("height") / rows}`;
+    images[0].before(view);
+    view.append(...images);
+    view.after(bar);
+    bar.append(slider, count, button);
+    slider.addEventListener("input", () => show(false));
+    button.addEventListener("click", () => show(!view.classList.contains("frames-all")));
+    show(false);
   }
 });

@@ -60,7 +60,7 @@ live.view("move", (box, { photographs, side: large, classes }) => {
 
   const columns = at.models.map((name, i) => {
     const parts = Object.fromEntries(Object.keys(ROWS).map((row) => [row, make(row === "answer" ? "ol" : "canvas", { className: `live-${row}` })]));
-    for (const row of ["added", "map", "change", "attention"]) parts[row].setAttribute("role", "img");
+    for (const row of ["added", "map", "change", "attention"]) parts[row].setAttribute("role", "img"), parts[row].setAttribute("aria-label", "not computed yet");
     const control = make("select", { "aria-label": `model of column ${i + 1}` }, ...Object.entries(live.COLUMNS).map(([key, words]) => make("option", { value: key, selected: key === name }, words)));
     control.addEventListener("change", () => ((at.models[i] = control.value), changed()));
     return { ...parts, control, exact: make("p") };

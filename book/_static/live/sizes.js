@@ -21,7 +21,7 @@ live.view("sizes", (box, { photographs, side: large, classes, accuracy }) => {
   const pictures = choice("picture", Object.entries(PICTURES), at.picture, (name) => ((at.picture = name), changed()));
   const link = make("a", { href: "#live" }, "link to this view"), told = make("p", { className: "live-help" });
   const columns = at.models.map((name, i) => {
-    const parts = { added: make("canvas", { role: "img" }), place: make("canvas", { role: "img" }), answer: make("ol", { className: "live-answer" }), recorded: make("table", { className: "live-recorded" }) };
+    const parts = { added: make("canvas", { role: "img", "aria-label": "not computed yet" }), place: make("canvas", { role: "img", "aria-label": "not computed yet" }), answer: make("ol", { className: "live-answer" }), recorded: make("table", { className: "live-recorded" }) };
     const control = make("select", { "aria-label": `model of column ${i + 1}` }, ...Object.entries(live.COLUMNS).map(([key, words]) => make("option", { value: key, selected: key === name }, words)));
     control.addEventListener("change", () => ((at.models[i] = control.value), changed()));
     return { ...parts, control };
