@@ -1,7 +1,7 @@
 """What the book needs to be set by LaTeX: `jupyter-book build . --builder pdflatex`.
 
-LaTeX has no use for HTML. Tables, answers behind a click and live views are HTML in the notebooks; here they become
-what any builder can set. HTML that is none of these raises a warning: nothing is lost in silence.
+LaTeX has no use for HTML. Tables, answers behind a click and live views are HTML in the notebooks; here they
+become what any builder can set. HTML that is none of these raises a warning: nothing is lost in silence.
 """
 
 import re
@@ -80,7 +80,7 @@ def gather(opening: nodes.raw, title: str) -> None:
     parent, start = opening.parent, opening.parent.index(opening)
     end = next(i for i in range(start, len(parent)) if parent[i].astext().strip() == "</details>")
     box = nodes.admonition("", nodes.title("", title), *parent[start + 1 : end])
-    parent[start : end + 1] = [latex(r"\needspace{6\baselineskip}"), box]
+    parent[start : end + 1] = [latex(r"\needspace{8\baselineskip}"), box]
 
 
 class OneBook(SphinxPostTransform):
@@ -93,7 +93,8 @@ class OneBook(SphinxPostTransform):
         front = next(self.document.findall(nodes.section))
         front.insert(1, latex(r"\markboth{}{}"))  # or its pages have "Contents" at their foot
         for head in list(front.findall(lambda node: node.tagname == "RootHeader")):
-            head.replace_self(latex(r"\section*{%s}" % escape(head.astext(), "xelatex")))
+            words_of_head = escape(head.astext(), "xelatex")
+            head.replace_self(latex(rf"\section*{{{words_of_head}}}"))
         front.append(nodes.paragraph("", "", nodes.emphasis("", LEFT_OUT)))
         # A part without numbers counts its chapters by letters, so that figures have names of their own.
         plain = {part.caption for part in self.config.external_site_map.root.subtrees if not part.numbered}
@@ -107,7 +108,7 @@ class OneBook(SphinxPostTransform):
 
 
 def choose_class(app, config) -> None:
-    """Sphinx's own: that of sphinx-jupyterbook-latex wants packages of 1.4 GB for letters that the book has not."""
+    """Sphinx's own: that of sphinx-jupyterbook-latex wants 1.4 GB of fonts for letters that the book has not."""
     config.latex_theme = "manual"
 
 
