@@ -15,7 +15,7 @@ from sphinx.util.texescape import escape
 
 logger = logging.getLogger(__name__)
 
-LEFT_OUT = "On paper, code that draws figures or checks answers is left out; the notebooks have all of it."
+LEFT_OUT = "On paper, cells that the pages fold away are left out, solutions apart; the notebooks have all of them."
 
 
 def latex(text: str) -> nodes.raw:
