@@ -20,7 +20,7 @@ def chromium(**settings) -> Iterator:
         pytest.skip("no chromium: `apt-get install chromium` (Debian) lets this test look at the pages")
     with sync_api.sync_playwright() as playwright:  # which brings --headless
         browser = playwright.chromium.launch(executable_path=found, args=FLAGS.split(), timeout=PATIENCE)
-        page = browser.new_page(offline=True, **settings)
+        page = browser.new_page(**{"offline": True} | settings)
         page.set_default_timeout(PATIENCE)
         yield page
         browser.close()

@@ -104,7 +104,7 @@ def test_a_chapter_is_one_story_that_fits_an_evening(path):
     assert 1 <= len(figures) <= 6
     assert all(c["metadata"]["mystnb"]["figure"]["caption"].startswith("**") for c in figures)
     asked = prose(path).count("**Predict.**")
-    assert asked == prose(path).count('<details class="answer">') == 3
+    assert asked == prose(path).count('<details class="answer"') == 3
     assert len(re.findall(r"^> \*\*How sure", prose(path), flags=re.M)) == 1
 
 
@@ -151,7 +151,7 @@ def test_the_stub_fails_with_a_hint_and_the_solution_passes(path, name):
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_exercises_have_question_and_worded_solution(path):
     asked = len(re.findall(r"^### Exercise: ", prose(path), flags=re.M))
-    answered = prose(path).count('<details class="solution">')
+    answered = prose(path).count('<details class="solution"')
     assert asked == answered == len([e for e in EXERCISES if e.values[0] == path]) >= 1
 
 

@@ -28,15 +28,32 @@ def drop_unused(app, pagename, templatename, context, doctree) -> None:
         context[kind] = [file for file in context[kind] if used(file)]
 
 
-def add_lost_page(app):
-    """404.html, which a server shows for any address: its links lead from the root, as far as it can know that."""
-    root = app.config.html_baseurl or ""
-    front = app.builder.get_target_uri(app.config.root_doc)
-    body = f"""<h1>There is no such page</h1>
-<p>The book has moved, or the address has a slip in it. Begin at the <a href="{front}">front page</a>,
-or <a href="search.html">search</a>.</p>"""
-    base = f'<base href="{escape(root)}">' if root else ""
-    yield "404", {"title": "There is no such page", "body": base + body, "metatags": ""}, "page.html"
+LOST = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8" />
+<meta name="viewport" content="width=device-width, initial-scale=1" />
+<title>There is no such page - {title}</title>
+<style>
+  :root {{ color-scheme: light dark; }}
+  body {{ font: 1.125rem/1.6 system-ui, sans-serif; margin: 15vh auto; max-width: 34rem; padding: 0 1rem; }}
+  a {{ color: inherit; }}
+</style>
+</head>
+<body>
+<main>
+<h1>There is no such page</h1>
+<p>The book has moved, or the address has a slip in it. Begin at the <a href="{root}index.html">front page</a>,
+or <a href="{root}search.html">search</a>.</p>
+</main>
+<script>
+// A server shows this page for any address: unless it was told where the book lies, that is above book/.
+const root = {root!r} || location.pathname.replace(/(book\\/.*|[^/]*)$/, "");
+for (const link of document.links) link.href = root + link.href.split("/").pop();
+</script>
+</body>
+</html>
+"""
 
 
 def mend_pages(app, error) -> None:
@@ -49,10 +66,12 @@ def mend_pages(app, error) -> None:
             continue
         text = path.read_text(encoding="utf-8")
         mended = mend(text, path.parent, sizes)
-        if path.name == "404.html" and not app.config.html_baseurl:
-            mended = _from_the_root(mended)
         if mended != text:
             path.write_text(mended, encoding="utf-8")
+    root = app.config.html_baseurl or ""
+    (out / "404.html").write_text(
+        LOST.format(title=escape(app.config.html_title), root=root), encoding="utf-8"
+    )
     prune(out / "_static")
     for notebook in (out / "_sources").rglob("*.ipynb"):
         lighten(notebook)
@@ -106,21 +125,6 @@ def _measure(article: str, folder: Path, sizes: dict) -> str:
     return re.sub(r'<img [^>]*?src="([^"]+)"[^>]*>', attributes, article)
 
 
-def _from_the_root(page: str) -> str:
-    """The server's address of the book is not known: the page looks for it, one folder above book/."""
-    script = """<script>
-if (location.protocol !== "file:") {
-  const root = location.pathname.replace(/(book\\/.*|[^/]*)$/, "");
-  document.write(`<base href="${root}">`);
-}
-</script>"""
-    return (
-        page
-        if script in page
-        else page.replace('<meta charset="utf-8" />', f'<meta charset="utf-8" />\n{script}', 1)
-    )
-
-
 def prune(static: Path) -> None:
     mathjax = static / "mathjax"
     kept = [mathjax / name for name in MATHJAX]
@@ -151,6 +155,5 @@ def lighten(notebook: Path) -> None:
 
 def setup(app) -> dict:
     app.connect("html-page-context", drop_unused, priority=900)  # after those that add them
-    app.connect("html-collect-pages", add_lost_page)
     app.connect("build-finished", mend_pages, priority=950)  # after the front page is written
     return {"parallel_read_safe": True, "parallel_write_safe": True}
