@@ -15,7 +15,7 @@ from sphinx.util.texescape import escape
 
 logger = logging.getLogger(__name__)
 
-LEFT_OUT = "On paper, cells that the pages fold away are left out, solutions apart; the notebooks have all of them."
+LEFT_OUT = "On paper, cells that the pages fold away are left out, but not solutions. The notebooks have all."
 
 
 def latex(text: str) -> nodes.raw:
@@ -108,7 +108,7 @@ class OneBook(SphinxPostTransform):
 
 
 def choose_class(app, config) -> None:
-    """Sphinx's own: that of sphinx-jupyterbook-latex wants 1.4 GB of fonts for letters that the book has not."""
+    """Sphinx's own: that of sphinx-jupyterbook-latex wants 1.4 GB of fonts for letters never used."""
     config.latex_theme = "manual"
 
 
