@@ -206,13 +206,13 @@ def test_axe_finds_nothing(pages, built_book):
     wrong = {}
     with chromium(viewport={"width": 1300, "height": 900}) as page:
         for path in [*pages, built_book / "404.html"]:
+            page.goto(path.as_uri())
+            page.wait_for_function(READY)
+            page.wait_for_function(COMPUTED)
+            page.evaluate(Path(axe).read_text(encoding="utf-8"))
             for theme in ("light", "dark"):
                 page.emulate_media(color_scheme=theme, reduced_motion="reduce")
-                page.goto(path.as_uri())
-                page.wait_for_function(READY)
-                page.wait_for_function(COMPUTED)
                 page.wait_for_function(SETTLE)
-                page.evaluate(Path(axe).read_text(encoding="utf-8"))
                 if found := page.evaluate(AXE):
                     wrong[path.name, theme] = found[:5]
         page.set_content("<html><body><img src='data:,'></body></html>")  # and it does find something

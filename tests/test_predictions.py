@@ -1,13 +1,11 @@
 """Predictions: each has choices or a number, its answer says the right one, a browser keeps what was said."""
 
 import re
-import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import chromium
 from test_book import CHAPTERS, cells
 
 ROOT = Path(__file__).parent.parent
@@ -101,44 +99,24 @@ def test_no_place_in_the_list_is_always_right():
     assert all(places.count(place) < len(places) / 2 for place in places)
 
 
-# In a browser: the front page and one chapter, built alone.
+# In a browser: the front page and one chapter.
 
 CHAPTER = "other_sizes"  # has a number, choices, and a question in an exercise
 RIGHT = {"predict-marked-tokens": "24", "predict-the-middle": 2, "predict-rescaled-rotary": 3}
 BLOCKED = 'Object.defineProperty(window, "localStorage", {get() { throw new Error("storage is blocked"); }})'
 BROKEN = f"localStorage.setItem('cpvt-predictions:book/{CHAPTER}', '[7,')"
-# Declares one name twice, complains at every first visit, and does not expect that storage may be blocked.
-OF_THE_THEME = r"THEBE_JS_URL|Got invalid theme mode|storage is blocked(?!.*predictions\.js)"
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("predictions")
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", ROOT, "--path-output", out]
-    if not command[0].exists():
-        pytest.skip("jupyter-book is not installed, so there are no pages to look at")
-    contents = f"format: jb-book\nroot: book/index\nchapters:\n  - file: book/{CHAPTER}\n"
-    (out / "_toc.yml").write_text(contents, encoding="utf-8")
-    build = subprocess.run([*command, "--toc", out / "_toc.yml"], capture_output=True, text=True)
-    assert build.returncode == 0, build.stdout[-2000:] + build.stderr[-2000:]
-    return out / "_build" / "html"
+# It does not expect that storage may be blocked.
+OF_THE_THEME = r"storage is blocked(?!.*predictions\.js)|Got invalid theme mode: undefined"
 
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no chromium: `apt-get install chromium` (Debian) lets this test look at the pages")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=FLAGS.split(), timeout=600_000)
-        yield running
-        running.close()
+    with chromium() as page:
+        yield page.context.browser
 
 
 @pytest.fixture
-def reader(browser, folder):
+def reader(browser, built_book):
     """-> a function that opens a page of the book in one and the same profile; no script may complain."""
     context, heard = browser.new_context(offline=True, viewport={"width": 375, "height": 800}), []
     context.set_default_timeout(60_000)
@@ -148,7 +126,7 @@ def reader(browser, folder):
         page.add_init_script(script)
         page.on("pageerror", lambda error: heard.append(f"{error}\n{error.stack}"))
         page.on("console", lambda said: heard.append(said.text) if said.type == "error" else None)
-        page.goto((folder / name).as_uri())
+        page.goto((built_book / name).as_uri())
         return page
 
     yield opened

@@ -1,129 +1,119 @@
-"""The book by LaTeX, `jupyter-book build . --builder pdflatex`: what is HTML in its source, said in LaTeX.
+"""What the book needs to be set by LaTeX: `jupyter-book build . --builder pdflatex`.
 
-Folded code stays out of it; answers and solutions to predictions and exercises stand open.
+LaTeX has no use for HTML. Tables, answers behind a click and live views are HTML in the notebooks; here they
+become what any builder can set. HTML that is none of these raises a warning: nothing is lost in silence.
 """
 
 import re
-from pathlib import Path
+from xml.etree import ElementTree
 
-from bs4 import BeautifulSoup
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util import logging
+from sphinx.util.texescape import escape
 
-FONTS = Path(__file__).parents[2] / "cpvt" / "lab" / "fonts"
-# Sphinx's own class in place of jupyterBook.cls, which needs half a gigabyte of fonts; so its two frames stand
-# here. Cells of tables are not stretched to both sides. Line blocks are the headings of the front page: they stay
-# with what follows. The list of sources belongs to the chapter of that name, and brings no second heading.
-PREAMBLE = r"""
-\setsansfont{SourceSans3-Regular.ttf}[BoldFont=SourceSans3-SemiBold.ttf,
-  ItalicFont=SourceSans3-Regular.ttf, ItalicFeatures={FakeSlant=0.2},
-  BoldItalicFont=SourceSans3-SemiBold.ttf, BoldItalicFeatures={FakeSlant=0.2}]
-\setmonofont{DejaVuSansMono}[Extension=.ttf, BoldFont=*-Bold, ItalicFont=*-Oblique, Scale=0.8]
-\titleformat{\part}[display]{\centering\Huge\sffamily\bfseries}{}{0pt}{}
-\titleformat{\chapter}{\Huge\sffamily\bfseries}{\thechapter.}{0.4em}{}
-\titlespacing*{\chapter}{0pt}{0pt}{1.5em}
-\newenvironment{sphinxVerbatimInput}{}{}
-\newenvironment{sphinxVerbatimOutput}{}{}
-\newenvironment{sphinxclassanswer}{%
-  \def\FrameCommand{{\color[gray]{0.6}\vrule width 1.5pt}\hspace{8pt}}%
-  \MakeFramed{\advance\hsize-\width\FrameRestore}}{\endMakeFramed}
-\newcolumntype{T}{L}
-\AtBeginEnvironment{DUlineblock}{\needspace{6\baselineskip}}
-\AtBeginEnvironment{sphinxthebibliography}{%
-  \renewcommand\chapter[2]{}\renewcommand\addcontentsline[3]{}\let\clearpage\relax\let\cleardoublepage\relax}
-"""
-SETUP = "VerbatimColor={rgb}{1,1,1}, VerbatimBorderColor={rgb}{0.8,0.8,0.8}, verbatimforcewraps=true"
+logger = logging.getLogger(__name__)
 
-
-class SayHtmlInLatex(SphinxPostTransform):
-    default_priority = 3  # before MyST-NB picks one of the forms of an output, which for LaTeX is never HTML
-    formats = ("latex",)
-
-    def run(self, **settings) -> None:
-        self.name_parts()
-        for raw in [node for node in self.document.findall(nodes.raw) if node.get("format") == "html"]:
-            html = BeautifulSoup(raw.astext(), "html.parser")
-            if found := html.find("table"):
-                bundle(raw).replace_self(table(found))
-            elif found := html.find("details"):
-                self.open(raw, found.summary.get_text())
-            elif found := html.find("div", class_="live"):
-                raw.replace_self(nodes.paragraph("", "", nodes.emphasis(text=said(found))))
-
-    def name_parts(self) -> None:
-        """The front page has a title, and pages without a number are appendices."""
-        front = self.document.next_node(nodes.section)
-        front.insert(1, latex(rf"\chapter*{{{front[0].astext()}}}\markboth{{}}{{}}"))
-        files = self.document.findall(addnodes.start_of_file)
-        beside = next(file for file in files if file["docname"] not in self.env.toc_secnumbers)
-        beside.parent.insert(beside.parent.index(beside), latex(r"\appendix"))
-
-    def open(self, raw: nodes.raw, word: str) -> None:
-        """What lies between <details> and </details> becomes a box that begins with its summary."""
-        inside, after = nodes.container(classes=["answer"]), raw.next_node(descend=False, siblings=True)
-        while "</details>" not in after.astext() or not isinstance(after, nodes.raw):
-            following = after.next_node(descend=False, siblings=True)
-            after.parent.remove(after)
-            inside += after
-            after = following
-        inside[0].insert(0, [nodes.strong(text=f"{word}."), nodes.Text(" ")])
-        after.parent.remove(after)
-        raw.replace_self(inside)
-
-
-def bundle(node: nodes.Node) -> nodes.Element:
-    """All forms of the output that the node is one of."""
-    while node.get("nb_element") != "mime_bundle":
-        node = node.parent
-    return node
+LEFT_OUT = "On paper, cells that the pages fold away are left out, but not solutions. The notebooks have all."
 
 
 def latex(text: str) -> nodes.raw:
     return nodes.raw("", text, format="latex")
 
 
-def said(tag) -> str:
-    return re.sub(r"\s+", " ", tag.get_text()).strip()
+class HtmlForPaper(SphinxPostTransform):
+    """Tables of outputs, answers and solutions, and live views, as nodes that LaTeX can set."""
+
+    default_priority = 3  # before myst-nb chooses the plain text of a table
+    formats = ("latex",)
+
+    def run(self, **settings) -> None:
+        for bundle in list(self.document.findall(nodes.container)):
+            if bundle.get("nb_element") == "mime_bundle":
+                html = [part for part in bundle if part.get("mime_type") == "text/html"]
+                if html:
+                    bundle.replace_self(table(html[0].astext()))
+        for cell in self.document.findall(nodes.container):
+            if "tag_exercise-solution" in cell["classes"]:
+                cell["classes"].remove("tag_hide-cell")
+        for raw in [raw for raw in self.document.findall(nodes.raw) if raw["format"] == "html"]:
+            text = raw.astext().strip()
+            if opening := re.fullmatch(r"<details[^>]*><summary>(.*)</summary>", text):
+                gather(raw, opening[1])
+            elif text.startswith('<div class="live"'):
+                sentence = re.search(r"<p>(.*)</p>", text)[1]
+                raw.replace_self(nodes.paragraph("", "", nodes.emphasis("", sentence)))
+            elif text != "</details>":
+                logger.warning("HTML that is not in the PDF: %s", text, location=raw)
+        for found in list(self.document.findall(nodes.table)):
+            columns = next(found.findall(nodes.tgroup))["cols"]
+            spec = addnodes.tabular_col_spec(spec="L" * columns)  # lines of a narrow cell start at its left
+            found.parent.insert(found.parent.index(found), spec)
 
 
-def table(tag) -> nodes.table:
-    """A table of pandas or of `cpvt.lab.plots.Table`, with what is bold or in italics in it."""
-    rows = [row.find_all(["th", "td"]) for row in tag.find_all("tr")]
-    group = nodes.tgroup(cols=len(rows[0]))
-    group += [nodes.colspec(colwidth=1) for _ in rows[0]]
-    for kind, part in ((nodes.thead, "thead"), (nodes.tbody, "tbody")):
-        found = kind()
-        for row in tag.find(part).find_all("tr"):
-            found += nodes.row("", *(entry(cell) for cell in row.find_all(["th", "td"])))
-        group += found
-    return nodes.table("", group, classes=["colwidths-auto"])
+def table(html: str) -> nodes.table:
+    """A table as pandas writes it -> the same for every builder."""
+
+    def entry(cell: ElementTree.Element) -> nodes.entry:
+        found = words(cell)
+        return nodes.entry("", nodes.paragraph("", "", *found)) if found else nodes.entry()
+
+    found = ElementTree.fromstring(html)
+    head, body = ([nodes.row("", *map(entry, r)) for r in found.find(part)] for part in ("thead", "tbody"))
+    columns = [nodes.colspec(colwidth=1) for _ in body[0]]
+    group = nodes.tgroup("", *columns, nodes.thead("", *head), nodes.tbody("", *body), cols=len(columns))
+    return nodes.table("", group)
 
 
-def entry(cell) -> nodes.entry:
-    if not said(cell):
-        return nodes.entry()  # an empty paragraph would make a line
-    kind = nodes.strong if cell.strong else nodes.emphasis if cell.em else nodes.inline
-    return nodes.entry("", nodes.paragraph("", "", kind(text=said(cell))))
+def words(cell: ElementTree.Element) -> list[nodes.Node]:
+    """Text of a cell, with what stands bold or in italics in it."""
+    kinds = {"strong": nodes.strong, "em": nodes.emphasis}
+    parts = [nodes.Text(cell.text or "")]
+    for child in cell:
+        parts += [kinds[child.tag]("", child.text), nodes.Text(child.tail or "")]
+    return [part for part in parts if part.astext()]
 
 
-def set_latex(app, config) -> None:
-    """After sphinx-jupyterbook-latex, which sets its own class."""
+def gather(opening: nodes.raw, title: str) -> None:
+    """All from <details> to </details> -> one box under its title, which does not end a page."""
+    parent, start = opening.parent, opening.parent.index(opening)
+    end = next(i for i in range(start, len(parent)) if parent[i].astext().strip() == "</details>")
+    box = nodes.admonition("", nodes.title("", title), *parent[start + 1 : end])
+    parent[start : end + 1] = [latex(r"\needspace{8\baselineskip}"), box]
+
+
+class OneBook(SphinxPostTransform):
+    """The book as one document: heads of the front page, appendices, one bibliography."""
+
+    default_priority = 750  # after sphinx-jupyterbook-latex has put the pages together
+    formats = ("latex",)
+
+    def run(self, **settings) -> None:
+        front = next(self.document.findall(nodes.section))
+        front.insert(1, latex(r"\markboth{}{}"))  # or its pages have "Contents" at their foot
+        for head in list(front.findall(lambda node: node.tagname == "RootHeader")):
+            words_of_head = escape(head.astext(), "xelatex")
+            head.replace_self(latex(rf"\section*{{{words_of_head}}}"))
+        front.append(nodes.paragraph("", "", nodes.emphasis("", LEFT_OUT)))
+        # A part without numbers counts its chapters by letters, so that figures have names of their own.
+        plain = {part.caption for part in self.config.external_site_map.root.subtrees if not part.numbered}
+        for section in list(self.document.findall(nodes.section)):
+            if section.get("docname") in plain:
+                section.insert(1, latex(r"\appendix\renewcommand{\thefigure}{\thechapter.\arabic{figure}}"))
+        # LaTeX sets a bibliography as a chapter, with its head: the page around it would be a second one.
+        for page in list(self.document.findall(addnodes.start_of_file)):
+            if page["docname"].endswith("/bibliography"):
+                page.parent.remove(page)
+
+
+def choose_class(app, config) -> None:
+    """Sphinx's own: that of sphinx-jupyterbook-latex wants 1.4 GB of fonts for letters never used."""
     config.latex_theme = "manual"
-    config.latex_additional_files += [str(font) for font in FONTS.glob("*.ttf")]
-    config.today = config.copyright
-    config.latex_elements |= {
-        "papersize": "a4paper",
-        "pointsize": "11pt",
-        "extraclassoptions": "openany,oneside",
-        "figure_align": "H",  # where the text speaks of it
-        "fncychap": "",
-        "sphinxsetup": SETUP,
-        "preamble": PREAMBLE + config.latex_elements.get("preamble", ""),
-    }
 
 
 def setup(app) -> dict:
-    app.add_post_transform(SayHtmlInLatex)
-    app.connect("config-inited", set_latex, priority=900)
+    app.add_post_transform(HtmlForPaper)
+    app.add_post_transform(OneBook)
+    app.connect("config-inited", choose_class, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
