@@ -3,26 +3,34 @@
 A page that was opened from the disk may load scripts and nothing else, so weights come as text. Rows of the large
 matrices are rounded to 15 or 225 levels, four or two to a character; other numbers to 15 bits, one to a character.
 The text is UTF-16, where a character has two bytes; a mark at its start says so to every browser.
+
+What the rounding costs stands in data/results/live.jsonl. To measure it: python book/_ext/live_models.py FOLDER, that
+of the images of `cpvt experiments photographs`.
 """
 
 import base64
 import dataclasses
 import json
 import math
+import sys
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cpvt.config import Peg, parse_encoding
+from cpvt.config import DataConfig, Peg, parse_encoding
 from cpvt.data.synthetic import BACKGROUND, COLOUR_A
 from cpvt.data.transforms import MEAN, STD
+from cpvt.lab import photographs
 from cpvt.lab.experiments import CIRCULAR
 from cpvt.lab.kept_models import load_kept
+from cpvt.lab.metrics import photographs_at
 from cpvt.lab.pictures import PHOTOGRAPHS, class_names, photograph
-from cpvt.lab.results import read
+from cpvt.lab.results import Result, append, commit, device_name, read
 from cpvt.lab.stats import combination
 from cpvt.model.vit import VisionTransformer
+from cpvt.training.evaluate import accuracy
 
 FILES = {  # encoding -> the end of the script's name; live.js has the words for it
     "none": "none",
@@ -152,7 +160,7 @@ def rounded(model: VisionTransformer) -> VisionTransformer:
 def shared_data() -> dict:
     """What all views need beside the models: photographs as bytes (3, SIDE, SIDE), words, recorded accuracies."""
     images = {name: (255 * photograph(name, SIDE)).round().byte() for name in PHOTOGRAPHS}
-    rows, accuracy = read("photographs"), {}
+    rows, measured = read("photographs"), {}
     for encoding, name in FILES.items():
         found = {g: combination(rows, (1, {"encoding": encoding}, f"top1@{g}")) for g in GRIDS}
         accuracy[name] = {
@@ -164,7 +172,7 @@ def shared_data() -> dict:
         "photographs": {name: base64.b64encode(x.numpy().tobytes()).decode() for name, x in images.items()},
         "ground": BACKGROUND,
         "object": COLOUR_A,
-        "accuracy": accuracy,
+        "accuracy": measured,
     }
 
 
@@ -173,6 +181,32 @@ def write_scripts(folder: Path) -> None:
     (folder / "data.js").write_text(f"live.data({json.dumps(shared_data())});\n", encoding="utf-8")
     for name, model in live_models().items():
         (folder / f"{name}.js").write_text("\ufeff" + model_script(name, model)[0], encoding="utf-16-le")
+
+
+def measure(root: str) -> None:
+    """A row for each model of the photographs: its accuracy as it is kept and as the page has it."""
+    data = DataConfig(name=photographs.NAME, root=root, image_size=32)
+    held, digest = photographs.open_photographs(data, "val"), photographs.sha256_of_files(root)
+    for encoding, name in FILES.items():
+        started, version = time.perf_counter(), commit()
+        model = load_kept("photographs", encoding=encoding)
+        both = {"top1@8/kept": model, "top1@8": rounded(model).float()}
+        metrics = {key: accuracy(m, photographs_at(held, (32, 32)))["top1"] for key, m in both.items()}
+        metrics["bytes"] = len(model_script(f"photographs-{name}", model)[0].encode("utf-16"))
+        result = Result(
+            experiment="live",
+            columns={"encoding": encoding},
+            scale="seconds",
+            dataset=photographs.DATASET,
+            dataset_sha256=digest,
+            config=dataclasses.asdict(model.config),
+            metrics=metrics,
+            seconds=round(time.perf_counter() - started, 1),
+            device=device_name("cpu"),
+            cpvt_commit=version,
+        )
+        append(result)
+        print(result.label, metrics)
 
 
 # --------------------------------------------------------------------------- into the pages
@@ -197,3 +231,7 @@ def setup(app) -> dict:
     app.connect("html-page-context", add_scripts)
     app.connect("build-finished", write_models)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1])

@@ -49,6 +49,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "precision": {"encoding": None, "precision": None},
     "baselines": {"baseline": None, "grid": 8},
     "photographs": {**_MODEL, **_HEADS, "shifted": False, "grid": 8},
+    "live": {"encoding": None},
     "costs": {**_MODEL, "again": False},
     "benchmark": {"part": None, "model": "", "mode": "", "loader": "", "size": 0},
 }
