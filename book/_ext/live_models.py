@@ -4,8 +4,8 @@ A page that was opened from the disk may load scripts and nothing else, so weigh
 matrices are rounded to 15 or 225 levels, four or two to a character; other numbers to 15 bits, one to a character.
 The text is UTF-16, where a character has two bytes; a mark at its start says so to every browser.
 
-What the rounding costs stands in data/results/live.jsonl. To measure it: python book/_ext/live_models.py FOLDER, that
-of the images of `cpvt experiments photographs`.
+What the rounding costs stands in data/results/live.jsonl. To measure it: python book/_ext/live_models.py FOLDER,
+that of the images of `cpvt experiments photographs`.
 """
 
 import base64
@@ -160,7 +160,7 @@ def rounded(model: VisionTransformer) -> VisionTransformer:
 def shared_data() -> dict:
     """What all views need beside the models: photographs as bytes (3, SIDE, SIDE), words, recorded accuracies."""
     images = {name: (255 * photograph(name, SIDE)).round().byte() for name in PHOTOGRAPHS}
-    rows, measured = read("photographs"), {}
+    rows, measured, live = read("photographs"), {}, read("live")
     for encoding, name in FILES.items():
         found = {g: combination(rows, (1, {"encoding": encoding}, f"top1@{g}")) for g in GRIDS}
         accuracy[name] = {
@@ -173,6 +173,7 @@ def shared_data() -> dict:
         "ground": BACKGROUND,
         "object": COLOUR_A,
         "accuracy": measured,
+        "rounding": round(float((live["top1@8"] - live["top1@8/kept"]).abs().max()), 1),  # points, at most
     }
 
 

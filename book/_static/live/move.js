@@ -1,6 +1,6 @@
 // Move it: a picture that is dragged by pixels under several trained models, and what each makes of it.
 "use strict";
-live.view("move", (box, { photographs, side: large, classes }) => {
+live.view("move", (box, { photographs, side: large, classes, rounding }) => {
   const { make, choice, slider, button } = live;
   const SIDE = 32, PATCH = 4, WIDTH = 96, GRID = [8, 8], TOKENS = 64, SKY = [0.62, 0.76, 0.9];
   const PICTURES = { chelsea: "a cat", coffee: "a cup of coffee", astronaut: "an astronaut", rocket: "a rocket" };
@@ -70,7 +70,7 @@ live.view("move", (box, { photographs, side: large, classes }) => {
     make("tr", {}, headings[row]),
     make("tr", {}, ...columns.map((column) => make("td", {}, column[row], ...(row === "change" ? [column.exact] : [])))),
   ]);
-  const table = make("table", { className: "live-table" }, make("caption", {}, "Trained models, one a column; a choice above each."),
+  const table = make("table", { className: "live-table" }, make("caption", {}, `Trained models, one a column; a choice above each. Their weights are rounded for the page: accuracy moves by ${rounding} points at most.`),
     make("thead", {}, make("tr", {}, ...columns.map(({ control }) => make("td", {}, control)))), make("tbody", {}, ...body));
   const help = make("p", { id: "live-help", className: "live-help" }, "Drag the picture, or use its arrow keys (with Shift: by a whole token, 4 pixels) or the sliders.");
   box.replaceChildren(
