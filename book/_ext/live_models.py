@@ -163,7 +163,7 @@ def shared_data() -> dict:
     rows, measured, live = read("photographs"), {}, read("live")
     for encoding, name in FILES.items():
         found = {g: combination(rows, (1, {"encoding": encoding}, f"top1@{g}")) for g in GRIDS}
-        accuracy[name] = {
+        measured[name] = {
             g: [round(x, 1) for x in (f.mean, f.high - f.mean)] for g, f in found.items() if f.n > 1
         }
     return {

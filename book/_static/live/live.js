@@ -272,8 +272,11 @@ const live = (() => {
   }
 
   function slider(label, [min, max], value, changed) {
-    const control = make("input", { type: "range", min, max, value }), shown = make("output", {}, String(value));
+    const control = make("input", { type: "range", min, max, value }), shown = make("output", { "aria-live": "off" }, String(value));
     const show = (number) => ((control.value = number), (shown.textContent = number));
+    let before; // a finger that meant to scroll sets nothing
+    control.addEventListener("pointerdown", () => (before = Number(shown.textContent)));
+    control.addEventListener("pointercancel", () => changed(before));
     control.addEventListener("input", () => (show(control.value), changed(Number(control.value))));
     return { element: labelled(label, control, shown), control, show };
   }
@@ -308,6 +311,25 @@ const live = (() => {
     });
   }
 
+  /** The title of a view, and the view as a place with that name. */
+  function heading(box, words) {
+    box.setAttribute("role", "group");
+    box.setAttribute("aria-labelledby", "live-title");
+    return make("p", { className: "live-title", id: "live-title" }, words);
+  }
+
+  /** A link whose address brings the view back; following it copies the address, where the browser allows that. */
+  function sharing() {
+    const link = make("a", { href: "#live" }, "link to this view"), done = make("span", { role: "status" });
+    link.addEventListener("click", (event) => {
+      event.preventDefault();
+      history.replaceState(null, "", link.hash);
+      const tell = (words) => ((done.textContent = words), setTimeout(() => (done.textContent = ""), 4000));
+      (navigator.clipboard?.writeText(location.href) ?? Promise.reject()).then(() => tell(" copied"), () => tell(" it is in the address bar"));
+    });
+    return { link, element: make("span", {}, link, done) };
+  }
+
   /** Words for a screen reader, said when the reader has stopped changing things. */
   function status(box) {
     const element = make("p", { role: "status", className: "live-status" });
@@ -326,6 +348,7 @@ const live = (() => {
     return `${digits} × 10${[...exponent.replace("+", "")].map((c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]).join("")}`;
   }
 
+  const some = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
   const percent = (x) => `${Math.round(100 * x)}\u00a0%`;
 
   /** The likeliest answers as a list with bars. */
@@ -385,5 +408,5 @@ const live = (() => {
   const given = (name) => (expected[name] = Promise.resolve(arrived[name]));
 
   return { data, model, given, load, run, latest, labelled, square, areaResize, paint, slideOnRing, slideWindow, placeOn, ownPicture, shiftChange, painter,
-    drawPicture, drawTokens, drawChange, drawShades, mix, make, choice, slider, button, draggable, status, percent, scientific, framed, COLUMNS, drawAnswers, state, view, engine };
+    drawPicture, drawTokens, drawChange, drawShades, mix, make, choice, slider, button, draggable, status, percent, scientific, some, heading, sharing, framed, COLUMNS, drawAnswers, state, view, engine };
 })();

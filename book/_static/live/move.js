@@ -31,21 +31,28 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
 
   // ------------------------------------------------------------------ the page's elements
 
-  const stage = make("canvas", { className: "live-stage", tabIndex: 0, role: "img", "aria-describedby": "live-help" });
+  const stage = make("canvas", { className: "live-stage", tabIndex: 0, role: "application", "aria-roledescription": "picture that moves", "aria-describedby": "live-help" });
   const limits = () => [-LIMIT[at.way], LIMIT[at.way]];
   const clamp = (x) => Math.min(Math.max(Math.round(x), limits()[0]), limits()[1]);
   const go = (x, y) => ((at.x = clamp(x)), (at.y = clamp(y)), changed());
   const right = slider("pixels right", limits(), at.x, (x) => go(x, at.y));
   const down = slider("pixels down", limits(), at.y, (y) => go(at.x, y));
   const reset = () => ((unmoved = {}), go(at.way === "pan" ? clamp(at.x) : at.x, at.y));
-  const pictures = choice("picture", Object.entries(PICTURES), at.picture, (name) => ((own = null), (file.value = ""), (at.picture = name), reset()));
+  const pictures = choice("picture", Object.entries(PICTURES), at.picture, (name) => {
+    if (name === "own") return;
+    own = null, file.value = "", mine.remove(), (at.picture = name), reset();
+  });
+  const mine = make("option", { value: "own" }, "your image"), wrong = make("p", { className: "live-wrong", role: "alert" });
   const file = make("input", { type: "file", accept: "image/*" });
   const takeOwn = async (taken) => {
     try {
       own = await live.ownPicture(taken, large);
     } catch {
-      return say(`${taken.name} is no image that this browser can read; choose a PNG, JPEG or WebP file.`);
+      return void (wrong.textContent = `${taken.name} is no image that this browser can read: choose a PNG, JPEG or WebP file.`);
     }
+    wrong.textContent = "";
+    pictures.control.append(mine);
+    pictures.control.value = "own";
     for (const key of Object.keys(resized)) if (key.startsWith("own")) delete resized[key];
     reset();
   };
@@ -56,30 +63,35 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
     reset();
   });
   const blocks = choice("tokens after block", [["-2", "none: only what is added"], ["-1", "none: before block 0"], ...[0, 1, 2, 3, 4, 5].map((i) => [String(i), String(i)])], at.block, (block) => ((at.block = Number(block)), changed()));
-  const link = make("a", { href: "#live" }, "link to this view");
+  const { link, element: share } = live.sharing();
 
   const columns = at.models.map((name, i) => {
     const parts = Object.fromEntries(Object.keys(ROWS).map((row) => [row, make(row === "answer" ? "ol" : "canvas", { className: `live-${row}` })]));
-    for (const row of ["added", "map", "change", "attention"]) parts[row].setAttribute("role", "img"), parts[row].setAttribute("aria-label", "not computed yet");
+    for (const row of ["added", "map", "change", "attention"]) parts[row].setAttribute("aria-hidden", "true"); // for the eye alone
+    parts.change.removeAttribute("aria-hidden");
+    parts.change.setAttribute("role", "img"), parts.change.setAttribute("aria-label", "not computed yet");
     const control = make("select", { "aria-label": `model of column ${i + 1}` }, ...Object.entries(live.COLUMNS).map(([key, words]) => make("option", { value: key, selected: key === name }, words)));
     control.addEventListener("change", () => ((at.models[i] = control.value), changed()));
     return { ...parts, control, exact: make("p") };
   });
   const headings = Object.fromEntries(Object.entries(ROWS).map(([row, words]) => [row, make("th", { colspan: columns.length, scope: "rowgroup" }, words)]));
-  const body = Object.keys(ROWS).flatMap((row) => [
+  const bodies = Object.keys(ROWS).map((row) => make("tbody", {},
     make("tr", {}, headings[row]),
     make("tr", {}, ...columns.map((column) => make("td", {}, column[row], ...(row === "change" ? [column.exact] : [])))),
-  ]);
+  ));
   const table = make("table", { className: "live-table" }, make("caption", {}, `Trained models, one a column; a choice above each. Their weights are rounded for the page: accuracy moves by ${rounding} points at most.`),
-    make("thead", {}, make("tr", {}, ...columns.map(({ control }) => make("td", {}, control)))), make("tbody", {}, ...body));
-  const help = make("p", { id: "live-help", className: "live-help" }, "Drag the picture, or use its arrow keys (with Shift: by a whole token, 4 pixels) or the sliders.");
+    make("thead", {}, make("tr", {}, ...columns.map(({ control }) => make("th", { scope: "col" }, control)))), ...bodies);
+  const help = make("p", { id: "live-help", className: "live-help" }, "Drag the picture, or use its arrow keys (with Shift: by a whole token, 4 pixels) or the sliders.", make("span", { className: "live-touch" }, " Swipe beside it to scroll."));
+  const summary = make("p", { className: "live-summary" });
+  const legend = make("p", { className: "live-help" }, "Did the map move along? Green and hatched: exactly. Red: changed, the redder, the more. Grey: new content, nothing to compare. " +
+    "The answer is one of a hundred classes, and models as small as these often miss it.");
   box.replaceChildren(
-    make("p", { className: "live-title" }, "Move it yourself"),
+    live.heading(box, "Move it yourself"),
     make("div", { className: "live-controls" }, pictures.element, ways.element, blocks.element,
-      live.labelled("or your own image, which stays on this page", file)),
+      live.labelled("or your own image, which stays on this page", file, wrong)),
     make("div", { className: "live-move" },
-      make("div", { className: "live-side" }, live.framed(stage, GRID[0]), help, right.element, down.element,
-        make("p", { className: "live-buttons" }, button("back to the start", () => go(0, 0)), button("one token right", () => go(at.x + PATCH, at.y)), link)),
+      make("div", { className: "live-side" }, live.framed(stage, GRID[0]), help, right.element, down.element, summary,
+        make("p", { className: "live-buttons" }, button("back to the start", () => go(0, 0)), button("one token right", () => go(at.x + PATCH, at.y)), share), legend),
       table),
   );
   const say = live.status(box);
@@ -101,12 +113,19 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
   function changed() {
     right.show(at.x), down.show(at.y), write(link);
     const picture = own ? "your image" : PICTURES[at.picture];
-    stage.setAttribute("aria-label", `${picture}, ${at.x} pixels right and ${at.y} down`);
+    link.textContent = own ? `link to this view, with ${PICTURES[at.picture]} for your image` : "link to this view";
+    stage.setAttribute("aria-label", `${picture}, ${way(at.x, "right", "left")}, ${way(at.y, "down", "up")}`);
     headings.map.textContent = at.block === -2 ? "the same, compared below" : at.block < 0 ? "the map of tokens before block 0" : `the map of tokens after block ${at.block} and its PEG`;
     headings.attention.textContent = `what the class token reads in block ${Math.max(at.block, 0)}`;
     live.drawPicture(stage, moved(at.x, at.y));
     update();
   }
+
+  /** "4 pixels left, 1 token" */
+  const way = (pixels, ahead, back) => {
+    const size = Math.abs(pixels), limit = size === LIMIT[at.way] ? ", the limit" : "";
+    return `${live.some(size, "pixel")} ${pixels < 0 ? back : ahead}${size && size % PATCH === 0 ? `, ${live.some(size / PATCH, "token")}` : ""}${limit}`;
+  };
 
   async function compute(name, reference) {
     const model = `photographs-${name}`;
@@ -119,8 +138,9 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
     const results = await Promise.all(now.models.map((name) => compute(name, reference)));
     if (reference !== unmoved) return; // another picture came in between
     const told = results.map((result, i) => show(columns[i], now, reference[now.models[i]], result));
-    const tokens = [now.x, now.y].map((pixels) => pixels / PATCH);
-    say(`${now.x} pixels right, ${now.y} down, ${tokens.map((t) => t.toFixed(2).replace(/\.?0+$/, "")).join(" and ")} tokens. ` + told.map((words, i) => `${live.COLUMNS[now.models[i]]}: ${words}`).join("; ") + ".");
+    const exact = now.models.map((name, i) => `${live.COLUMNS[name]} ${columns[i].exact.textContent.split(" ")[0]}`);
+    summary.textContent = `Exact tokens: ${exact.join(", ")}.`;
+    say(`${way(now.x, "right", "left")}, ${way(now.y, "down", "up")}. ${told.map((words, i) => `${live.COLUMNS[now.models[i]]}: ${words}`).join("; ")}.`);
   });
 
   function show(column, now, start, result) {
@@ -128,10 +148,8 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
     const nothing = start.added.every((x) => x === 0);
     const painted = (key, vectors) => (paint[key] ??= live.painter(vectors, WIDTH));
     live.drawTokens(column.added, GRID, nothing ? () => [224, 224, 224] : painted("added", start.added)(result.added));
-    column.added.setAttribute("aria-label", nothing ? `${name} adds nothing` : `what ${name} adds to the tokens, in colours`);
     const map = (made) => (now.block === -2 ? made.added : made.maps[now.block + 1]);
     live.drawTokens(column.map, GRID, now.block === -2 && nothing ? () => [224, 224, 224] : painted(now.block, map(start))(map(result)));
-    column.map.setAttribute("aria-label", `map of tokens of ${name}, in colours`);
     const change = live.shiftChange(map(start), map(result), now.x, now.y, PATCH, GRID, now.way !== "pan");
     const exact = change.filter((x) => x === 0).length, compared = change.filter((x) => !Number.isNaN(x)).length;
     live.drawChange(column.change, GRID, change);
@@ -145,7 +163,6 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
     });
     const most = Math.max(...read);
     live.drawShades(column.attention, GRID, (token) => read[token] / most);
-    column.attention.setAttribute("aria-label", `what the class token of ${name} reads most`);
     const [best, chance] = live.drawAnswers(column.answer, result.logits, classes);
     return `${exact} of ${compared} exact, ${best} ${live.percent(chance)}`;
   }

@@ -17,7 +17,7 @@ live.view("reach", (box, { ground, object }) => {
 
   // ------------------------------------------------------------------ the page's elements
 
-  const stage = make("canvas", { className: "live-stage", tabIndex: 0, role: "img", "aria-describedby": "live-help" });
+  const stage = make("canvas", { className: "live-stage", tabIndex: 0, role: "application", "aria-roledescription": "object that moves", "aria-describedby": "live-help" });
   const clamp = (i) => Math.min(Math.max(Math.round(i), 0), at.tokens - 1);
   const go = (row, column) => ((at.row = clamp(row)), (at.column = clamp(column)), changed());
   const column = slider("column", [0, at.tokens - 1], at.column, (i) => go(at.row, i));
@@ -30,21 +30,21 @@ live.view("reach", (box, { ground, object }) => {
     go(...share.map((part) => Math.floor(part * at.tokens)));
   });
   const lamp = make("p", { className: "live-lamp" }), told = make("p"), theorem = make("p"), answers = make("ol", { className: "live-answer" });
-  const link = make("a", { href: "#live" }, "link to this view");
+  const { link, element: share } = live.sharing(), marks = make("span", {}, "");
   const key = (colour, words) => {
     const mark = make("span", { className: "live-key" });
     mark.style.background = colour;
     return make("li", {}, mark, words);
   };
   box.replaceChildren(
-    make("p", { className: "live-title" }, "Can the class token tell?"),
+    live.heading(box, "Can the class token tell?"),
     make("div", { className: "live-controls" }, models.element, sizes.element),
     make("div", { className: "live-move" },
       make("div", { className: "live-side" }, stage,
-        make("p", { id: "live-help", className: "live-help" }, "Drag the object, or use the arrow keys or the sliders."), column.element, row.element,
-        make("p", { className: "live-buttons" }, button("one token towards the left border", () => go(at.row, at.column - 1)), button("to the middle", () => go(middle(), middle())), link)),
+        make("p", { id: "live-help", className: "live-help" }, "Drag the object, or use the arrow keys or the sliders.", make("span", { className: "live-touch" }, " Swipe beside it to scroll.")), column.element, row.element,
+        make("p", { className: "live-buttons" }, button("one token towards the left border", () => go(at.row, at.column - 1)), button("to the middle", () => go(middle(), middle())), share)),
       make("div", { className: "live-told" }, lamp, told, theorem,
-        make("ul", { className: "live-legend" }, key("#0072b2", "changed by the border"), key("#e69f00", "changed by the object"), key("#d61a00", "changed by both")),
+        make("ul", { className: "live-legend" }, key("#0072b2", marks), key("#e69f00", "changed by the object"), key("#d61a00", "changed by both")),
         make("p", { className: "live-help" }, "The model’s answer: in which quarter is the object?"), answers)),
   );
   const say = live.status(box);
@@ -85,7 +85,7 @@ live.view("reach", (box, { ground, object }) => {
 
   function changed() {
     row.show(at.row), column.show(at.column), write(link);
-    stage.setAttribute("aria-label", `an object in row ${at.row}, column ${at.column} of ${at.tokens} by ${at.tokens} tokens, ${distance()} tokens from the border`);
+    stage.setAttribute("aria-label", `an object in row ${at.row}, column ${at.column} of ${at.tokens} by ${at.tokens} tokens, ${live.some(distance(), "token")} from the border`);
     update();
   }
 
@@ -105,11 +105,16 @@ live.view("reach", (box, { ground, object }) => {
     const inMiddle = now.row === middle() && now.column === middle();
     lamp.dataset.light = tells ? "on" : "off";
     lamp.textContent = inMiddle ? "The object is in the middle, with which we compare." : tells ? "The class token can tell." : "The class token cannot tell.";
-    told.textContent = `From the middle to here it changes by ${tells ? live.scientific(change) : "less than 10⁻¹², which is rounding"}. The object is d\u00a0=\u00a0${d} from the nearest border.`;
+    marks.textContent = k === Infinity ? "marked by the table" : "changed by the border";
+    const size = change < 0.1 ? live.scientific(change) : change.toFixed(1);
+    told.textContent = inMiddle ? "" : `The vector that the head reads ${tells ? `changes by ${size} times its length` : "stays the same but for rounding, below 10⁻¹² of its length"}.`;
+    told.append(` The object is d\u00a0=\u00a0${d} from the nearest border.`);
     theorem.textContent = k === Infinity ? "A table marks every token by itself: it can tell everywhere." : k === 0 ? (file === "none" ? "Nothing marks any place: it can tell nowhere." : "Around the border it looks as inside: it can tell nowhere.")
       : `The theorem for ${k} PEG${k > 1 ? "s" : ""}: it can tell up to d\u00a0=\u00a0${2 * k - 1}, and no more from d\u00a0=\u00a0${2 * k} on.`;
     const [best, chance] = live.drawAnswers(answers, here.logits, QUADRANTS, 4);
-    say(`${words}, d = ${d}: ${lamp.textContent} Answer: ${best}, ${live.percent(chance)}.`);
+    const count = (which) => live.some(which.filter(Boolean).length, "token");
+    const both = border.map((one, token) => one && thing[token]);
+    say(`${words}, d = ${d}: ${lamp.textContent} ${count(border)} ${marks.textContent}, ${count(thing)} changed by the object, ${count(both)} by both. Answer: ${best}, ${live.percent(chance)}.`);
     box.dataset.change = change; // for tests
   });
 

@@ -19,22 +19,22 @@ live.view("sizes", (box, { photographs, side: large, classes, accuracy }) => {
   const stage = make("canvas", { className: "live-stage", role: "img" }), frame = live.framed(stage, TRAINED);
   const tokens = slider("tokens a side", [6, 24], at.tokens, (n) => ((at.tokens = n), changed()));
   const pictures = choice("picture", Object.entries(PICTURES), at.picture, (name) => ((at.picture = name), changed()));
-  const link = make("a", { href: "#live" }, "link to this view"), told = make("p", { className: "live-help" });
+  const { link, element: share } = live.sharing(), told = make("p", { className: "live-help" });
   const columns = at.models.map((name, i) => {
-    const parts = { added: make("canvas", { role: "img", "aria-label": "not computed yet" }), place: make("canvas", { role: "img", "aria-label": "not computed yet" }), answer: make("ol", { className: "live-answer" }), recorded: make("table", { className: "live-recorded" }) };
+    const parts = { added: make("canvas", { "aria-hidden": "true" }), place: make("canvas", { role: "img", "aria-label": "not computed yet" }), answer: make("ol", { className: "live-answer" }), recorded: make("table", { className: "live-recorded" }) };
     const control = make("select", { "aria-label": `model of column ${i + 1}` }, ...Object.entries(live.COLUMNS).map(([key, words]) => make("option", { value: key, selected: key === name }, words)));
     control.addEventListener("change", () => ((at.models[i] = control.value), changed()));
     return { ...parts, control };
   });
-  const body = Object.entries(ROWS).flatMap(([row, words]) => [
+  const bodies = Object.entries(ROWS).map(([row, words]) => make("tbody", {},
     make("tr", {}, make("th", { colspan: columns.length, scope: "rowgroup" }, words)), make("tr", {}, ...columns.map((column) => make("td", {}, column[row]))),
-  ]);
+  ));
   box.replaceChildren(
-    make("p", { className: "live-title" }, "One set of weights, any grid"),
+    live.heading(box, "One set of weights, any grid"),
     make("div", { className: "live-controls" }, pictures.element, tokens.element),
-    make("div", { className: "live-move" }, make("div", { className: "live-side" }, frame, told, make("p", { className: "live-buttons" }, link)),
+    make("div", { className: "live-move" }, make("div", { className: "live-side" }, frame, told, make("p", { className: "live-buttons" }, share)),
       make("table", { className: "live-table" }, make("caption", {}, "Models trained at 8 × 8 tokens; a choice above each column."),
-        make("thead", {}, make("tr", {}, ...columns.map(({ control }) => make("td", {}, control)))), make("tbody", {}, ...body))),
+        make("thead", {}, make("tr", {}, ...columns.map(({ control }) => make("th", { scope: "col" }, control)))), ...bodies)),
   );
   const say = live.status(box);
 
@@ -65,7 +65,6 @@ live.view("sizes", (box, { photographs, side: large, classes, accuracy }) => {
     }
     const [seen, empty] = [await live.run(model, photo(now.tokens)), await live.run(model, plain(now.tokens))];
     live.drawTokens(column.added, grid, painters[key](seen.added));
-    column.added.setAttribute("aria-label", `what ${live.COLUMNS[name]} adds to the tokens, in colours`);
     const middle = (Math.floor(now.tokens / 2) * now.tokens + Math.floor(now.tokens / 2)) * WIDTH;
     const differs = Float64Array.from({ length: N }, (_, t) => Math.hypot(...Array.from({ length: WIDTH }, (_, i) => empty.added[t * WIDTH + i] - empty.added[middle + i])));
     const most = Math.max(...differs);
