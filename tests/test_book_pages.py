@@ -49,6 +49,25 @@ def test_the_front_page_is_a_page_whose_links_lead_from_above(tmp_path):
     assert (tmp_path / "index.html").read_text() == page
 
 
+@pytest.mark.parametrize("base", ["", "https://example.org/cpvt", "https://example.org/cpvt/"])
+def test_previews_have_words_and_a_picture_with_the_address_that_is_known(base):
+    from docutils import nodes
+
+    words = "A transformer reads an image as a bag of patches, and somebody has to tell it where each was."
+    minutes = nodes.emphasis("", "13 minutes to read, " + "and more words so that this line is long, " * 3)
+    page = nodes.section("", nodes.paragraph("", "", minutes), nodes.paragraph("", words + r" \mathbf q"))
+    app = SimpleNamespace(config=SimpleNamespace(html_baseurl=base))
+    context = {"title": "<em>Sizes</em>", "pathto": lambda path, _: f"../{path}"}
+    book_pages.add_description(app, "book/sizes", "page.html", context, page)
+    picture = "https://example.org/cpvt/_static/idea.png" if base else "../_static/idea.png"
+    for line in (
+        f'name="description" content="{words} q"',
+        'property="og:title" content="Sizes"',
+        f'property="og:image" content="{picture}"',
+    ):
+        assert f"<meta {line} />" in context["metatags"]
+
+
 def test_numbers_stay_with_their_signs():
     from docutils import nodes
 

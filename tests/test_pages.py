@@ -9,6 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 from browser import chromium
 
@@ -68,6 +69,31 @@ def test_links_lead_somewhere_and_images_are_described(chapters):
             # For want of words, Sphinx says the file's name.
             assert said and len(said[1]) >= 20 and said[1] != source[1], f"{path.name}: {image}"
     assert not broken
+
+
+def test_heads_say_what_a_page_is(built_book, chapters):
+    said, titles = set(), set()
+    for path in chapters:
+        page = path.read_text(encoding="utf-8")
+        assert "thebe" not in page.lower() and 'data-default-mode="auto"' in page, path.name
+        assert page.count('<link rel="icon"') == 1 and 'rel="canonical"' not in page  # without an address
+        title, words, picture = (
+            re.search(pattern, page)[1]
+            for pattern in (
+                r"<title>(.*)</title>",
+                r'<meta name="description" content="(.{80,})"',
+                r'<meta property="og:image" content="(.*?)"',
+            )
+        )
+        assert "minutes to read" not in words and "\\" not in words and (path.parent / picture).is_file()
+        said.add(words)
+        titles.add(title)
+        figures = re.findall(r"<img [^>]*>", page[page.index("<article") :])
+        late = ['loading="lazy"' in image for image in figures]
+        assert late == [False] * len(figures[:2]) + [True] * len(figures[2:]), path.name  # light and dark
+    # The front page stands in two places.
+    assert len(said) == len(titles) == len(chapters) - 1
+    assert "<title>Position in Vision Transformers</title>" in (built_book / "index.html").read_text()
 
 
 SETTLE = """async () => {  // what follows the load event, or a change of size
@@ -169,6 +195,9 @@ def test_a_server_serves_them_too(pages, built_book, served):
         assert [h for h in heard if "404" not in h[1]] == [] and page.title().startswith(
             "There is no such page"
         )
+        page.goto(f"{served}/notebook")  # whose name only ends as the book's folder does
+        search = page.get_by_role("link", name="search")
+        assert search.evaluate("link => link.href") == f"{served}/search.html"
         page.get_by_role("link", name="front page").click()
         page.wait_for_url(f"{served}/index.html")
     assert not wrong
@@ -225,5 +254,9 @@ def test_the_site_is_small_and_holds_what_it_needs(built_book):
     files = [path for path in built_book.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < LARGEST
     assert not [path for path in files if path.suffix == ".map"]
-    downloads = list(built_book.glob("_sources/book/*.ipynb"))
-    assert len(downloads) == len(list(ROOT.glob("book/*.ipynb")))
+    assert not [path for path in built_book.glob("_static/vendor/**/*") if path.suffix == ".ttf"]
+    for source in ROOT.glob("book/*.ipynb"):  # the downloads, which say where a picture is left out
+        text = (built_book / "_sources" / "book" / source.name).read_text(encoding="utf-8")
+        nbformat.validate(nbformat.reads(text, as_version=4))
+        pictures = source.read_text(encoding="utf-8").count('"image/png": ')
+        assert '"image/png"' not in text and text.count("The picture is left out") == pictures

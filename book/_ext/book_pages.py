@@ -81,10 +81,12 @@ def add_description(app, pagename, templatename, context, doctree) -> None:
     said = next(
         (text for text in said if len(text) > 80), SITE
     )  # not the line of reading time, which is emphasised
+    said = re.sub(r"\\[a-z]+ ?", "", said)  # commands of formulas
     said = re.sub(r"\s+", " ", said)
     said = said if len(said) <= 200 else said[:197].rsplit(" ", 1)[0] + " ..."
     title = re.sub(r"<[^>]*>", "", context.get("title") or SITE)
-    picture = context["pathto"]("_static/idea.png", 1)
+    picture, base = "_static/idea.png", app.config.html_baseurl
+    picture = f"{base.rstrip('/')}/{picture}" if base else context["pathto"](picture, 1)
     tags = {"og:title": title, "og:description": said, "og:type": "article", "og:site_name": SITE}
     tags |= {"og:image": picture, "twitter:card": "summary_large_image"}
     lines = [

@@ -13,7 +13,9 @@ from PIL import Image
 UNUSED = ("thebe", "THEBE", "toggle", "design-tabs", "sphinx-design")
 # Below _static; no page loads them. MathJax comes with every way of setting formulas: the pages use one.
 SPARE = ("**/*.map", "locales", "images", "*macros.html", "*-solid.svg", "file.png", "minus.png", "plus.png")
+SPARE += ("vendor/**/*.ttf",)  # each has a twin in woff2, which browsers take
 MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2")
+LEFT_OUT = "[The picture is left out of this download. Run the cell to draw it.]"
 # The search quotes the pages that it finds; a page from the disk may not fetch them.
 QUOTE = (
     '<script>if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;</script>'
@@ -48,7 +50,7 @@ or <a href="{root}search.html">search</a>.</p>
 </main>
 <script>
 // A server shows this page for any address: unless it was told where the book lies, that is above book/.
-const root = {root!r} || location.pathname.replace(/(book\\/.*|[^/]*)$/, "");
+const root = {root!r} || location.pathname.replace(/\\/(book\\/.*|[^/]*)$/, "/");
 for (const link of document.links) link.href = root + link.href.split("/").pop();
 </script>
 </body>
@@ -68,7 +70,7 @@ def mend_pages(app, error) -> None:
         mended = mend(text, path.parent, sizes)
         if mended != text:
             path.write_text(mended, encoding="utf-8")
-    root = app.config.html_baseurl or ""
+    root = app.config.html_baseurl and app.config.html_baseurl.rstrip("/") + "/"
     (out / "404.html").write_text(
         LOST.format(title=escape(app.config.html_title), root=root), encoding="utf-8"
     )
@@ -84,6 +86,8 @@ def mend(page: str, folder: Path, sizes: dict) -> str:
         page = page.replace(other, "")
     head, found, rest = page.partition(first)
     page = head + found + (rest.replace(first, "") if first else rest)
+    page = re.sub(r'\s*<script type="text/x-thebe-config">.*?</script>', "", page, flags=re.S)
+    page = re.sub(r"(<title>)(.+) &#8212; \2(</title>)", r"\1\2\3", page)  # of the front page
     # The name of a control begins with the words on it, or voice control cannot find it.
     page = re.sub(r'(<summary) aria-label="Toggle hidden content"', r"\1", page)
     page = re.sub(
@@ -149,7 +153,8 @@ def lighten(notebook: Path) -> None:
     held = json.loads(notebook.read_text(encoding="utf-8"))
     for cell in held["cells"]:
         for output in cell.get("outputs", []):
-            output.get("data", {}).pop("image/png", None)
+            if output.get("data", {}).pop("image/png", None):
+                output["data"]["text/plain"] = LEFT_OUT
     notebook.write_text(json.dumps(held, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
