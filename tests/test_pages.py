@@ -195,11 +195,11 @@ def test_a_server_serves_them_too(pages, built_book, served):
         assert [h for h in heard if "404" not in h[1]] == [] and page.title().startswith(
             "There is no such page"
         )
-        page.goto(f"{served}/notebook")  # whose name only ends as the book's folder does
-        search = page.get_by_role("link", name="search")
-        assert search.evaluate("link => link.href") == f"{served}/search.html"
         page.get_by_role("link", name="front page").click()
         page.wait_for_url(f"{served}/index.html")
+        page.goto(f"{served}/notebook/page.html")  # were the book there: only the name's end is that of book/
+        search = page.get_by_role("link", name="search")
+        assert search.evaluate("link => link.href") == f"{served}/notebook/search.html"
     assert not wrong
 
 
