@@ -145,6 +145,8 @@ const live = (() => {
     const canvas = Object.assign(document.createElement("canvas"), { width: side, height: side });
     const context = canvas.getContext("2d", { willReadFrequently: true });
     context.imageSmoothingQuality = "high";
+    context.fillStyle = "white"; // where the image is transparent
+    context.fillRect(0, 0, side, side);
     context.drawImage(bitmap, (bitmap.width - cut) / 2, (bitmap.height - cut) / 2, cut, cut, 0, 0, side, side);
     const { data: bytes } = context.getImageData(0, 0, side, side);
     return paint(side, (c, y, x) => bytes[4 * (y * side + x) + c] / 255);

@@ -8,11 +8,11 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
   const LIMIT = { ring: 16, pan: 8, walk: 12 }; // pixels
   const ROWS = { added: "what the encoding adds", map: "the map of tokens", change: "did the map move along?",
     attention: "what the class token reads", answer: "the answer" };
-  const usual = { picture: "chelsea", way: "ring", x: 0, y: 0, block: 0, models: ["none", "learned-table", "one-peg", "circular-peg"] };
+  const usual = { picture: "chelsea", way: "ring", x: 4, y: 0, block: 0, models: ["none", "learned-table", "one-peg", "circular-peg"] };
   const { found: at, write } = live.state(usual, box);
-  at.models = usual.models.map((name, i) => (at.models[i] in live.COLUMNS ? at.models[i] : name));
-  if (!WAYS[at.way]) at.way = usual.way;
-  if (!PICTURES[at.picture]) at.picture = usual.picture;
+  at.models = usual.models.map((name, i) => (Object.hasOwn(live.COLUMNS, at.models[i]) ? at.models[i] : name));
+  if (!Object.hasOwn(WAYS, at.way)) at.way = usual.way;
+  if (!Object.hasOwn(PICTURES, at.picture)) at.picture = usual.picture;
   at.block = Math.min(Math.max(at.block, -2), 5);
 
   // ------------------------------------------------------------------ what is moved
@@ -32,8 +32,11 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
   // ------------------------------------------------------------------ the page's elements
 
   const stage = make("canvas", { className: "live-stage", tabIndex: 0, role: "application", "aria-roledescription": "picture that moves", "aria-describedby": "live-help" });
-  const limits = () => [-LIMIT[at.way], LIMIT[at.way]];
-  const clamp = (x) => Math.min(Math.max(Math.round(x), limits()[0]), limits()[1]);
+  const limits = () => [-LIMIT[at.way], LIMIT[at.way] - (at.way === "ring")];
+  const clamp = (x) => { // a ring has no end
+    if (at.way === "ring") return ((((Math.round(x) + SIDE / 2) % SIDE) + SIDE) % SIDE) - SIDE / 2;
+    return Math.min(Math.max(Math.round(x), limits()[0]), limits()[1]);
+  };
   const go = (x, y) => ((at.x = clamp(x)), (at.y = clamp(y)), changed());
   const right = slider("pixels right", limits(), at.x, (x) => go(x, at.y));
   const down = slider("pixels down", limits(), at.y, (y) => go(at.x, y));
@@ -62,7 +65,7 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
     for (const { control } of [right, down]) [control.min, control.max] = limits();
     reset();
   });
-  const blocks = choice("tokens after block", [["-2", "none: only what is added"], ["-1", "none: before block 0"], ...[0, 1, 2, 3, 4, 5].map((i) => [String(i), String(i)])], at.block, (block) => ((at.block = Number(block)), changed()));
+  const blocks = choice("which map", [["-2", "what the encoding adds"], ["-1", "before block 0"], ...[0, 1, 2, 3, 4, 5].map((i) => [String(i), `after block ${i}`])], at.block, (block) => ((at.block = Number(block)), changed()));
   const { link, element: share } = live.sharing();
 
   const columns = at.models.map((name, i) => {
@@ -72,12 +75,12 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
     parts.change.setAttribute("role", "img"), parts.change.setAttribute("aria-label", "not computed yet");
     const control = make("select", { "aria-label": `model of column ${i + 1}` }, ...Object.entries(live.COLUMNS).map(([key, words]) => make("option", { value: key, selected: key === name }, words)));
     control.addEventListener("change", () => ((at.models[i] = control.value), changed()));
-    return { ...parts, control, exact: make("p") };
+    return { ...parts, control, exact: make("p"), stays: make("p") };
   });
   const headings = Object.fromEntries(Object.entries(ROWS).map(([row, words]) => [row, make("th", { colspan: columns.length, scope: "rowgroup" }, words)]));
   const bodies = Object.keys(ROWS).map((row) => make("tbody", {},
     make("tr", {}, headings[row]),
-    make("tr", {}, ...columns.map((column) => make("td", {}, column[row], ...(row === "change" ? [column.exact] : [])))),
+    make("tr", {}, ...columns.map((column) => make("td", {}, column[row], ...(row === "change" ? [column.exact] : row === "answer" ? [column.stays] : [])))),
   ));
   const table = make("table", { className: "live-table" }, make("caption", {}, `Trained models, one a column; a choice above each. Their weights are rounded for the page: accuracy moves by ${rounding} points at most.`),
     make("thead", {}, make("tr", {}, ...columns.map(({ control }) => make("th", { scope: "col" }, control)))), ...bodies);
@@ -115,15 +118,16 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
     const picture = own ? "your image" : PICTURES[at.picture];
     link.textContent = own ? `link to this view, with ${PICTURES[at.picture]} for your image` : "link to this view";
     stage.setAttribute("aria-label", `${picture}, ${way(at.x, "right", "left")}, ${way(at.y, "down", "up")}`);
-    headings.map.textContent = at.block === -2 ? "the same, compared below" : at.block < 0 ? "the map of tokens before block 0" : `the map of tokens after block ${at.block} and its PEG`;
+    headings.map.textContent = at.block < 0 ? "the map of tokens before block 0" : `the map of tokens after block ${at.block} and its PEG`;
     headings.attention.textContent = `what the class token reads in block ${Math.max(at.block, 0)}`;
+    bodies[Object.keys(ROWS).indexOf("map")].hidden = at.block === -2; // the row above has it
     live.drawPicture(stage, moved(at.x, at.y));
     update();
   }
 
   /** "4 pixels left, 1 token" */
   const way = (pixels, ahead, back) => {
-    const size = Math.abs(pixels), limit = size === LIMIT[at.way] ? ", the limit" : "";
+    const size = Math.abs(pixels), limit = at.way !== "ring" && size === LIMIT[at.way] ? ", the limit" : "";
     return `${live.some(size, "pixel")} ${pixels < 0 ? back : ahead}${size && size % PATCH === 0 ? `, ${live.some(size / PATCH, "token")}` : ""}${limit}`;
   };
 
@@ -163,9 +167,11 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
     });
     const most = Math.max(...read);
     live.drawShades(column.attention, GRID, (token) => read[token] / most);
-    const [best, chance] = live.drawAnswers(column.answer, result.logits, classes);
+    const [best, chance] = live.drawAnswers(column.answer, result.logits, classes), length = Math.hypot(...start.logits);
+    const differs = Math.hypot(...result.logits.map((x, k) => x - start.logits[k])) / length;
+    column.stays.textContent = differs < 1e-12 ? "logits exactly as at the start" : `logits changed by ${live.percent(differs)}`;
     return `${exact} of ${compared} exact, ${best} ${live.percent(chance)}`;
   }
 
-  changed();
+  go(at.x, at.y);
 });

@@ -8,7 +8,7 @@ live.view("reach", (box, { ground, object }) => {
     circular: ["one circular PEG", "circular-peg", 0], table: ["a learned table", "learned-table", Infinity] };
   const usual = { model: "one", tokens: 10, row: 5, column: 2 };
   const { found: at, write } = live.state(usual, box);
-  if (!MODELS[at.model]) at.model = usual.model;
+  if (!Object.hasOwn(MODELS, at.model)) at.model = usual.model;
   if (![10, 14, 20].includes(at.tokens)) at.tokens = usual.tokens;
 
   const scene = (row, column) => live.paint(at.tokens, (c, y, x) => (y === row && x === column ? object[c] : ground[c]));
@@ -18,6 +18,7 @@ live.view("reach", (box, { ground, object }) => {
   // ------------------------------------------------------------------ the page's elements
 
   const stage = make("canvas", { className: "live-stage", tabIndex: 0, role: "application", "aria-roledescription": "object that moves", "aria-describedby": "live-help" });
+  const frame = live.framed(stage, at.tokens);
   const clamp = (i) => Math.min(Math.max(Math.round(i), 0), at.tokens - 1);
   const go = (row, column) => ((at.row = clamp(row)), (at.column = clamp(column)), changed());
   const column = slider("column", [0, at.tokens - 1], at.column, (i) => go(at.row, i));
@@ -40,8 +41,8 @@ live.view("reach", (box, { ground, object }) => {
     live.heading(box, "Can the class token tell?"),
     make("div", { className: "live-controls" }, models.element, sizes.element),
     make("div", { className: "live-move" },
-      make("div", { className: "live-side" }, stage,
-        make("p", { id: "live-help", className: "live-help" }, "Drag the object, or use the arrow keys or the sliders.", make("span", { className: "live-touch" }, " Swipe beside it to scroll.")), column.element, row.element,
+      make("div", { className: "live-side" }, frame,
+        make("p", { id: "live-help", className: "live-help" }, "Drag the object, click where it should be, or use the arrow keys or the sliders.", make("span", { className: "live-touch" }, " Swipe beside it to scroll.")), column.element, row.element,
         make("p", { className: "live-buttons" }, button("one token towards the left border", () => go(at.row, at.column - 1)), button("to the middle", () => go(middle(), middle())), share)),
       make("div", { className: "live-told" }, lamp, told, theorem,
         make("ul", { className: "live-legend" }, key("#0072b2", marks), key("#e69f00", "changed by the object"), key("#d61a00", "changed by both")),
@@ -85,6 +86,7 @@ live.view("reach", (box, { ground, object }) => {
 
   function changed() {
     row.show(at.row), column.show(at.column), write(link);
+    frame.style.setProperty("--tokens", at.tokens);
     stage.setAttribute("aria-label", `an object in row ${at.row}, column ${at.column} of ${at.tokens} by ${at.tokens} tokens, ${live.some(distance(), "token")} from the border`);
     update();
   }
@@ -103,14 +105,15 @@ live.view("reach", (box, { ground, object }) => {
       return token === now.row * now.tokens + now.column ? base : over ? live.mix(base, over, 0.6) : base;
     });
     const inMiddle = now.row === middle() && now.column === middle();
+    const answer = ({ logits }) => logits.indexOf(Math.max(...logits)), same = k > 0 && answer(here) === answer(there);
     lamp.dataset.light = tells ? "on" : "off";
-    lamp.textContent = inMiddle ? "The object is in the middle, with which we compare." : tells ? "The class token can tell." : "The class token cannot tell.";
+    lamp.textContent = inMiddle ? "The object is in the middle, with which we compare." : !tells ? "The class token cannot tell." : same ? "The class token can tell, too faintly for another answer." : "The class token can tell.";
     marks.textContent = k === Infinity ? "marked by the table" : "changed by the border";
-    const size = change < 0.1 ? live.scientific(change) : change.toFixed(1);
+    const size = change < 0.01 ? live.scientific(change) : change.toFixed(2);
     told.textContent = inMiddle ? "" : `The vector that the head reads ${tells ? `changes by ${size} times its length` : "stays the same but for rounding, below 10⁻¹² of its length"}.`;
     told.append(` The object is d\u00a0=\u00a0${d} from the nearest border.`);
     theorem.textContent = k === Infinity ? "A table marks every token by itself: it can tell everywhere." : k === 0 ? (file === "none" ? "Nothing marks any place: it can tell nowhere." : "Around the border it looks as inside: it can tell nowhere.")
-      : `The theorem for ${k} PEG${k > 1 ? "s" : ""}: it can tell up to d\u00a0=\u00a0${2 * k - 1}, and no more from d\u00a0=\u00a0${2 * k} on.`;
+      : `The theorem for ${k} PEG${k > 1 ? "s" : ""}: it can tell up to d\u00a0=\u00a0${2 * k - 1}, and no more from d\u00a0=\u00a0${2 * k} on.${k === 2 ? " (This model has a third PEG after its last block, which a class token never reads.)" : ""}`;
     const [best, chance] = live.drawAnswers(answers, here.logits, QUADRANTS, 4);
     const count = (which) => live.some(which.filter(Boolean).length, "token");
     const both = border.map((one, token) => one && thing[token]);

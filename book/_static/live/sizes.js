@@ -4,11 +4,11 @@ live.view("sizes", (box, { photographs, side: large, classes, accuracy }) => {
   const { make, choice, slider } = live;
   const PATCH = 4, TRAINED = 8, WIDTH = 96, SKY = [0.62, 0.76, 0.9];
   const PICTURES = { chelsea: "a cat", coffee: "a cup of coffee", astronaut: "an astronaut", rocket: "a rocket" };
-  const ROWS = { added: "what the encoding adds to the picture", place: "on plain ground: how far what it adds differs from the middle", answer: "the answer", recorded: "accuracy on 5,000 photographs: five seeds, weights not rounded" };
+  const ROWS = { added: "what the encoding adds to the picture (of three PEGs, the first)", place: "on plain ground: how far what it adds differs from the middle", answer: "the answer", recorded: "accuracy on 5,000 photographs, measured at five sizes: five seeds, weights not rounded" };
   const usual = { picture: "chelsea", tokens: TRAINED, models: ["learned-table", "one-peg"] };
   const { found: at, write } = live.state(usual, box);
-  at.models = usual.models.map((name, i) => (at.models[i] in live.COLUMNS ? at.models[i] : name));
-  if (!PICTURES[at.picture]) at.picture = usual.picture;
+  at.models = usual.models.map((name, i) => (Object.hasOwn(live.COLUMNS, at.models[i]) ? at.models[i] : name));
+  if (!Object.hasOwn(PICTURES, at.picture)) at.picture = usual.picture;
   at.tokens = Math.min(Math.max(at.tokens, 6), 24);
 
   const photo = (tokens) => live.areaResize(live.square(photographs[at.picture], large), PATCH * tokens);
@@ -40,6 +40,14 @@ live.view("sizes", (box, { photographs, side: large, classes, accuracy }) => {
 
   // ------------------------------------------------------------------ showing it
 
+  /** The recorded accuracies, the one at this size marked. */
+  function record(column, name) {
+    const rows = Object.entries(accuracy[name] ?? {});
+    column.recorded.replaceChildren(...(rows.length ? rows : [["–", null]]).map(([size, value]) =>
+      make("tr", { className: Number(size) === at.tokens ? "live-now" : "" }, make("th", { scope: "row" }, value ? `${size} × ${size}` : "not measured"),
+        make("td", {}, value ? `${value[0].toFixed(1)} ± ${value[1].toFixed(1)}\u00a0%` : ""))));
+  }
+
   const painters = {}; // of what a model adds at the trained size: colours mean the same at every size
   function changed() {
     tokens.show(at.tokens), write(link);
@@ -47,6 +55,7 @@ live.view("sizes", (box, { photographs, side: large, classes, accuracy }) => {
     frame.style.setProperty("--tokens", at.tokens);
     stage.setAttribute("aria-label", `${PICTURES[at.picture]} at ${PATCH * at.tokens} by ${PATCH * at.tokens} pixels`);
     told.textContent = `${PATCH * at.tokens} × ${PATCH * at.tokens} pixels, ${at.tokens} × ${at.tokens} = ${at.tokens ** 2} tokens of ${PATCH} × ${PATCH} pixels` + (at.tokens === TRAINED ? ": the trained size." : ".");
+    columns.forEach((column, i) => record(column, at.models[i]));
     update();
   }
 
@@ -72,10 +81,6 @@ live.view("sizes", (box, { photographs, side: large, classes, accuracy }) => {
     const marked = differs.filter((x) => x > 1e-9).length;
     column.place.setAttribute("aria-label", `${marked} of ${N} tokens differ from the middle one`);
     const [best, chance] = live.drawAnswers(column.answer, seen.logits, classes);
-    const rows = Object.entries(accuracy[name] ?? {});
-    column.recorded.replaceChildren(...(rows.length ? rows : [["–", null]]).map(([size, value]) =>
-      make("tr", { className: Number(size) === now.tokens ? "live-now" : "" }, make("th", { scope: "row" }, value ? `${size} × ${size}` : "not measured"),
-        make("td", {}, value ? `${value[0].toFixed(1)} ± ${value[1].toFixed(1)}\u00a0%` : ""))));
     return `${live.COLUMNS[name]}: ${marked} of ${N} tokens marked, ${best} ${live.percent(chance)}`;
   }
 
