@@ -273,8 +273,10 @@ function visionTransformer() {
       }
       x = layerNorm(x, w["norm.weight"], w["norm.bias"]);
       const features = x.slice(0, D), T = x.length / D;
-      if (!P) for (let i = 0; i < D; i++) features[i] = x.reduce((sum, value, j) => (j % D === i ? sum + value : sum), 0) / T;
-      return { grid, maps, added: added.slice(P * D), attention, features, logits: linear(features, w["head.weight"], w["head.bias"]) };
+      if (!P) features.fill(0); // the mean of all tokens in place of the class token
+      for (let j = 0; !P && j < x.length; j++) features[j % D] += x[j] / T;
+      const logits = linear(features, w["head.weight"], w["head.bias"]);
+      return { grid, maps, added: added.slice(P * D), attention, features, logits };
     }
   }
 
