@@ -174,6 +174,8 @@ def test_a_reader_commits_and_the_page_remembers(reader):
     page.locator("#mine-predict-the-middle button").click()  # nothing is chosen, so nothing happens
     assert not is_open(page, "predict-the-middle") and verdict(page, "predict-the-middle") == ""
 
+    asked = "#" + page.locator("#mine-predict-the-middle fieldset").get_attribute("aria-describedby")
+    assert page.locator(asked).inner_text().startswith("Predict.")
     for name, answer in RIGHT.items():
         commit(page, name, answer if name != "predict-the-middle" else 3)
         assert is_open(page, name)

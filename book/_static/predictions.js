@@ -64,6 +64,11 @@ document.addEventListener("DOMContentLoaded", () => {
     const whole = make("div", { className: "prediction", id: `mine-${id}` }, form, verdict);
     // Above the answer, whose own next neighbour is the blurred result; in an exercise below the question.
     (forecast ? details : details.closest("section").querySelector(".cell") ?? details).before(whole);
+    const asked = whole.previousElementSibling; // the question itself, for who hears the form alone
+    if (asked?.matches("p")) {
+      asked.id ||= `asked-${id}`;
+      field.setAttribute("aria-describedby", asked.id);
+    }
 
     const show = () => {
       const one = made[id], state = stateOf(one);
