@@ -404,6 +404,14 @@ def test_the_other_pages_have_the_same_view(page, built_book, file):
         assert exact == [64, 0, 32, 64]
 
 
+def test_a_model_that_is_missing_is_said(page, built_book):
+    page.route("**/models/photographs-three-pegs.js", lambda route: route.abort())
+    opened(page, built_book, "book/other_sizes.html")
+    control(page, "model of column 1").select_option(label="three PEGs")
+    page.get_by_text("The live view stopped: the model photographs-three-pegs did not load.").wait_for()
+    page.unroute_all()
+
+
 def test_without_scripts_a_sentence_stands_there(built_book):
     for file in ("index.html", "book/how_far_it_sees.html", "book/other_sizes.html"):
         text = (built_book / file).read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from PIL import Image
 UNUSED = ("thebe", "THEBE", "toggle", "design-tabs", "sphinx-design")
 # Below _static; no page loads them. MathJax comes with every way of setting formulas: the pages use one.
 SPARE = ("**/*.map", "locales", "images", "*macros.html", "*-solid.svg", "file.png", "minus.png", "plus.png")
+SPARE += ("sphinx-thebe*", "togglebutton*", "design-tabs*", "sphinx-design*")  # of UNUSED
 SPARE += ("vendor/**/*.ttf",)  # each has a twin in woff2, which browsers take
 MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2")
 LEFT_OUT = "[The picture is left out of this download. Run the cell to draw it.]"
@@ -135,11 +136,6 @@ def prune(static: Path) -> None:
     spare = [path for pattern in SPARE for path in static.glob(pattern)]
     spare += [
         p for p in mathjax.rglob("*") if p.is_file() and not any(p == k or k in p.parents for k in kept)
-    ]
-    spare += [
-        p
-        for word in ("sphinx-thebe*", "togglebutton*", "design-tabs*", "sphinx-design*")
-        for p in static.glob(word)
     ]
     for path in spare:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

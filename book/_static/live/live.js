@@ -102,6 +102,8 @@ const live = (() => {
       try {
         do ((again = false), await work());
         while (again);
+      } catch (error) {
+        box.append(make("p", { className: "live-wrong", role: "alert" }, `The live view stopped: ${error.message}.`));
       } finally {
         box.ariaBusy = busy = false;
       }
@@ -435,6 +437,18 @@ const live = (() => {
     "circular-peg": "circular",
   };
 
+  /** The head of a column: which model it shows. */
+  function columnChoice(i, name, changed) {
+    const options = Object.entries(COLUMNS).map(([key, words]) =>
+      make("option", { value: key, selected: key === name }, words),
+    );
+    const control = make("select", { "aria-label": `model of column ${i + 1}` }, ...options);
+    control.addEventListener("change", () => changed(control.value));
+    return control;
+  }
+
+  const PICTURES = { chelsea: "a cat", coffee: "a cup of coffee", astronaut: "an astronaut", rocket: "a rocket" };
+
   // ------------------------------------------------------------------ state in the address
 
   /** The state: what the view starts with, over that what its box says (data-block="0"), over that what the address
@@ -471,7 +485,7 @@ const live = (() => {
         400,
       );
     };
-    return { found, write, linked: location.hash.startsWith("#live?") };
+    return { found, write };
   }
 
   /** Runs `start(box, data)` for the view's box, once the reader comes near it. */
@@ -531,6 +545,8 @@ const live = (() => {
     sharing,
     framed,
     COLUMNS,
+    PICTURES,
+    columnChoice,
     drawAnswers,
     state,
     view,

@@ -1,14 +1,13 @@
 // Move it: a picture that is dragged by pixels under several trained models, and what each makes of it.
 "use strict";
 live.view("move", (box, { photographs, side: large, classes, rounding }) => {
-  const { make, choice, slider, button } = live;
+  const { make, choice, slider, button, PICTURES } = live;
   const SIDE = 32,
     PATCH = 4,
     WIDTH = 96,
     GRID = [8, 8],
     TOKENS = 64,
     SKY = [0.62, 0.76, 0.9];
-  const PICTURES = { chelsea: "a cat", coffee: "a cup of coffee", astronaut: "an astronaut", rocket: "a rocket" };
   const WAYS = { ring: "around a ring", pan: "the camera pans", walk: "it walks on plain ground" };
   const LIMIT = { ring: 16, pan: 8, walk: 12 }; // pixels
   const ROWS = {
@@ -109,14 +108,7 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
     for (const row of ["added", "map", "change", "attention"]) parts[row].setAttribute("aria-hidden", "true"); // for the eye alone
     parts.change.removeAttribute("aria-hidden");
     (parts.change.setAttribute("role", "img"), parts.change.setAttribute("aria-label", "not computed yet"));
-    const control = make(
-      "select",
-      { "aria-label": `model of column ${i + 1}` },
-      ...Object.entries(live.COLUMNS).map(([key, words]) =>
-        make("option", { value: key, selected: key === name }, words),
-      ),
-    );
-    control.addEventListener("change", () => ((at.models[i] = control.value), changed()));
+    const control = live.columnChoice(i, name, (chosen) => ((at.models[i] = chosen), changed()));
     return { ...parts, control, exact: make("p"), stays: make("p") };
   });
   const headings = Object.fromEntries(
@@ -235,16 +227,17 @@ live.view("move", (box, { photographs, side: large, classes, rounding }) => {
     return `${live.some(size, "pixel")} ${pixels < 0 ? back : ahead}${size && size % PATCH === 0 ? `, ${live.some(size / PATCH, "token")}` : ""}${limit}`;
   };
 
-  async function compute(name, reference) {
+  async function compute(name, reference, start, here) {
     const model = `photographs-${name}`;
-    reference[name] ??= await live.run(model, moved(0, 0)).then((result) => ({ ...result, paint: {} }));
-    return live.run(model, moved(at.x, at.y));
+    reference[name] ??= await live.run(model, start).then((result) => ({ ...result, paint: {} }));
+    return live.run(model, here);
   }
 
   const update = live.latest(box, async () => {
     const now = structuredClone(at),
       reference = unmoved;
-    const results = await Promise.all(now.models.map((name) => compute(name, reference)));
+    const pictures = [moved(0, 0), moved(now.x, now.y)]; // of now: the reader goes on moving
+    const results = await Promise.all(now.models.map((name) => compute(name, reference, ...pictures)));
     if (reference !== unmoved) return; // another picture came in between
     const told = results.map((result, i) => show(columns[i], now, reference[now.models[i]], result));
     const exact = now.models.map((name, i) => `${live.COLUMNS[name]} ${columns[i].exact.textContent.split(" ")[0]}`);

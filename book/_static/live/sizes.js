@@ -1,12 +1,11 @@
 // Longer sequences: one slider for the grid, from 6 to 24 tokens a side, under models that were trained at 8.
 "use strict";
 live.view("sizes", (box, { photographs, side: large, classes, accuracy }) => {
-  const { make, choice, slider } = live;
+  const { make, choice, slider, PICTURES } = live;
   const PATCH = 4,
     TRAINED = 8,
     WIDTH = 96,
     SKY = [0.62, 0.76, 0.9];
-  const PICTURES = { chelsea: "a cat", coffee: "a cup of coffee", astronaut: "an astronaut", rocket: "a rocket" };
   const ROWS = {
     added: "what the encoding adds to the picture (of three PEGs, the first)",
     place: "on plain ground: how far what it adds differs from the middle",
@@ -37,14 +36,7 @@ live.view("sizes", (box, { photographs, side: large, classes, accuracy }) => {
       answer: make("ol", { className: "live-answer" }),
       recorded: make("table", { className: "live-recorded" }),
     };
-    const control = make(
-      "select",
-      { "aria-label": `model of column ${i + 1}` },
-      ...Object.entries(live.COLUMNS).map(([key, words]) =>
-        make("option", { value: key, selected: key === name }, words),
-      ),
-    );
-    control.addEventListener("change", () => ((at.models[i] = control.value), changed()));
+    const control = live.columnChoice(i, name, (chosen) => ((at.models[i] = chosen), changed()));
     return { ...parts, control };
   });
   const bodies = Object.entries(ROWS).map(([row, words]) =>
